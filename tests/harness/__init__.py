@@ -1,0 +1,20 @@
+"""What the tests use to run workerd as an administrator would, and to break things around it.
+
+Nothing in this package imports workerd: the tests see the daemon as systemd and RabbitMQ do,
+through its command line, its signals, its log, its notify socket and its queues.
+
+    waiting     the one scale of every time limit, and `until`
+    processes   starting servers that cannot outlive the test run; finding what a daemon left behind
+    broker      a private RabbitMQ, to be stopped, killed, frozen and started again
+    trixie      a Debian 13 root folder, which holds the newer RabbitMQ
+    amqp        publishing and reading as a test does
+    daemon      the daemon, its log as a list of events, and its notify socket
+    network     two network namespaces and the faults of the cable between them
+    oracle      the judge: jobs write a journal, and it says what was lost or ran twice
+
+Start at `broker.Broker` and `daemon.Daemon`; the fixtures are in `tests/conftest.py`.
+
+Environment: `WORKERD_TEST_RABBITMQ` (3.10 or 4.0), `WORKERD_TEST_PIKA` (a folder that holds the
+pika to use), `WORKERD_TEST_TRIXIE` (the Debian 13 root), `WORKERD_TEST_SCALE` (every time limit is
+multiplied by it), `CI` (a missing tool fails a test instead of skipping it).
+"""

@@ -1,0 +1,29 @@
+"""Time limits and the only polling loop of the tests."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+SCALE = float(os.environ.get("WORKERD_TEST_SCALE", "1"))
+
+# Bounds every wait. It is only ever spent by a test that fails, so it is generous.
+TIMEOUT = 20.0 * SCALE
+
+T = TypeVar("T")
+
+
+def until(predicate: Callable[[], T], what: str, timeout: float = TIMEOUT) -> T:
+    """Return the first true value of `predicate`; raise `AssertionError` after `timeout` seconds.
+
+    For what can only be asked (a queue's depth, a process' state). What announces itself (an event
+    in the log, a notify datagram) is waited for in `Daemon`, without polling.
+    """
+    deadline = time.monotonic() + timeout
+    while not (value := predicate()):
+        if time.monotonic() >= deadline:
+            raise AssertionError(f"{what}: not within {timeout:g} s; last seen: {value!r}")
+        time.sleep(0.02)
+    return value

@@ -1,0 +1,123 @@
+"""Who could change a file: made-up ownership for the rules, real files for the way to them."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from workerd.trust import objection, readable_by_all, trusted_ids, writable_by_others
+
+ME, MY_GROUP, SERVICE, STRANGER = 1000, 1000, 990, 4242
+FILE, DIRECTORY, LINK = stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK
+
+
+def verdict(mode: int, owner: int = 0, group: int = 0, me: int = ME) -> str | None:
+    status = os.stat_result((mode, 0, 0, 1, owner, group, 0, 0, 0, 0))
+    users, groups = trusted_ids(me, MY_GROUP if me == ME else me, SERVICE)
+    return objection(Path("/srv/a b"), status, users, groups)
+
+
+def test_files_of_root_and_of_oneself_are_trusted() -> None:
+    assert verdict(FILE | 0o644) is None
+    assert verdict(FILE | 0o644, owner=ME) is None
+
+
+def test_a_file_of_somebody_else_is_not_trusted_whatever_its_mode() -> None:
+    reason = verdict(FILE | 0o400, owner=STRANGER)
+    assert reason == "'/srv/a b' belongs to user 4242, who could change it: chown root '/srv/a b'"
+
+
+def test_what_everyone_can_write_is_not_trusted() -> None:
+    reason = verdict(FILE | 0o666)
+    assert reason == "'/srv/a b' is writable for everyone: chmod go-w '/srv/a b'"
+    assert verdict(DIRECTORY | 0o777) is not None
+
+
+def test_a_sticky_directory_is_trusted_but_not_a_sticky_file() -> None:
+    assert verdict(DIRECTORY | stat.S_ISVTX | 0o777) is None
+    assert verdict(FILE | stat.S_ISVTX | 0o666) is not None
+
+
+def test_a_group_may_write_only_if_it_is_ones_own_or_that_of_root() -> None:
+    assert verdict(FILE | 0o664, owner=ME, group=MY_GROUP) is None
+    assert verdict(FILE | 0o664, group=0) is None
+    reason = verdict(FILE | 0o664, owner=ME, group=STRANGER)
+    assert reason == "'/srv/a b' is writable for group 4242: chmod go-w '/srv/a b'"
+
+
+def test_the_mode_of_a_symbolic_link_does_not_count_but_its_owner_does() -> None:
+    assert verdict(LINK | 0o777) is None
+    assert verdict(LINK | 0o777, owner=STRANGER) is not None
+
+
+def test_the_packaged_service_does_not_trust_its_own_files() -> None:
+    assert verdict(FILE | 0o600, owner=SERVICE, me=SERVICE) is not None
+    assert verdict(FILE | 0o660, group=SERVICE, me=SERVICE) is not None
+    assert verdict(FILE | 0o640, group=SERVICE, me=SERVICE) is None
+
+
+def test_root_does_not_trust_the_files_of_users() -> None:
+    assert verdict(FILE | 0o600, owner=ME, me=0) is not None
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    directory = tmp_path / "bin"
+    directory.mkdir(mode=0o755)
+    program = directory / "program"
+    program.touch(mode=0o755)
+    return program
+
+
+def test_a_plain_file_below_tmp_is_trusted(program: Path) -> None:
+    assert writable_by_others(program) is None
+
+
+def test_a_directory_that_everyone_can_write_taints_the_file_in_it(program: Path) -> None:
+    program.parent.chmod(0o777)
+    assert str(program.parent) in (writable_by_others(program) or "")
+
+
+def test_a_link_is_followed_to_its_target(program: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("bin/../bin/program")
+    assert writable_by_others(link) is None
+    program.chmod(0o777)
+    assert str(program) in (writable_by_others(link) or "")
+
+
+def test_the_directory_of_a_link_counts_even_if_its_target_is_safe(program: Path) -> None:
+    open_to_all = program.parent / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    link = open_to_all / "program"
+    link.symlink_to(program)
+    assert str(open_to_all) in (writable_by_others(link) or "")
+
+
+def test_a_link_among_the_parents_is_followed_too(program: Path, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(program.parent)
+    path = tmp_path / "current" / "program"
+    assert writable_by_others(path) is None
+    program.parent.chmod(0o777)
+    assert writable_by_others(path) is not None
+
+
+def test_a_relative_path_is_followed_from_the_root(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program.parent.chmod(0o777)
+    monkeypatch.chdir(program.parent)
+    assert writable_by_others(Path("program")) is not None
+
+
+def test_what_cannot_be_examined_is_not_trusted(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert "Too many levels" in (writable_by_others(tmp_path / "loop") or "")
+    assert "No such file" in (writable_by_others(tmp_path / "missing") or "")
+
+
+def test_only_the_last_read_bit_opens_a_file_to_everyone() -> None:
+    assert readable_by_all(0o100604)
+    assert not readable_by_all(0o100660)

@@ -1,0 +1,3 @@
+"""workerd: a worker daemon for RabbitMQ, managed by systemd."""
+
+__version__ = "0.1.0"

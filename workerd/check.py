@@ -1,0 +1,232 @@
+"""What `workerd check` finds without a broker: programs, functions and time limits.
+
+Checking a Python function imports the application's code, so the command line calls
+`drop_to_service_user` first.
+"""
+
+import grp
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePath
+
+from workerd.options import Handler, Settings
+from workerd.template import Template
+from workerd.trust import service_account, writable_by_others
+from workerd.units import format_duration
+from workerd.wording import toml
+
+IMPORT_TIMEOUT = 30.0
+
+# A handler never sees these either.
+_PRIVATE = ("CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "WORKERD_BROKER_URL")
+
+_IMPORT = """
+import functools, importlib, sys
+module, function, directory = sys.argv[1:]
+sys.path.insert(0, directory)
+try:
+    found = functools.reduce(getattr, function.split("."), importlib.import_module(module))
+except SystemExit:
+    sys.exit(f"{module} ends the process when it is imported")
+sys.exit(None if callable(found) else f"{function} is not a function")
+"""
+
+Environ = Mapping[str, str]
+
+
+def check(settings: Settings, environ: Environ = os.environ) -> list[str]:
+    """Every problem that shows without a broker, one line each."""
+    problems = []
+    operators = settings.control.operators
+    if operators is not None and not _group_exists(operators):
+        where = settings.where("control", "operators")
+        problems.append(f"{where}: there is no group {toml(operators)}: groupadd {operators}")
+    for handler in settings.handlers.values():
+        if handler.timeout >= settings.broker.ack_timeout:
+            problems.append(_outlasts_the_broker(settings, handler))
+    return problems + check_programs(settings, environ)
+
+
+def check_programs(settings: Settings, environ: Environ = os.environ) -> list[str]:
+    """Every problem of what the handlers run: missing, unsafe, or not to be imported."""
+    return [
+        problem
+        for handler in settings.handlers.values()
+        for problem in _check_handler(settings, handler, environ)
+    ]
+
+
+def untrusted_programs(settings: Settings, environ: Environ = os.environ) -> list[str]:
+    """The programs that others could write: reason enough for the daemon not to start.
+
+    Runs nothing, and leaves out programs that are missing: those may still come.
+    """
+    problems = []
+    for handler in settings.handlers.values():
+        key, program = _program(handler)
+        path = find_program(handler, program, environ)
+        reason = writable_by_others(path) if path else None
+        if reason:
+            problems.append(f"{settings.where('handlers', handler.name, key)}: {reason}")
+    return problems
+
+
+def find_program(handler: Handler, program: str, environ: Environ = os.environ) -> Path | None:
+    """The executable file that a handler's program names, or None."""
+    directory = handler.working_directory or Path()
+    if "/" in program:
+        path = directory / program
+        return path if os.path.isfile(path) and os.access(path, os.X_OK) else None
+    search = os.get_exec_path({**environ, **handler.environment})
+    # An entry of PATH that is not absolute counts from where the program will be started.
+    found = shutil.which(program, path=os.pathsep.join(str(directory / entry) for entry in search))
+    return Path(found) if found else None
+
+
+def drop_to_service_user() -> None:
+    """Become the service's user for good, if this is root and the host has such a user.
+
+    Checking runs application code, which must not get more rights than a job would.
+    """
+    account = service_account()
+    if account is None or os.geteuid() != 0:
+        return
+    os.setgroups(os.getgrouplist(account.pw_name, account.pw_gid))
+    os.setgid(account.pw_gid)
+    os.setuid(account.pw_uid)
+    # Root's home and directory are closed to it; a service starts in "/".
+    os.environ["HOME"] = account.pw_dir
+    os.chdir("/")
+
+
+def _check_handler(settings: Settings, handler: Handler, environ: Environ) -> Iterator[str]:
+    def where(key: str) -> str:
+        return settings.where("handlers", handler.name, key)
+
+    script = _shell_script(handler.command)
+    if script is not None and Template.parse(script).placeholders:
+        yield (
+            f"{where('command')}: a placeholder inside a shell script lets whoever submits a job "
+            'run any command: write "$1" in the script and give the placeholder as an argument '
+            'of its own, as in ["sh", "-c", "convert -- \\"$1\\"", "sh", "{body}"]'
+        )
+    directory = handler.working_directory
+    if directory and not (os.path.isdir(directory) and os.access(directory, os.X_OK)):
+        why = _why_unusable(directory, stat.S_ISDIR, "a directory")
+        yield f"{where('working_directory')}: {why}"
+        return
+    key, program = _program(handler)
+    path = find_program(handler, program, environ)
+    if path is None:
+        yield f"{where(key)}: {_why_not_found(handler, program)}"
+        return
+    reason = writable_by_others(path)
+    if reason:
+        # Running it to import a function would be the very thing to avoid.
+        yield f"{where(key)}: {reason}"
+        return
+    if handler.python is not None:
+        error = _import_error(handler, path, handler.python, environ)
+        if error:
+            yield f"{where('python')}: {handler.python} cannot be used: {error}"
+
+
+def _program(handler: Handler) -> tuple[str, str]:
+    """The key that says what a handler starts, and what it starts."""
+    if handler.python is not None:
+        return "interpreter", str(handler.interpreter or sys.executable)
+    return ("stream", handler.stream[0]) if handler.stream else ("command", handler.command[0])
+
+
+def _why_not_found(handler: Handler, program: str) -> str:
+    if "/" not in program:
+        return f"{toml(program)} is not a program in PATH"
+    path = (handler.working_directory or Path()) / program
+    return _why_unusable(path, stat.S_ISREG, "a file")
+
+
+def _why_unusable(path: Path, is_right: Callable[[int], bool], kind: str) -> str:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    if not is_right(mode):
+        return f"{path} is not {kind}"
+    return f"{path} is not executable for this user: chmod +x {path}"
+
+
+def _shell_script(command: tuple[str, ...]) -> str | None:
+    """The script in `sh -c SCRIPT`, whichever shell it is and whatever starts it, or None."""
+    for index, argument in enumerate(command):
+        name = PurePath(argument).name
+        if name.endswith("sh") and "." not in name:
+            script = _after_dash_c(command[index + 1 :])
+            if script is not None:
+                return script
+    return None
+
+
+def _after_dash_c(arguments: tuple[str, ...]) -> str | None:
+    rest = iter(arguments)
+    runs_a_script = False
+    for argument in rest:
+        if not re.fullmatch(r"[-+].*", argument, re.DOTALL):
+            return argument if runs_a_script else None
+        if re.fullmatch(r"-[A-Za-z]*c[A-Za-z]*", argument):
+            runs_a_script = True
+        if re.fullmatch(r"[-+][A-Za-z]*[oO]|--rcfile|--init-file", argument):
+            next(rest, None)  # These options take the next argument.
+    return None
+
+
+def _import_error(handler: Handler, interpreter: Path, function: str, environ: Environ) -> str:
+    """Why the interpreter cannot import a function, or "" if it can."""
+    module, _, name = function.partition(":")
+    directory = str(handler.working_directory or Path.cwd())
+    inherited = {key: value for key, value in environ.items() if key not in _PRIVATE}
+    # Into a file: a pipe could be held open by something that the application has started.
+    with tempfile.TemporaryFile() as output:
+        try:
+            status = subprocess.run(  # noqa: S603 - the operator's own interpreter, checked above
+                [interpreter, "-c", _IMPORT, module, name, directory],
+                cwd=directory,
+                env={**inherited, **handler.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=output,
+                timeout=IMPORT_TIMEOUT,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return f"importing it took longer than {format_duration(IMPORT_TIMEOUT)}"
+        except OSError as error:
+            return f"{interpreter} does not start: {error.strerror}"
+        if status == 0:
+            return ""
+        output.seek(0)
+        lines = output.read().decode(errors="replace").split("\n")
+    said = [line.strip() for line in lines if line.strip()]
+    return toml(said[-1][:300])[1:-1] if said else f"{interpreter} ended with status {status}"
+
+
+def _outlasts_the_broker(settings: Settings, handler: Handler) -> str:
+    where = settings.where("handlers", handler.name, "timeout")
+    limit = format_duration(settings.broker.ack_timeout)
+    return (
+        f"{where}: {format_duration(handler.timeout)} is not below broker.ack_timeout, {limit}: "
+        "the broker would take the job back while it runs; shorten it, or raise RabbitMQ's "
+        "consumer_timeout and set ack_timeout to the same"
+    )
+
+
+def _group_exists(name: str) -> bool:
+    try:
+        grp.getgrnam(name)
+    except KeyError:
+        return False
+    return True

@@ -1,0 +1,58 @@
+"""The errors of workerd: one small tree, raised where detected, caught where decided."""
+
+from __future__ import annotations
+
+import enum
+
+
+class WorkerdError(Exception):
+    """The root of all errors that workerd raises on purpose."""
+
+
+class SettingsError(WorkerdError):
+    """The configuration is wrong. ``problems`` holds every problem found, one text each."""
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class Kind(enum.Enum):
+    """What sort of trouble the broker makes; decides who waits, and how long."""
+
+    #: The network or the broker process is away: try again soon.
+    AWAY = "away"
+    #: Login, virtual host or permission refused: only a human can help, so try again slowly.
+    REFUSED = "refused"
+    #: No such queue or exchange.
+    MISSING = "missing"
+    #: Somebody else uses the queue exclusively.
+    LOCKED = "locked"
+    #: The queue exists with other arguments.
+    CONFLICT = "conflict"
+    #: The broker took deliveries back because they were not acknowledged in time.
+    ACK_TIMEOUT = "ack-timeout"
+    #: The queue is full, or an alarm stops publishing.
+    BUSY = "busy"
+    #: We closed it ourselves.
+    CLOSED = "closed"
+
+
+class Trouble(WorkerdError):
+    """A connection, a channel or a request at the broker failed, with the broker's own words."""
+
+    def __init__(self, kind: Kind, text: str, code: int | None = None) -> None:
+        super().__init__(text)
+        self.kind = kind
+        self.code = code
+
+
+class Unroutable(Trouble):
+    """The broker has no queue for a published message."""
+
+    def __init__(self, queue: str) -> None:
+        super().__init__(Kind.MISSING, f"no queue {queue!r}", 312)
+
+
+class Unencodable(WorkerdError):
+    """A message has a property or header that AMQP cannot carry."""

@@ -1,0 +1,1 @@
+"""What runs the jobs: one module for each kind of handler."""

@@ -1,0 +1,222 @@
+"""Command handlers: one process for each job, never through a shell."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Mapping
+
+from workerd import log
+from workerd.handlers.guardian import Guardian
+from workerd.handlers.output import Output
+from workerd.handlers.process import Process
+from workerd.job import BadJob, Job, Outcome, Report
+from workerd.settings import Handler
+from workerd.template import Placeholder, Template
+
+#: The end of stderr that a dead letter carries, in bytes.
+_ERROR_LIMIT = 8192
+_HEADER_VALUE_LIMIT = 4096
+_HEADERS_LIMIT = 32 * 1024
+
+_PRIVATE = re.compile(
+    "NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|JOURNAL_STREAM|INVOCATION_ID|CREDENTIALS_DIRECTORY"
+    "|.*_DIRECTORY|WORKERD_BROKER_URL|WORKERD_.*"
+)
+
+
+def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The daemon's environment without its secrets and without what systemd gave it alone."""
+    return {name: value for name, value in environ.items() if not _PRIVATE.fullmatch(name)}
+
+
+class CommandHandler:
+    """Runs the command of a handler; see `run`."""
+
+    def __init__(
+        self, settings: Handler, environ: Mapping[str, str], output_lines: int, guardian: Guardian
+    ) -> None:
+        self._settings = settings
+        self._guardian = guardian
+        self._templates = [Template.parse(argument) for argument in settings.command]
+        self._environment = clean_environment(environ) | dict(settings.environment)
+        self._directory = str(settings.working_directory) if settings.working_directory else None
+        self._output_lines = output_lines
+        self._program = self._find()
+
+    async def run(self, job: Job, stop: asyncio.Future[None]) -> Report:
+        """Run the job in a process of its own until that ends, times out, or ``stop`` is done.
+
+        Never raises for anything that the job or its program does.
+        """
+        settings = self._settings
+        stdout = Output("stdout", "info", self._output_lines, settings.output_limit)
+        stderr = Output("stderr", "info", self._output_lines, _ERROR_LIMIT)
+        try:
+            process = Process(
+                self._arguments(job),
+                self._environment_for(job),
+                self._directory,
+                job.body,
+                stdout.feed,
+                stderr.feed,
+                self._guardian,
+            )
+        except BadJob as bad:
+            return Report(Outcome.REJECTED, bad.reason, error=str(bad))
+        except ValueError:
+            return Report(Outcome.REJECTED, "bad-argument", error="an argument contains a NUL byte")
+        except OSError as error:
+            return self._spawn_failed(error)
+
+        def interrupt(_stop: object) -> None:
+            process.end("drain", settings.kill_grace)
+
+        process.end_after(settings.timeout, "timeout", settings.kill_grace)
+        stop.add_done_callback(interrupt)
+        try:
+            status = await process.wait()
+        finally:
+            stop.remove_done_callback(interrupt)
+        stdout.close()
+        stderr.close()
+        return self._report(status, process.cause, stdout.tail, stderr.tail)
+
+    def _report(self, status: int, cause: str, output: bytes, error: bytes) -> Report:
+        outcome, reason = self._judge(status, cause)
+        return Report(
+            outcome,
+            reason,
+            exit_status=status if status >= 0 else None,
+            signal=_signal_name(-status) if status < 0 else None,
+            error=log.text_lines(error) if outcome is not Outcome.DONE else "",
+            output=output,
+        )
+
+    def _judge(self, status: int, cause: str) -> tuple[Outcome, str]:
+        """The one place that maps how a process ended to an outcome and its reason."""
+        if cause == "drain":
+            return Outcome.INTERRUPTED, "drain"
+        if cause == "timeout":
+            return Outcome.FAILED, "timeout"
+        if status < 0:
+            return Outcome.FAILED, "signal"
+        if status == 0:
+            return Outcome.DONE, ""
+        meaning = self._settings.exit_codes.get(status, "retry")
+        if meaning == "done":
+            return Outcome.DONE, ""
+        return Outcome.REJECTED if meaning == "dead" else Outcome.FAILED, "exit-status"
+
+    def _spawn_failed(self, error: OSError) -> Report:
+        if error.errno == errno.E2BIG:
+            return Report(Outcome.REJECTED, "too-large", error="arguments and environment too long")
+        self._program = self._find()  # it may have moved: a deploy, another PATH entry
+        program = self._settings.command[0]
+        where = f" in {self._directory}" if self._directory else ""
+        text = f"cannot run {program}{where}: {error.strerror}"
+        return Report(Outcome.UNAVAILABLE, "cannot-run", error=text)
+
+    def _find(self) -> str:
+        """The program's path: looked up in the PATH that it will itself be given."""
+        program = self._settings.command[0]
+        return shutil.which(program, path=self._environment.get("PATH")) or program
+
+    def _arguments(self, job: Job) -> list[str | bytes]:
+        arguments: list[str | bytes] = [self._program]
+        options_end = False
+        values = _Values(job)
+        for template in self._templates[1:]:
+            argument = b"".join(
+                os.fsencode(part) if isinstance(part, str) else values.of(part)
+                for part in template.parts
+            )
+            exposed = bool(template.parts) and isinstance(template.parts[0], Placeholder)
+            if exposed and argument.startswith(b"-") and not (options_end or self._settings.dashes):
+                raise BadJob("bad-argument", f"the argument {argument[:80]!r} would be taken for an option")
+            options_end = options_end or argument == b"--" and not exposed
+            arguments.append(argument)
+        return arguments
+
+    def _environment_for(self, job: Job) -> dict[str, str]:
+        message = job.message
+        environment = self._environment | {
+            "WORKERD_JOB_ID": job.id,
+            "WORKERD_JOB_TYPE": job.type or "",
+            "WORKERD_QUEUE": job.queue,
+            "WORKERD_ATTEMPT": str(job.attempt),
+            "WORKERD_MAX_ATTEMPTS": str(self._settings.retry.attempts),
+            "WORKERD_REDELIVERED": "1" if job.redelivered else "0",
+            "WORKERD_CONTENT_TYPE": str(message.content_type or ""),
+            "WORKERD_CONTENT_ENCODING": str(message.content_encoding or ""),
+        }
+        if not message.headers:
+            return environment
+        room = _HEADERS_LIMIT
+        for name, value in message.headers.items():
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            size = len(name) + len(text.encode("utf-8", "surrogatepass"))
+            if isinstance(name, str) and "\0" not in text and size <= min(_HEADER_VALUE_LIMIT, room):
+                room -= size
+                environment["WORKERD_HEADER_" + re.sub("[^A-Z0-9_]", "_", name.upper())] = text
+        parent = job.header("traceparent")
+        if isinstance(parent, str) and "\0" not in parent and len(parent) <= _HEADER_VALUE_LIMIT:
+            environment["TRACEPARENT"] = parent
+        return environment
+
+
+class _Values:
+    """The values of placeholders for one job; its body is parsed as JSON at most once."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._object: dict[str, object] | None = None
+
+    def of(self, placeholder: Placeholder) -> bytes:
+        job = self._job
+        match placeholder.kind:
+            case "body":
+                return job.body
+            case "body.key":
+                return self._text(self._json(), placeholder.name, "the body has no key")
+            case "header":
+                return self._text(dict(job.message.headers), placeholder.name, "there is no header")
+            case "id":
+                return job.id.encode()
+            case "type":
+                return (job.type or "").encode()
+            case "queue":
+                return job.queue.encode()
+            case "attempt":
+                return str(job.attempt).encode()
+
+    def _json(self) -> dict[str, object]:
+        if self._object is None:
+            try:
+                value = json.loads(self._job.body)
+            except (ValueError, RecursionError) as error:
+                raise BadJob("bad-body", f"the body is not JSON: {error}") from None
+            if not isinstance(value, dict):
+                raise BadJob("bad-body", "the body is not a JSON object")
+            self._object = value
+        return self._object
+
+    @staticmethod
+    def _text(values: Mapping[str, object], name: str, missing: str) -> bytes:
+        if name not in values:
+            raise BadJob("bad-body" if "body" in missing else "bad-header", f"{missing} {name!r}")
+        value = values[name]
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        return text.encode("utf-8", "surrogateescape")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,75 @@
+"""What a job prints: lines into the log, and the end of it kept."""
+
+from __future__ import annotations
+
+from workerd import log
+
+#: Longer lines are cut; journald's own limit is 48 KiB.
+MAX_LINE = 8192
+#: The bytes among which the last lines are looked for.
+_TAIL = 256 * 1024
+
+
+class Output:
+    """One stream of one job.
+
+    The first half of ``lines`` is logged as it comes, the last half at the end, and one
+    line counts what was left out in between. ``tail`` is the end of it, at most ``keep``
+    bytes. Takes any amount in constant memory.
+    """
+
+    def __init__(self, stream: str, level: log.Level, lines: int, keep: int) -> None:
+        self._stream = stream
+        self._level = level
+        self._head = lines - lines // 2
+        self._last = lines // 2
+        self._keep = keep
+        self._kept = bytearray()
+        self._line = bytearray()
+        self._rest = bytearray()
+        self._rest_lines = 0
+
+    @property
+    def tail(self) -> bytes:
+        return bytes(self._kept[-self._keep :])
+
+    def feed(self, data: bytes) -> None:
+        """More of the stream."""
+        _append(self._kept, data, self._keep)
+        start = 0
+        while self._head > 0:
+            end = data.find(b"\n", start)
+            if end < 0:
+                # What is beyond the limit is not kept even while the line goes on.
+                self._line += data[start : start + MAX_LINE + 1 - len(self._line)]
+                return
+            self._log(self._line + data[start : min(end, start + MAX_LINE + 1)])
+            self._line.clear()
+            self._head -= 1
+            start = end + 1
+        self._rest_lines += data.count(b"\n", start)
+        _append(self._rest, data[start:], _TAIL)
+
+    def close(self) -> None:
+        """The end of the stream: log what was held back."""
+        if self._line:
+            self._log(self._line)
+        if self._rest and not self._rest.endswith(b"\n"):
+            self._rest_lines += 1
+        last = self._rest.removesuffix(b"\n").split(b"\n")[-self._last :] if self._rest and self._last else []
+        omitted = self._rest_lines - len(last)
+        if omitted > 0:
+            log.event("output omitted", self._level, stream=self._stream, lines=omitted)
+        for line in last:
+            self._log(line)
+
+    def _log(self, line: bytes | bytearray) -> None:
+        text = log.text_of(bytes(line[:MAX_LINE].removesuffix(b"\r")))
+        log.event("output", self._level, stream=self._stream, text=text + ("…" if len(line) > MAX_LINE else ""))
+
+
+def _append(buffer: bytearray, data: bytes, limit: int) -> None:
+    """Append, and now and then cut the front off, so that about ``limit`` bytes stay."""
+    buffer += data[-limit:] if limit else b""
+    if len(buffer) > 2 * limit:
+        del buffer[:-limit]

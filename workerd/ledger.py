@@ -1,0 +1,261 @@
+"""The ledger: which jobs run, which delivery each will settle, what a redelivery means.
+
+The pure core of workerd: no I/O, no clock, no tasks. The shell reports four things
+(`delivered`, `finished`, `lost` or `retired`, `drain`) and does what is returned.
+Being in one of the collections *is* the state of a job:
+
+    waiting     delivered, not started: a slot of its queue must become free first
+    running     a handler works on it, or its dead letter is being published
+    finished    remembered by its key, to settle what the broker sends again
+
+The rules, in the order in which `delivered` applies them to a delivery:
+
+1.  A redelivery with the key of a run whose own delivery was lost *rejoins* that run:
+    when it ends, this delivery is settled. No run ever has two deliveries to settle, so
+    of two equal messages each needs a run of its own, and none is dropped.
+2.  A redelivery of a *named* job (one with a message id) whose key is in the memory of
+    finished jobs is settled at once, if the channel on which that verdict was sent is
+    gone; otherwise the earlier settlement stands and this is another message. Anonymous
+    jobs are never settled from memory: equal ones cannot be told apart.
+3.  While draining it is held, to be given back.
+4.  It starts when its queue has a free slot, and waits otherwise.
+
+A delivery that goes back to the broker unfinished will come again flagged as
+redelivered. Its key must not match the memory of an equal job that was finished before,
+or it would be settled without ever having run; so the ledger forgets that key.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from workerd.job import Delivery, Job
+from workerd.retry import Verdict
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """A job that is being worked on. ``delivery`` is None once its channel is lost."""
+
+    job: Job
+    delivery: Delivery | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejoined:
+    """A redelivery belongs to ``run``, which is still going on here."""
+
+    run: Run
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """An order to settle ``delivery``, now, on the channel it came on."""
+
+    delivery: Delivery
+    verdict: Verdict
+
+
+class Memory:
+    """Which jobs are finished: their keys, and the channels the verdicts were sent on.
+
+    Keeps between ``size`` × 3/4 and ``size`` of the newest, in generations, so that
+    forgetting costs nothing. A serial number of 0 stands for "never sent".
+    """
+
+    GENERATIONS = 4
+
+    def __init__(self, size: int = 100_000) -> None:
+        self._limit = max(1, size // self.GENERATIONS)
+        self._generations: deque[dict[bytes, tuple[int, ...]]] = deque([{}], self.GENERATIONS)
+
+    def add(self, key: bytes, channel: int) -> None:
+        newest = self._generations[0]
+        if len(newest) >= self._limit:
+            self.age()
+            newest = self._generations[0]
+        newest[key] = (*newest.get(key, ()), channel)
+
+    def take(self, key: bytes, usable: Callable[[int], bool]) -> bool:
+        """Use up one finished job of this key whose channel is ``usable``, if there is one."""
+        for generation in self._generations:
+            channels = generation.get(key, ())
+            for channel in channels:
+                if usable(channel):
+                    rest = list(channels)
+                    rest.remove(channel)
+                    if rest:
+                        generation[key] = tuple(rest)
+                    else:
+                        del generation[key]
+                    return True
+        return False
+
+    def forget(self, key: bytes) -> None:
+        for generation in self._generations:
+            generation.pop(key, None)
+
+    def age(self) -> None:
+        """Begin a new generation; the oldest of four is forgotten."""
+        self._generations.appendleft({})
+
+    def __len__(self) -> int:
+        return sum(map(len, self._generations))
+
+
+class Ledger:
+    """The state of every job that this process holds. See the rules above."""
+
+    def __init__(self, concurrency: Mapping[str, int], memory: Memory | None = None) -> None:
+        self.concurrency = dict(concurrency)
+        self.memory = memory or Memory()
+        self.running: set[Run] = set()
+        self.draining = False
+        self._waiting: dict[str, deque[Delivery]] = {queue: deque() for queue in concurrency}
+        self._busy = dict.fromkeys(concurrency, 0)
+        #: Runs that a redelivery may rejoin, by key: their channel was lost or retired.
+        self._orphans: dict[bytes, list[Run]] = {}
+        #: Keys of finished jobs whose settlement was never sent, for lack of a channel.
+        self._owed: set[bytes] = set()
+        #: Channels that still consume. A verdict sent on any other may have been lost.
+        self._live: set[int] = set()
+
+    def opened(self, channel: int) -> None:
+        """A channel begins to consume; deliveries may name it from now on."""
+        self._live.add(channel)
+
+    def delivered(self, delivery: Delivery) -> Run | Settle | Rejoined | None:
+        """What to do with a delivery: run it, settle it, or nothing (it rejoined, or waits)."""
+        job = delivery.job
+        assert delivery.channel in self._live, "a delivery came on a channel that is gone"
+        if job.redelivered:
+            orphan = self._adopt(job.key)
+            if orphan is not None:
+                orphan.delivery = delivery
+                return Rejoined(orphan)
+            if job.named and self.memory.take(job.key, lambda sent_on: sent_on not in self._live):
+                self.memory.add(job.key, delivery.channel)
+                self._owed.discard(job.key)
+                return Settle(delivery, Verdict.DONE)
+        self._waiting[job.queue].append(delivery)
+        return self.next(job.queue)
+
+    def next(self, queue: str) -> Run | None:
+        """The longest waiting job of a queue, started, if there is one and a slot is free."""
+        waiting = self._waiting[queue]
+        if self.draining or not waiting or self._busy[queue] >= self.concurrency[queue]:
+            return None
+        delivery = waiting.popleft()
+        run = Run(delivery.job, delivery)
+        self.running.add(run)
+        self._busy[queue] += 1
+        return run
+
+    def finished(self, run: Run, verdict: Verdict) -> Settle | None:
+        """A run has its verdict: the delivery to settle now, or None when that was lost."""
+        self.running.remove(run)
+        self._busy[run.job.queue] -= 1
+        self._disown(run)
+        key = run.job.key
+        if not verdict.final:
+            self.memory.forget(key)
+        elif run.job.named:
+            self.memory.add(key, run.delivery.channel if run.delivery else 0)
+            if run.delivery is None:
+                self._owed.add(key)
+        return Settle(run.delivery, verdict) if run.delivery else None
+
+    def lost(self, channel: int) -> None:
+        """A channel is gone, and every delivery that came on it: its runs go on as orphans.
+
+        Must be called the moment it is known, before any other report: a job that ends in
+        between would be settled on a dead channel and forgotten.
+        """
+        self._live.discard(channel)
+        for run in self.running:
+            if run.delivery and run.delivery.channel == channel:
+                self._orphan(run)
+                run.delivery = None
+        for waiting in self._waiting.values():
+            gone = [delivery for delivery in waiting if delivery.channel == channel]
+            self._drop(waiting, gone)
+
+    def retired(self, channel: int, stale_before: float) -> list[Delivery]:
+        """The broker cancelled the consumer of a channel that itself stays open.
+
+        Its runs may still be settled there, except for deliveries received before
+        ``stale_before``: those have timed out and were taken back. All may be rejoined by
+        a redelivery on another channel. Returns the waiting ones, to be given back.
+        """
+        self._live.discard(channel)
+        for run in self.running:
+            if run.delivery and run.delivery.channel == channel:
+                self._orphan(run)
+                if run.delivery.received < stale_before:
+                    run.delivery = None
+        back = []
+        for waiting in self._waiting.values():
+            mine = [delivery for delivery in waiting if delivery.channel == channel]
+            self._drop(waiting, mine)
+            back += [delivery for delivery in mine if delivery.received >= stale_before]
+        return back
+
+    def holds(self, channel: int) -> bool:
+        """Whether a run still has to be settled on this channel."""
+        return any(run.delivery and run.delivery.channel == channel for run in self.running)
+
+    def drain(self) -> None:
+        """Start nothing from now on; what still arrives is held, for `unstarted` to return."""
+        self.draining = True
+
+    def unstarted(self) -> list[Delivery]:
+        """Take out everything that waits, in the order in which it came, to be given back."""
+        back = [delivery for waiting in self._waiting.values() for delivery in waiting]
+        for waiting in self._waiting.values():
+            self._drop(waiting, list(waiting))
+        return sorted(back, key=lambda delivery: (delivery.channel, delivery.tag))
+
+    def busy(self, queue: str) -> int:
+        """How many jobs of a queue are running."""
+        return self._busy[queue]
+
+    def waiting(self, queue: str) -> int:
+        """How many delivered jobs of a queue wait for a slot."""
+        return len(self._waiting[queue])
+
+    def owes(self) -> bool:
+        """Whether a redelivery would let something be settled that cannot be settled now."""
+        return bool(self._owed) or any(run.delivery is None for run in self.running)
+
+    def age(self) -> None:
+        """Let the memory grow older by a third of the time that jobs are remembered."""
+        self.memory.age()
+        self._owed.clear()
+
+    def _orphan(self, run: Run) -> None:
+        owners = self._orphans.setdefault(run.job.key, [])
+        if run not in owners:
+            owners.append(run)
+
+    def _adopt(self, key: bytes) -> Run | None:
+        runs = self._orphans.get(key)
+        if not runs:
+            return None
+        # One that has nothing to settle comes before one whose retired channel still could.
+        run = next((run for run in runs if run.delivery is None), runs[0])
+        self._disown(run)
+        return run
+
+    def _disown(self, run: Run) -> None:
+        runs = self._orphans.get(run.job.key)
+        if runs and run in runs:
+            runs.remove(run)
+            if not runs:
+                del self._orphans[run.job.key]
+
+    def _drop(self, waiting: deque[Delivery], gone: list[Delivery]) -> None:
+        for delivery in gone:
+            waiting.remove(delivery)
+            self.memory.forget(delivery.job.key)

@@ -1,0 +1,73 @@
+"""The daemon's host: systemd's notifications and watchdog, and detaching without systemd."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+import sdnotify
+
+from workerd import log
+
+
+class Systemd:
+    """Tells systemd how the daemon is doing (sd_notify(3)); silent where there is none.
+
+    Around sdnotify's traps, all versions: it encodes latin-1 and swallows every
+    exception, so that one foreign letter would lose the whole datagram, a watchdog's beat
+    with it; and its socket blocks when systemd does not read.
+    """
+
+    def __init__(self) -> None:
+        self._notifier = sdnotify.SystemdNotifier()
+        socket: Any = self._notifier.socket
+        if socket is not None:
+            socket.setblocking(False)
+
+    def ready(self) -> None:
+        self._notifier.notify("READY=1")
+
+    def stopping(self) -> None:
+        self._notifier.notify("STOPPING=1")
+
+    def status(self, text: str) -> None:
+        line = log.safe(text).encode("ascii", "replace").decode()
+        self._notifier.notify(f"STATUS={line[:1000]}")
+
+    def extend(self, seconds: float) -> None:
+        """Ask for so much more time, from now, before the stop counts as failed."""
+        self._notifier.notify(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}")
+
+    async def beat(self) -> None:
+        """Feed the watchdog from the event loop itself: when that hangs, systemd must know."""
+        limit = int(os.environ.get("WATCHDOG_USEC", "0")) / 1_000_000
+        if not limit or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+            return
+        while True:
+            self._notifier.notify("WATCHDOG=1")
+            await asyncio.sleep(limit / 3)
+
+
+def detach(pidfile: str | None, log_file: str | None) -> None:
+    """Become a daemon of its own, for hosts without systemd; returns in the new process.
+
+    ``log_file`` takes what would go to stderr, ``/dev/null`` when None. Raises OSError.
+    """
+    # Here and not above: Debian 12's version costs 34 MB for a set of all descriptors.
+    import daemon
+    import daemon.daemon
+
+    out = open(log_file or os.devnull, "a", buffering=1)  # noqa: SIM115 - stays open
+    context = daemon.DaemonContext(
+        working_directory=os.getcwd(),
+        umask=0o077,
+        stdout=out,
+        stderr=out,
+        files_preserve=[out],
+        signal_map={},
+    )
+    context.open()
+    if pidfile:
+        with open(pidfile, "w") as file:
+            file.write(f"{os.getpid()}\n")

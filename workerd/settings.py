@@ -1,0 +1,227 @@
+"""The configuration files, read and laid over each other into one `Settings`; start at `load`."""
+
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import tomli
+
+from workerd.errors import SettingsError
+from workerd.options import (
+    TLS,
+    Broker,
+    Control,
+    Handler,
+    Log,
+    Queue,
+    Retry,
+    Settings,
+    Worker,
+)
+from workerd.rules import broken_rules
+from workerd.schema import build, merge, read
+from workerd.trust import readable_by_all, writable_by_others
+from workerd.url import BrokerURL, Secret
+from workerd.wording import dotted, toml
+
+__all__ = [
+    "TLS",
+    "Broker",
+    "BrokerURL",
+    "Control",
+    "Handler",
+    "Log",
+    "Queue",
+    "Retry",
+    "Secret",
+    "Settings",
+    "SettingsError",
+    "Worker",
+    "load",
+    "password_for",
+]
+
+ETC = Path("/etc/workerd")
+URL_VARIABLE = "WORKERD_BROKER_URL"
+CREDENTIAL = "broker-password"
+
+_INSTANCE = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9_.-]{1,32}")
+
+Layer = dict[str, Any]
+
+
+def load(
+    config: Path | None = None,
+    instance: str = "1",
+    environ: Mapping[str, str] = os.environ,
+    etc: Path = ETC,
+) -> Settings:
+    """Read the configuration of an instance, or `config` instead of all its files.
+
+    Later files override earlier ones key by key: `workerd.toml`, `conf.d/*.toml` in order,
+    `instances/<instance>.toml`, and WORKERD_BROKER_URL last. Only `config` has to exist.
+    Raises SettingsError with every problem of every file.
+    """
+    problems: list[str] = []
+    if not _INSTANCE.fullmatch(instance):
+        expected = '1 to 32 letters, digits and "_", "." or "-"'
+        problems.append(f"instance name {toml(instance)}: expected {expected}")
+        instance = "1"
+    if config is not None:
+        layers = {config: _read_file(config, problems)}
+    else:
+        layers = _read_all(etc, instance, problems)
+
+    merged: Layer = {}
+    origins: dict[str, Path | str] = {}
+    for file, layer in layers.items():
+        merge(merged, layer, origins, file)
+    if environ.get(URL_VARIABLE):
+        layer = _read_environment(environ[URL_VARIABLE], problems)
+        merge(merged, layer, origins, URL_VARIABLE)
+
+    settings = _complete(build(Settings, merged, origins=origins, files=tuple(layers)))
+    problems += broken_rules(settings)
+    # It need not be there yet, nor be open to everyone who reads the configuration.
+    password_file = settings.broker.password_file
+    with suppress(OSError):
+        if password_file and readable_by_all(password_file.stat().st_mode):
+            problems.append(_exposed(password_file))
+    if problems:
+        raise SettingsError(*problems)
+    return settings
+
+
+def password_for(broker: Broker, url: BrokerURL, environ: Mapping[str, str] = os.environ) -> Secret:
+    """The password for a broker's URL, read afresh so that a changed one counts at once.
+
+    The URL's own comes first, then `password_file`, then systemd's credential
+    `broker-password`, then the well-known one of the user guest. Raises SettingsError.
+    """
+    if url.password is not None:
+        return url.password
+    if broker.password_file is not None:
+        return _read_password(broker.password_file, private=True)
+    credential = Path(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent", CREDENTIAL)
+    if os.path.lexists(credential):
+        return _read_password(credential, private=False)
+    if url.user == "guest":
+        return Secret("guest")
+    raise SettingsError(
+        f"no password for {url}: set broker.password_file, "
+        f"or give the service a credential {CREDENTIAL} (LoadCredential=)"
+    )
+
+
+def _read_all(etc: Path, instance: str, problems: list[str]) -> dict[Path, Layer]:
+    """The files of an instance, in the order in which they override each other."""
+    main, own = etc / "workerd.toml", etc / "instances" / f"{instance}.toml"
+    dropped = _dropped_in(etc / "conf.d", problems)
+    layers = {
+        file: _read_file(file, problems)
+        for file in (main, *dropped, own)
+        if file in dropped or os.path.lexists(file)
+    }
+    problems += _configured_twice({file: layers[file] for file in dropped})
+    return layers
+
+
+def _read_file(file: Path, problems: list[str]) -> Layer:
+    """What one file sets; everything that is wrong with it goes to `problems`."""
+    try:
+        with file.open("rb") as stream:
+            mode = os.fstat(stream.fileno()).st_mode
+            content = stream.read()
+    except OSError as error:
+        problems.append(f"{file}: {error.strerror}")
+        return {}
+    reason = writable_by_others(file)
+    if reason:
+        problems.append(f"{file}: {reason}")
+    try:
+        table = tomli.loads(content.decode())
+    except ValueError as error:
+        problems.append(f"{file}: not valid TOML: {error}")
+        return {}
+    layer = read(
+        Settings, table, (), lambda path, text: problems.append(f"{file}: {dotted(path)}: {text}")
+    )
+    if readable_by_all(mode) and _holds_a_password(layer):
+        problems.append(_exposed(file))
+    return layer
+
+
+def _read_environment(urls: str, problems: list[str]) -> Layer:
+    table = {"broker": {"urls": [url.strip() for url in urls.split(",")]}}
+    return read(Settings, table, (), lambda _, text: problems.append(f"{URL_VARIABLE}: {text}"))
+
+
+def _dropped_in(directory: Path, problems: list[str]) -> list[Path]:
+    """The files of conf.d in order, without the hidden ones that editors leave behind."""
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        problems.append(f"{directory}: {error.strerror}")
+        return []
+    visible = (name for name in names if name.endswith(".toml") and not name.startswith("."))
+    return [directory / name for name in sorted(visible)]
+
+
+def _configured_twice(layers: Mapping[Path, Layer]) -> list[str]:
+    """Two packages that both bring a handler or a queue of one name do not know of each other."""
+    problems = []
+    first: dict[str, Path] = {}
+    for file, layer in layers.items():
+        for table in ("queues", "handlers"):
+            for name in layer.get(table, {}):
+                place = dotted((table, name))
+                if first.setdefault(place, file) != file:
+                    problems.append(f"{file}: {place}: is already in {first[place]}")
+    return problems
+
+
+def _complete(settings: Settings) -> Settings:
+    """Add what is there without being written: the queue `default`, and which ones to consume."""
+    queues = dict(settings.queues)
+    wanted = not queues or any(entry.queue == "default" for entry in settings.handlers.values())
+    if wanted and "default" not in queues:
+        queues["default"] = Queue("default")
+    consumed = settings.worker.queues or tuple(queues)
+    return replace(settings, queues=queues, worker=replace(settings.worker, queues=consumed))
+
+
+def _holds_a_password(layer: Layer) -> bool:
+    broker = build(Broker, layer.get("broker", {}))
+    passwords = [(url.user, url.password.reveal()) for url in broker.urls if url.password]
+    if broker.management_url is not None:
+        parts = urlsplit(broker.management_url.reveal())
+        passwords += [(parts.username or "", parts.password)] if parts.password else []
+    # RabbitMQ lets guest in from its own host alone, and everybody knows that password.
+    return any(entry != ("guest", "guest") for entry in passwords)
+
+
+def _read_password(file: Path, private: bool) -> Secret:
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            mode = os.fstat(stream.fileno()).st_mode
+            password = stream.read().removesuffix("\n")
+    except UnicodeDecodeError:
+        raise SettingsError(f"{file}: the password is not UTF-8 text") from None
+    except OSError as error:
+        raise SettingsError(f"{file}: {error.strerror}") from error
+    if private and readable_by_all(mode):
+        raise SettingsError(_exposed(file))
+    if not password:
+        raise SettingsError(f"{file}: the password is empty")
+    return Secret(password)
+
+
+def _exposed(file: Path) -> str:
+    return f"{file}: holds a password that everyone can read: chmod o-r {file}"
