@@ -47,7 +47,7 @@ def test_an_unknown_placeholder_is_refused(text: str) -> None:
 
 
 def test_a_misspelt_placeholder_is_put_right() -> None:
-    with pytest.raises(ValueError, match='did you mean "{attempt}"'):
+    with pytest.raises(ValueError, match=r'did you mean "\{attempt\}"'):
         Template.parse("{atempt}")
 
 

@@ -47,9 +47,11 @@ def check(settings: Settings, environ: Environ = os.environ) -> list[str]:
     if operators is not None and not _group_exists(operators):
         where = settings.where("control", "operators")
         problems.append(f"{where}: there is no group {toml(operators)}: groupadd {operators}")
-    for handler in settings.handlers.values():
-        if handler.timeout >= settings.broker.ack_timeout:
-            problems.append(_outlasts_the_broker(settings, handler))
+    problems += [
+        _outlasts_the_broker(settings, handler)
+        for handler in settings.handlers.values()
+        if handler.timeout >= settings.broker.ack_timeout
+    ]
     return problems + check_programs(settings, environ)
 
 
@@ -193,7 +195,7 @@ def _import_error(handler: Handler, interpreter: Path, function: str, environ: E
     # Into a file: a pipe could be held open by something that the application has started.
     with tempfile.TemporaryFile() as output:
         try:
-            status = subprocess.run(  # noqa: S603 - the operator's own interpreter, checked above
+            status = subprocess.run(
                 [interpreter, "-c", _IMPORT, module, name, directory],
                 cwd=directory,
                 env={**inherited, **handler.environment},

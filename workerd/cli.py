@@ -26,7 +26,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `workerd`."""
-    parser = _Parser(prog="workerd", description="A worker daemon for RabbitMQ, managed by systemd.")
+    parser = _Parser(
+        prog="workerd", description="A worker daemon for RabbitMQ, managed by systemd."
+    )
     parser.add_argument("--version", action="version", version=f"workerd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands.add_parser("run", help="run the daemon (what workerd@.service starts)"))
@@ -71,9 +73,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
-    parser.add_argument("--detach", action="store_true", help="go to the background (without systemd)")
+    parser.add_argument(
+        "--detach", action="store_true", help="go to the background (without systemd)"
+    )
     parser.add_argument("--pidfile", metavar="P", help="with --detach: write the process id here")
-    parser.add_argument("--log-file", metavar="F", help="with --detach: append the log to this file")
+    parser.add_argument(
+        "--log-file", metavar="F", help="with --detach: append the log to this file"
+    )
     parser.set_defaults(carry_out=_run)
 
 
@@ -88,7 +94,9 @@ def _run(args: argparse.Namespace) -> int:
 def _add_check(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     parser.add_argument(
-        "--connect", action="store_true", help="also try login, permissions and queues at the broker"
+        "--connect",
+        action="store_true",
+        help="also try login, permissions and queues at the broker",
     )
     parser.add_argument(
         "--show", action="store_true", help="print the merged configuration, with each value's file"
@@ -97,7 +105,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from workerd import check, settings, show, trust
+    from workerd import check, settings, show
 
     loaded = settings.load(args.config, args.instance)
     if args.show:
@@ -109,7 +117,7 @@ def _check(args: argparse.Namespace) -> int:
         problems += check_broker(loaded)
     # Last, for it gives up the right to read root's files: the application's code is
     # imported with the rights that its jobs will have.
-    trust.drop_to_service_user()
+    check.drop_to_service_user()
     problems += check.check(loaded)
     for problem in problems:
         sys.stderr.write(f"workerd: {problem}\n")
@@ -134,12 +142,18 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
     parser.description = SUBMIT
     _add_common(parser)
     parser.add_argument("type", metavar="TYPE", help="the handler's name")
-    parser.add_argument("body", metavar="BODY", nargs="?", help="the payload; default: standard input")
-    parser.add_argument("-f", "--file", metavar="FILE", help="read the payload from a file; - is stdin")
+    parser.add_argument(
+        "body", metavar="BODY", nargs="?", help="the payload; default: standard input"
+    )
+    parser.add_argument(
+        "-f", "--file", metavar="FILE", help="read the payload from a file; - is stdin"
+    )
     parser.add_argument("--queue", metavar="Q", help="default: the handler's queue")
     parser.add_argument("--priority", type=int, metavar="N")
     parser.add_argument("--id", metavar="ID", help="the job id; default: a new UUID")
-    parser.add_argument("--header", action="append", default=[], metavar="K=V", help="may be repeated")
+    parser.add_argument(
+        "--header", action="append", default=[], metavar="K=V", help="may be repeated"
+    )
     many = parser.add_mutually_exclusive_group()
     many.add_argument("--lines", action="store_true", help="each line of the input is a job")
     many.add_argument("--jsonl", action="store_true", help="likewise, and each must be valid JSON")
@@ -150,7 +164,9 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="bounds the whole command; for many lines, each wait (default: 30s)",
     )
-    parser.add_argument("--json", action="store_true", help="print an object for each job, not its id")
+    parser.add_argument(
+        "--json", action="store_true", help="print an object for each job, not its id"
+    )
     parser.add_argument("--url", metavar="URL", help="the broker, without password; @FILE reads it")
     parser.add_argument("--dry-run", action="store_true", help="do everything but send")
     parser.set_defaults(carry_out=_submit)
@@ -182,6 +198,6 @@ def _url(text: str) -> str:
     if url.password is not None:
         raise Refused(
             EX_USAGE,
-            "--url: a password shows in ps; use --url @FILE, or WORKERD_BROKER_URL in the environment",
+            "--url: a password shows in ps; use --url @FILE or the variable WORKERD_BROKER_URL",
         )
     return text

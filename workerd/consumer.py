@@ -8,41 +8,58 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 from workerd import log, topology
 from workerd.broker import Channel, Incoming, Link, ack_timeout_in
 from workerd.errors import Kind, Trouble
+from workerd.options import Queue, Settings
 from workerd.retry import backoff
-from workerd.settings import Queue, Settings
+
+#: The first pause before a queue is tried again, in seconds.
+FIRST_PAUSE = 0.2
+
+#: Called with broker, trouble and the seconds until the next attempt.
+OnOutage = Callable[[str, Trouble, float], None]
+
+
+class Connect(Protocol):
+    """Makes an endless supply of connections; setting ``wake`` cuts a pause short."""
+
+    def __call__(
+        self, purpose: str, on_outage: OnOutage, wake: asyncio.Event
+    ) -> AsyncIterator[Link]: ...
+
+
+class Receiver(Protocol):
+    """Who is told what happens; called synchronously, from inside the broker's callbacks."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether to consume at all; no longer, once a drain has nothing left to wait for."""
+
+    def opened(self, channel: Channel) -> None:
+        """A channel is about to consume."""
+
+    def delivered(self, queue: str, channel: Channel, incoming: Incoming) -> None: ...
+
+    def lost(self, channel: Channel) -> None:
+        """A channel is gone, and with it every delivery that came on it."""
+
+    def retired(self, channel: Channel) -> None:
+        """The broker has cancelled the consumer of a channel that itself stays open."""
+
+    def changed(self) -> None:
+        """Something changed that the status line shows."""
 
 
 class Consumer:
-    """Delivers messages from all queues, for ever, through whatever connection there is.
+    """Delivers messages from all queues, for ever, through whatever connection there is."""
 
-    ``on_message(queue, channel, incoming)`` and ``on_lost(channel)`` are called
-    synchronously, from inside the broker's callbacks; ``on_open(channel)`` before the
-    first message of a channel; ``on_retired(channel)`` when the broker has cancelled the
-    consumer of a channel that stays open.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        tag: str,
-        on_open: Callable[[Channel], None],
-        on_message: Callable[[str, Channel, Incoming], None],
-        on_lost: Callable[[Channel], None],
-        on_retired: Callable[[Channel], None],
-        wanted: Callable[[], bool],
-    ) -> None:
+    def __init__(self, settings: Settings, tag: str, receiver: Receiver) -> None:
         self._settings = settings
         self._tag = tag
-        self._on_open = on_open
-        self._on_message = on_message
-        self._on_lost = on_lost
-        self._on_retired = on_retired
-        #: Whether to consume at all; no longer, once a drain has nothing left to wait for.
-        self._wanted = wanted
+        self._receiver = receiver
         self._queues: Mapping[str, Queue] = {
             name: settings.queues[name] for name in settings.worker.queues
         }
@@ -54,6 +71,15 @@ class Consumer:
         self.dead_letters: set[str] = set()
         self.ack_timeout = settings.broker.ack_timeout
         self.consuming = asyncio.Event()
+        #: What keeps it from being connected, for the status line; "" while it is.
+        self.outage = "connecting"
+        self.connected_at = 0.0
+        #: Set to make the next attempt to connect come now.
+        self.wake = asyncio.Event()
+        #: Set when an attempt to connect has failed.
+        self.attempt_failed = asyncio.Event()
+        #: Whether the present outage has been logged.
+        self._down = False
         self._link: Link | None = None
         self._warned: set[str] = set()
 
@@ -62,18 +88,36 @@ class Consumer:
         """The host that it is connected to, "" when there is none."""
         return self._link.url.host if self._link else ""
 
-    async def run(self, links: AsyncIterator[Link]) -> None:
-        async for link in links:
-            if not self._wanted():
+    async def run(self, connect: Connect) -> None:
+        async for link in connect("consume", self._failed, self.wake):
+            if not self._receiver.wanted:
                 link.abort("draining")
                 continue
             self._link = link
+            self.outage = ""
+            self._down = False
+            self.connected_at = asyncio.get_running_loop().time()
             log.event("connected", broker=link.url.host, rabbitmq=".".join(map(str, link.version)))
             async with asyncio.TaskGroup() as tasks:
                 for queue in self._queues.values():
                     tasks.create_task(self._consume(link, queue), name=f"consume {queue.name}")
-                tasks.create_task(self._declare(link, "delays", topology.delay_levels()), name="declare")
+                tasks.create_task(
+                    self._declare(link, "delays", topology.delay_levels()), name="declare"
+                )
             self._link = None
+
+    def _failed(self, broker: str, trouble: Trouble, delay: float) -> None:
+        """A connection was lost, or an attempt failed; an outage is one warning, not many."""
+        fields = {"broker": broker, "text": str(trouble), "retry_in": round(delay, 1)}
+        if self._down or trouble.kind is Kind.CLOSED:
+            log.debug("unreachable", **fields)
+        else:
+            log.warning("disconnected" if self.connected_at else "unreachable", **fields)
+        self._down = True
+        verb = "reconnecting to" if self.connected_at else "waiting for broker"
+        self.outage = f"{verb} {broker} in {delay:.0f}s: {trouble}"
+        self.attempt_failed.set()
+        self._receiver.changed()
 
     async def cancel(self) -> None:
         """Stop all consumers; when this returns, the last message has come."""
@@ -97,9 +141,11 @@ class Consumer:
 
     async def _consume(self, link: Link, queue: Queue) -> None:
         """Consume one queue for as long as the connection lives."""
+        clock = asyncio.get_running_loop().time
+        reconnect_max = self._settings.broker.reconnect_max
+        delays = backoff(FIRST_PAUSE, reconnect_max)
         declared = False
-        delays = backoff(0.5, self._settings.broker.reconnect_max)
-        while self._wanted() and not link.ended.done():
+        while self._receiver.wanted and not link.ended.done():
             try:
                 if not declared:
                     await self._declare_queue(link, queue)
@@ -111,11 +157,12 @@ class Consumer:
                 self._pause(queue, trouble)
                 await asyncio.wait({link.ended}, timeout=next(delays))
                 continue
-            delays = backoff(0.5, self._settings.broker.reconnect_max)
+            opened_at = clock()
             self.channels[queue.name] = channel
             self.paused.pop(queue.name, None)
             self.consuming.set()
             log.event("consuming", queue=queue.name)
+            self._receiver.changed()
             await self._interruption(channel)
             if self.channels.get(queue.name) is channel:
                 del self.channels[queue.name]
@@ -123,23 +170,27 @@ class Consumer:
                 self._explain(queue, channel.ended.result())
             else:
                 log.warning("consumer cancelled", queue=queue.name)
-                self._on_retired(channel)
+                self._receiver.retired(channel)
+            self._receiver.changed()
+            if clock() - opened_at > reconnect_max:
+                delays = backoff(FIRST_PAUSE, reconnect_max)
+            await asyncio.wait({link.ended}, timeout=next(delays))
 
     async def _open(self, link: Link, queue: Queue) -> Channel:
         """A new channel that consumes the queue. It never makes the queue: see `_declare_queue`."""
         channel = await link.channel()
         await channel.count(queue.name)
-        self._on_open(channel)
+        self._receiver.opened(channel)
         try:
             await channel.consume(
                 queue.name,
                 queue.prefetch,
                 f"{self._tag}.{channel.serial}",
-                lambda channel, incoming: self._on_message(queue.name, channel, incoming),
-                self._on_lost,
+                lambda channel, incoming: self._receiver.delivered(queue.name, channel, incoming),
+                self._receiver.lost,
             )
         except Trouble:
-            self._on_lost(channel)
+            self._receiver.lost(channel)
             raise
         return channel
 
@@ -148,7 +199,8 @@ class Consumer:
         """Until the channel has ended or the broker has cancelled its consumer."""
         cancelled = asyncio.ensure_future(channel.cancelled.wait())
         try:
-            await asyncio.wait({channel.ended, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+            ends: set[asyncio.Future[Any]] = {channel.ended, cancelled}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
             cancelled.cancel()
 
@@ -166,10 +218,12 @@ class Consumer:
             log.warning("channel closed", queue=queue.name, text=str(trouble))
 
     def _pause(self, queue: Queue, trouble: Trouble) -> None:
-        text = f"waiting for queue {queue.name}" if queue.declare == "wait" else str(trouble)
+        missing = trouble.kind is Kind.MISSING
+        text = "waiting for it to be declared" if missing else str(trouble)
         if self.paused.get(queue.name) != text:
             log.warning("queue paused", queue=queue.name, text=str(trouble))
         self.paused[queue.name] = text
+        self._receiver.changed()
 
     async def _declare_queue(self, link: Link, queue: Queue) -> None:
         """Declare a work queue and what belongs to it, once for each connection.
@@ -191,28 +245,12 @@ class Consumer:
         What exists with other arguments is used as it is, and what may not be declared is
         hoped to exist: one warning says so, with the broker's words.
         """
-        complete = True
-        channel: Channel | None = None
         try:
-            for step in steps:
-                if channel is None or channel.ended.done():
-                    channel = await link.channel()
-                try:
-                    await channel.declare(step)
-                except Trouble as trouble:
-                    if trouble.kind is Kind.AWAY:
-                        raise
-                    complete = False
-                    self._warn(what, trouble)
-                    if trouble.kind is Kind.REFUSED:
-                        break
-            if channel and not channel.ended.done():
-                await channel.close()
-        except (Trouble, TimeoutError):
+            objections = await link.declare(steps)
+        except Trouble:
             return False  # the connection is gone; on the next one all is declared again
-        return complete
-
-    def _warn(self, what: str, trouble: Trouble) -> None:
-        if str(trouble) not in self._warned:
-            self._warned.add(str(trouble))
-            log.warning("declare failed", what=what, text=str(trouble))
+        for objection in map(str, objections):
+            if objection not in self._warned:
+                self._warned.add(objection)
+                log.warning("declare failed", what=what, text=objection)
+        return not objections

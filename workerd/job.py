@@ -31,7 +31,13 @@ UNREADABLE = "\0unreadable"
 _OWN = "x-workerd-"
 # The broker writes these; republished, RabbitMQ up to 3.13 reads them back as its own
 # history and may drop the message as a cycle.
-_BOOKKEEPING = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count")
+_BOOKKEEPING = (
+    "x-death",
+    "x-first-death-",
+    "x-last-death-",
+    "x-delivery-count",
+    "x-acquired-count",
+)
 # All properties and headers must fit one frame (131,072 bytes); beyond it RabbitMQ closes
 # the connection with 501.
 _MAX_HEADER_BYTES = 64 * 1024
@@ -127,7 +133,7 @@ class Outcome(enum.Enum):
     FAILED = "failed"
     #: The job itself is wrong; no further attempt could help.
     REJECTED = "rejected"
-    #: The handler cannot run here and now (program missing, no processes left): not the job's fault.
+    #: The handler cannot run here and now, as when its program is missing: not the job's fault.
     UNAVAILABLE = "unavailable"
     #: Cut off by a drain.
     INTERRUPTED = "interrupted"
@@ -220,7 +226,7 @@ def portable_headers(headers: Mapping[str, object]) -> tuple[dict[str, object], 
     dropped: list[str] = []
     room = _MAX_HEADER_BYTES
     for name, value in headers.items():
-        if name == UNREADABLE or isinstance(name, str) and name.startswith((_OWN, *_BOOKKEEPING)):
+        if name == UNREADABLE or (isinstance(name, str) and name.startswith((_OWN, *_BOOKKEEPING))):
             continue
         size = _size(name, 0) if isinstance(name, str) and len(name.encode()) <= 255 else None
         value_size = None if size is None else _size(value, 0)
@@ -275,7 +281,7 @@ def dead_letter(job: Job, report: Report, place: Place, now: float) -> tuple[Mes
     (docs/dead-letters.md). ``now`` is in seconds since 1970.
     """
     headers, dropped = portable_headers(job.message.headers)
-    when = datetime.datetime.fromtimestamp(now, datetime.timezone.utc)
+    when = datetime.datetime.fromtimestamp(now, datetime.UTC)
     stamp = when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     first = job.message.headers.get("x-workerd-first-failure")
     facts: dict[str, object] = {
@@ -297,12 +303,25 @@ def dead_letter(job: Job, report: Report, place: Place, now: float) -> tuple[Mes
     return copy, dropped
 
 
+def has_expired(message: Message, now: float) -> bool:
+    """Whether it must not start any more, by the instant in its own header.
+
+    A sender's TTL needs no look: the broker drops what exceeds it.
+    """
+    own = message.headers.get(EXPIRES)
+    return isinstance(own, int) and not isinstance(own, bool) and 0 < own < now * 1000
+
+
 def _expires(message: Message, now: float) -> int | None:
     """The instant after which the job must not start, in ms since 1970; None: never."""
     own = message.headers.get(EXPIRES)
     if isinstance(own, int) and not isinstance(own, bool) and 0 <= own < 2**63:
         return own
-    if isinstance(message.expiration, str) and message.expiration.isascii() and message.expiration.isdigit():
+    if (
+        isinstance(message.expiration, str)
+        and message.expiration.isascii()
+        and message.expiration.isdigit()
+    ):
         start = message.timestamp * 1000 if message.timestamp else int(now * 1000)
         return min(start + int(message.expiration), 2**63 - 1)
     return None

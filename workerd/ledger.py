@@ -159,7 +159,7 @@ class Ledger:
         self._busy[run.job.queue] -= 1
         self._disown(run)
         key = run.job.key
-        if not verdict.final:
+        if not verdict.remembered:
             self.memory.forget(key)
         elif run.job.named:
             self.memory.add(key, run.delivery.channel if run.delivery else 0)

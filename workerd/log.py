@@ -13,6 +13,7 @@ import contextvars
 import json
 import os
 import re
+import select
 import socket
 import struct
 import sys
@@ -20,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Literal
 
 LEVELS = {"debug": 7, "info": 6, "warning": 4, "error": 3}
@@ -30,10 +32,15 @@ Record = tuple[float, str, str, Mapping[str, object]]
 BACKLOG = 20_000
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
 
-_job: contextvars.ContextVar[Mapping[str, object]] = contextvars.ContextVar("job", default={})
+_NO_FIELDS: Mapping[str, object] = MappingProxyType({})
+_job: contextvars.ContextVar[Mapping[str, object]] = contextvars.ContextVar(
+    "job", default=_NO_FIELDS
+)
 # C0 and C1 controls, and what else terminals or log viewers take as the end of a line or
 # a change of direction.
-_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def event(name: str, level: Level = "info", **fields: object) -> None:
@@ -65,7 +72,9 @@ def job_fields(**fields: object) -> Iterator[None]:
 
 def safe(text: str) -> str:
     """The text on one line, with control characters as ``\\x1b``: it cannot forge anything."""
-    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape", "backslashreplace").decode(), text)
+    return _UNSAFE.sub(
+        lambda match: match[0].encode("unicode_escape", "backslashreplace").decode(), text
+    )
 
 
 def text_of(data: bytes) -> str:
@@ -90,7 +99,7 @@ class Log:
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def start(self, write: Callable[[Record], None], level: Level, instance: str) -> None:
+    def begin(self, write: Callable[[Record], None], level: Level, instance: str) -> None:
         """From now on write through ``write``, in a thread of its own."""
         self._write = write
         self.instance = instance
@@ -102,7 +111,7 @@ class Log:
     def put(self, name: str, level: Level, fields: dict[str, object]) -> None:
         if LEVELS[level] > self.threshold:
             return
-        merged = {**_job.get(), **fields, "instance": self.instance} if self.instance else fields
+        merged = {**_job.get(), **fields, "instance": self.instance or None}
         record = (time.time(), level, name, merged)
         if self._thread is None:
             self._write(record)
@@ -116,38 +125,47 @@ class Log:
     def flush(self, timeout: float) -> None:
         """Wait until everything is written, but not longer than ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
-        while self._thread and (self._records or self._wake.is_set()) and time.monotonic() < deadline:
+        while (
+            self._thread and (self._records or self._wake.is_set()) and time.monotonic() < deadline
+        ):
             time.sleep(0.005)  # the loop is over by now; nothing else is held up
 
     def _run(self) -> None:
         while True:
             self._wake.wait()
             while self._records:
-                # A reader of the log that went away is no reason to stop working.
-                with contextlib.suppress(OSError):
-                    self._write(self._records[0])
+                self._write_one(self._records[0])
                 self._records.popleft()
-                if self._dropped and len(self._records) < BACKLOG // 2:
-                    lost, self._dropped = self._dropped, 0
-                    self.put("log dropped", "warning", {"records": lost})
             self._wake.clear()
             if self._records:
                 self._wake.set()
 
+    def _write_one(self, record: Record) -> None:
+        try:
+            self._write(record)
+        except OSError:
+            # A reader of the log that went away is no reason to stop working.
+            self._dropped += 1
+        else:
+            # Told only once something can be written again, and not among too much else.
+            if self._dropped and len(self._records) < BACKLOG // 2:
+                lost, self._dropped = self._dropped, 0
+                self.put("log dropped", "warning", {"records": lost})
 
-def writer(format: str) -> Callable[[Record], None]:
+
+def writer(style: str) -> Callable[[Record], None]:
     """The writer for ``[log] format``: journal, json, console, or auto.
 
     ``auto`` is the journal's own protocol when stderr is connected to it, JSON into a
     file or pipe, and the console format on a terminal.
     """
     stderr = sys.stderr.fileno()
-    if format == "auto":
+    if style == "auto":
         on_journal = os.environ.get("JOURNAL_STREAM") == _identity(stderr)
-        format = "journal" if on_journal else "console" if os.isatty(stderr) else "json"
-    if format == "journal":
+        style = "journal" if on_journal else "console" if os.isatty(stderr) else "json"
+    if style == "journal":
         return journal(JOURNAL_SOCKET, fallback=prefixed(stderr))
-    return json_lines(stderr) if format == "json" else console(stderr)
+    return json_lines(stderr) if style == "json" else console(stderr)
 
 
 def _identity(fd: int) -> str:
@@ -160,7 +178,9 @@ def json_lines(fd: int) -> Callable[[Record], None]:
 
     def write(record: Record) -> None:
         when, level, name, fields = record
-        line = json.dumps({"time": _stamp(when), "level": level, "event": name, **fields}, default=str)
+        facts = {key: value for key, value in fields.items() if value is not None}
+        entry = {"time": _stamp(when), "level": level, "event": name, **facts}
+        line = json.dumps(entry, default=str)
         _write_all(fd, line.encode("utf-8", "backslashreplace") + b"\n")
 
     return write
@@ -242,14 +262,20 @@ def _quoted(value: object) -> str:
 
 
 def _stamp(when: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when)) + f".{int(when * 1000) % 1000:03d}Z"
+    return (
+        time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when)) + f".{int(when * 1000) % 1000:03d}Z"
+    )
 
 
 def _write_all(fd: int, data: bytes) -> None:
     while data:
-        data = data[os.write(fd, data) :]
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:
+            # Somebody else made our stderr non-blocking, as a shell's terminal often is.
+            select.select([], [fd], [])
 
 
 _log = Log()
-start = _log.start
+begin = _log.begin
 flush = _log.flush

@@ -7,9 +7,10 @@ publish, and acknowledgements would be stuck with the rest.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
-from workerd.broker import CONFIRM_TIMEOUT, Channel, Link
+from workerd import log
+from workerd.broker import CONFIRM_TIMEOUT, Channel
+from workerd.consumer import Connect
 from workerd.errors import Kind, Trouble
 from workerd.job import Message
 
@@ -20,15 +21,18 @@ class Publisher:
     def __init__(self) -> None:
         self._channel: Channel | None = None
         self._open = asyncio.Event()
+        #: Whether the present outage has been logged.
+        self._down = False
 
     @property
     def blocked(self) -> str:
         """The alarm that holds up publishing, "" when there is none."""
         return self._channel.link.blocked if self._channel else ""
 
-    async def run(self, links: AsyncIterator[Link]) -> None:
+    async def run(self, connect: Connect) -> None:
         """Keep a confirming channel open, for ever."""
-        async for link in links:
+        async for link in connect("publish", self._failed, asyncio.Event()):
+            self._down = False
             while not link.ended.done():
                 try:
                     channel = await link.channel()
@@ -41,6 +45,12 @@ class Publisher:
                 await asyncio.shield(channel.ended)
                 self._channel = None
                 self._open.clear()
+
+    def _failed(self, broker: str, trouble: Trouble, _delay: float) -> None:
+        # The consuming connection has warned already when the broker as a whole is away.
+        level = log.debug if self._down or trouble.kind in (Kind.AWAY, Kind.CLOSED) else log.warning
+        level("publisher disconnected", broker=broker, text=str(trouble))
+        self._down = True
 
     async def publish(self, exchange: str, key: str, message: Message) -> None:
         """Publish, and return when the broker has confirmed and routed the message.

@@ -22,9 +22,13 @@ class Verdict(enum.Enum):
     RETURN = "returned"
 
     @property
-    def final(self) -> bool:
-        """Whether the delivery is over for good, so that a redelivery must not run again."""
-        return self is not Verdict.RETURN
+    def remembered(self) -> bool:
+        """Whether a redelivery is acknowledged without another run.
+
+        A rejected one is not: its reject may have been lost, and only another one brings it
+        to the dead letters.
+        """
+        return self in (Verdict.DONE, Verdict.DEAD)
 
 
 def judge(outcome: Outcome) -> Verdict:

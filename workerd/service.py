@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import sdnotify
@@ -49,14 +52,38 @@ class Systemd:
             await asyncio.sleep(limit / 3)
 
 
-def detach(pidfile: str | None, log_file: str | None) -> None:
+def runtime_directory(instance: str, environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder for an instance's lock and socket, made if need be. Raises OSError.
+
+    Below $RUNTIME_DIRECTORY (systemd's), else /run/workerd when that is ours to write, else
+    $XDG_RUNTIME_DIR/workerd, else ~/.local/state/workerd.
+    """
+    home = environ.get("XDG_RUNTIME_DIR") or str(Path.home() / ".local/state")
+    if environ.get("RUNTIME_DIRECTORY"):
+        base = Path(environ["RUNTIME_DIRECTORY"].split(":")[0])
+    else:
+        base = Path("/run/workerd")
+        if not os.access(base if base.is_dir() else base.parent, os.W_OK):
+            base = Path(home, "workerd")
+    folder = base / instance
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    return folder
+
+
+def forbid_dumps() -> None:
+    """Make this process non-dumpable: its memory holds the broker's password (prctl(2))."""
+    pr_set_dumpable = 4
+    ctypes.CDLL(None).prctl(pr_set_dumpable, 0, 0, 0, 0)
+
+
+def detach(pidfile: str | None, log_file: str | None, keep: Iterable[int]) -> None:
     """Become a daemon of its own, for hosts without systemd; returns in the new process.
 
-    ``log_file`` takes what would go to stderr, ``/dev/null`` when None. Raises OSError.
+    ``log_file`` takes what would go to stderr, ``/dev/null`` when None; the descriptors
+    ``keep`` stay open. Raises OSError.
     """
     # Here and not above: Debian 12's version costs 34 MB for a set of all descriptors.
     import daemon
-    import daemon.daemon
 
     out = open(log_file or os.devnull, "a", buffering=1)  # noqa: SIM115 - stays open
     context = daemon.DaemonContext(
@@ -64,7 +91,7 @@ def detach(pidfile: str | None, log_file: str | None) -> None:
         umask=0o077,
         stdout=out,
         stderr=out,
-        files_preserve=[out],
+        files_preserve=[out, *keep],
         signal_map={},
     )
     context.open()

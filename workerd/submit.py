@@ -1,4 +1,4 @@
-"""Sending jobs: `submit`, one job or many lines, confirmed by the broker or told exactly why not."""
+"""Sending jobs, one or many lines: confirmed by the broker, or told exactly why not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from types import FrameType
+from typing import cast
 
 from workerd.broker import Channel, Link
 from workerd.errors import Kind, Trouble, Unencodable, Unroutable, WorkerdError
@@ -58,10 +60,16 @@ def order(args: argparse.Namespace, settings: Settings) -> Order:
     handler = settings.handlers.get(args.type)
     if handler is None and args.queue is None and settings.handlers:
         hint = did_you_mean(args.type, settings.handlers)
-        raise Refused(EX_USAGE, f"no handler is named {args.type!r}{hint}; name a --queue to send it anyway")
+        raise Refused(
+            EX_USAGE, f"no handler is named {args.type!r}{hint}; name a --queue to send it anyway"
+        )
     if args.id is not None and (args.lines or args.jsonl):
         raise Refused(EX_USAGE, "--id names one job; with --lines and --jsonl each gets its own")
-    for option, text in (("TYPE", args.type), ("--id", args.id or "id"), ("--queue", args.queue or "q")):
+    for option, text in (
+        ("TYPE", args.type),
+        ("--id", args.id or "id"),
+        ("--queue", args.queue or "q"),
+    ):
         if not 0 < len(text.encode("utf-8", "replace")) <= _SHORT or not text.isprintable():
             raise Refused(EX_USAGE, f"{option} must be 1 to {_SHORT} bytes of printable text")
     if args.priority is not None and not 0 <= args.priority <= 255:
@@ -151,7 +159,8 @@ async def _submit_one(broker: Broker, queue: str, message: Message, deadline: fl
             async with asyncio.timeout(deadline - time.monotonic()):
                 channel = await _connect(broker)
                 try:
-                    return await _confirmed(channel, queue, message)
+                    await _confirmed(channel, queue, message)
+                    return
                 finally:
                     channel.link.abort("done")
         except TimeoutError:
@@ -280,7 +289,10 @@ class Bulk:
 
 async def _lines(args: argparse.Namespace) -> AsyncIterator[bytes]:
     """The lines of the input, as they come, without holding up the connection."""
-    source = sys.stdin.buffer if args.file in (None, "-") else open(args.file, "rb")  # noqa: SIM115
+    if args.file in (None, "-"):
+        source = cast(BufferedReader, sys.stdin.buffer)
+    else:
+        source = open(args.file, "rb")  # noqa: SIM115 - open until the end
     loop = asyncio.get_running_loop()
     rest = b""
     while chunk := await loop.run_in_executor(None, source.read1, 1 << 16):
@@ -293,7 +305,9 @@ async def _lines(args: argparse.Namespace) -> AsyncIterator[bytes]:
 
 def _submit_lines(args: argparse.Namespace, broker: Broker, order: Order) -> int:
     if args.body is not None:
-        raise Refused(EX_USAGE, "--lines and --jsonl read a file or standard input, not an argument")
+        raise Refused(
+            EX_USAGE, "--lines and --jsonl read a file or standard input, not an argument"
+        )
     bulk = Bulk(args, broker, order)
     asyncio.run(bulk.run())
     if bulk.failure is None:

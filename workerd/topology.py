@@ -6,10 +6,10 @@ serves every broker version from 3.10 on. docs/topology.md lists them for admini
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from workerd.settings import Queue
+from workerd.options import Queue
 
 #: Level k delays by 2**k seconds; all together 2**25 - 1 seconds, a little over a year.
 LEVELS = 25
@@ -56,6 +56,7 @@ class BindExchange:
 
 
 Step = DeclareQueue | DeclareExchange | BindQueue | BindExchange
+Steps = Iterable[Step]
 
 
 def dead(queue: str) -> str:

@@ -25,7 +25,8 @@ class Message:
 
     @property
     def id(self) -> str | None:
-        return self.properties.message_id
+        message_id: str | None = self.properties.message_id
+        return message_id
 
     @property
     def headers(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -55,10 +56,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def kill_group(pid: int) -> None:
     """SIGKILL the process group `pid`, if there is one."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def adopt_orphans() -> None:

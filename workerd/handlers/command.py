@@ -138,8 +138,10 @@ class CommandHandler:
             )
             exposed = bool(template.parts) and isinstance(template.parts[0], Placeholder)
             if exposed and argument.startswith(b"-") and not (options_end or self._settings.dashes):
-                raise BadJob("bad-argument", f"the argument {argument[:80]!r} would be taken for an option")
-            options_end = options_end or argument == b"--" and not exposed
+                raise BadJob(
+                    "bad-argument", f"the argument {argument[:80]!r} would be taken for an option"
+                )
+            options_end = options_end or (argument == b"--" and not exposed)
             arguments.append(argument)
         return arguments
 
@@ -161,7 +163,11 @@ class CommandHandler:
         for name, value in message.headers.items():
             text = value if isinstance(value, str) else json.dumps(value, default=str)
             size = len(name) + len(text.encode("utf-8", "surrogatepass"))
-            if isinstance(name, str) and "\0" not in text and size <= min(_HEADER_VALUE_LIMIT, room):
+            if (
+                isinstance(name, str)
+                and "\0" not in text
+                and size <= min(_HEADER_VALUE_LIMIT, room)
+            ):
                 room -= size
                 environment["WORKERD_HEADER_" + re.sub("[^A-Z0-9_]", "_", name.upper())] = text
         parent = job.header("traceparent")

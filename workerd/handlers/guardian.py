@@ -19,12 +19,18 @@ _ENTRY = struct.Struct("=i")
 class Guardian:
     """Knows the process group of each running job, and outlives the daemon to kill them."""
 
-    def __init__(self) -> None:
-        """Fork it. To be called before any thread, loop or connection exists."""
+    def __init__(self, *not_its_own: int) -> None:
+        """Fork it. To be called before any thread, loop or connection exists.
+
+        The descriptors ``not_its_own`` are closed in it: the daemon's lock must be free
+        when the daemon is gone.
+        """
         ours, self._pipe = os.pipe2(os.O_CLOEXEC)
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self._pipe)
+            for descriptor in not_its_own:
+                os.close(descriptor)
             with contextlib.suppress(BaseException):
                 _watch(ours)
             os._exit(0)

@@ -56,7 +56,11 @@ class Output:
             self._log(self._line)
         if self._rest and not self._rest.endswith(b"\n"):
             self._rest_lines += 1
-        last = self._rest.removesuffix(b"\n").split(b"\n")[-self._last :] if self._rest and self._last else []
+        last = (
+            self._rest.removesuffix(b"\n").split(b"\n")[-self._last :]
+            if self._rest and self._last
+            else []
+        )
         omitted = self._rest_lines - len(last)
         if omitted > 0:
             log.event("output omitted", self._level, stream=self._stream, lines=omitted)
@@ -65,7 +69,12 @@ class Output:
 
     def _log(self, line: bytes | bytearray) -> None:
         text = log.text_of(bytes(line[:MAX_LINE].removesuffix(b"\r")))
-        log.event("output", self._level, stream=self._stream, text=text + ("…" if len(line) > MAX_LINE else ""))
+        log.event(
+            "output",
+            self._level,
+            stream=self._stream,
+            text=text + ("…" if len(line) > MAX_LINE else ""),
+        )
 
 
 def _append(buffer: bytearray, data: bytes, limit: int) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 from workerd.handlers.guardian import Guardian
 
@@ -33,7 +33,7 @@ class Process:
 
     def __init__(
         self,
-        argv: Sequence[str | bytes],
+        argv: list[str | bytes],
         environment: Mapping[str, str],
         working_directory: str | None,
         body: bytes,
@@ -156,7 +156,7 @@ def _put_down(pid: int) -> None:
 
 
 def _spawn(
-    argv: Sequence[str | bytes],
+    argv: list[str | bytes],
     environment: Mapping[str, str],
     working_directory: str | None,
     stdio: tuple[int, int, int],

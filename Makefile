@@ -1,0 +1,42 @@
+# make help lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help demo test check mutants campaign clean
+
+python := .venv/bin/python
+cache := $(CURDIR)/.cache
+# Tests mostly wait, so more of them than processors fit side by side.
+jobs ?= 3
+pytest := $(python) -m pytest -n $(jobs)
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: ## a private RabbitMQ, restarted under the tutorial's jobs; each runs once
+	@tests/install demo
+	@$(python) -m tests.demo
+
+test: check ## install what is missing and run every test, on both RabbitMQs and three pikas
+	@tests/install test
+	WORKERD_TEST_PIKA=$(cache)/pika-1.2.0 WORKERD_TEST_RABBITMQ=3.10 $(pytest)
+	WORKERD_TEST_PIKA=$(cache)/pika-1.3.2 WORKERD_TEST_RABBITMQ=4.0 $(pytest) -m 'not pure'
+	WORKERD_TEST_RABBITMQ=3.10 $(pytest) -m pika
+
+check: ## linters, formatting, types
+	@tests/install check
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+
+mutants: ## plant every known bug, one at a time, and see its test catch it
+	@tests/install test
+	$(python) -m tests.mutants run
+
+campaign: ## the tests with random moments, with many more seeds
+	@tests/install test
+	WORKERD_TEST_SEEDS=100 $(pytest) -m campaign
+	WORKERD_TEST_PIKA=$(cache)/pika-1.3.2 WORKERD_TEST_RABBITMQ=4.0 WORKERD_TEST_SEEDS=100 \
+		$(pytest) -m campaign
+
+clean: ## remove what the other targets made in this checkout
+	rm -rf .venv .cache dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

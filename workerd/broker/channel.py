@@ -1,0 +1,247 @@
+"""One AMQP channel: declaring, consuming, settling, confirmed publishing."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pika.exceptions
+import pika.spec
+
+from workerd.broker.codec import Incoming, properties_of
+from workerd.broker.faults import diagnose
+from workerd.broker.timeouts import ANSWER_TIMEOUT
+from workerd.errors import Kind, Trouble, Unencodable, Unroutable
+from workerd.job import Message
+from workerd.topology import BindExchange, BindQueue, DeclareExchange, DeclareQueue, Step
+
+if TYPE_CHECKING:
+    from workerd.broker.link import Link
+
+_serials = itertools.count(1)
+
+
+class Channel:
+    """One channel. ``serial`` is unique in this process, ``ended`` says why it ended.
+
+    Every request raises Trouble when the broker refuses it (which ends the channel) or
+    does not answer in time (which ends the connection).
+    """
+
+    def __init__(self, link: Link, channel: Any) -> None:
+        self.link = link
+        self.serial = next(_serials)
+        self.ended: asyncio.Future[Trouble] = asyncio.get_running_loop().create_future()
+        #: Set when the broker itself cancelled the consumer: queue deleted, or (RabbitMQ
+        #: 4.3) deliveries not acknowledged in time. The channel stays open.
+        self.cancelled = asyncio.Event()
+        self._channel = channel
+        self._requests: set[asyncio.Future[Any]] = set()
+        self._consumer_tag = ""
+        self._on_lost: Callable[[Channel], None] | None = None
+        self._published = 0
+        self._confirms: dict[int, asyncio.Future[None]] = {}
+        self._ids: dict[int, tuple[str, str]] = {}
+        self._returned: set[int] = set()
+        channel.add_on_close_callback(self._closed)
+        channel.add_on_cancel_callback(lambda _frame: self.cancelled.set())
+
+    @property
+    def open(self) -> bool:
+        return bool(self._channel.is_open)
+
+    async def declare(self, step: Step) -> None:
+        """Declare a queue or an exchange, or make a binding."""
+        match step:
+            case DeclareQueue(name, arguments):
+                await self._ask(
+                    self._channel.queue_declare,
+                    queue=name,
+                    durable=True,
+                    arguments=arguments or None,
+                )
+            case DeclareExchange(name, kind, arguments):
+                await self._ask(
+                    self._channel.exchange_declare,
+                    exchange=name,
+                    exchange_type=kind,
+                    durable=True,
+                    arguments=arguments or None,
+                )
+            case BindQueue(queue, exchange, pattern):
+                await self._ask(
+                    self._channel.queue_bind, queue=queue, exchange=exchange, routing_key=pattern
+                )
+            case BindExchange(destination, source, pattern):
+                await self._ask(
+                    self._channel.exchange_bind,
+                    destination=destination,
+                    source=source,
+                    routing_key=pattern,
+                )
+
+    async def count(self, queue: str) -> tuple[int, int]:
+        """The ready messages and the consumers of a queue that must exist."""
+        answer = await self._ask(self._channel.queue_declare, queue=queue, passive=True)
+        return answer.method.message_count, answer.method.consumer_count
+
+    async def peek(self, queue: str) -> None:
+        """Ask a queue for a message; one that comes goes back when the channel closes."""
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def answered(*_: Any) -> None:
+            if not answer.done():
+                answer.set_result(None)
+
+        self._channel.add_callback(answered, [pika.spec.Basic.GetEmpty])
+        self._channel.basic_get(queue, lambda *_: answered())
+        either: set[asyncio.Future[Any]] = {answer, self.ended}
+        await asyncio.wait(either, timeout=ANSWER_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+        if self.ended.done():
+            raise self.ended.result()
+
+    async def consume(
+        self,
+        queue: str,
+        prefetch: int,
+        consumer_tag: str,
+        on_message: Callable[[Channel, Incoming], None],
+        on_lost: Callable[[Channel], None],
+    ) -> None:
+        """Let messages come, at most ``prefetch`` unacknowledged ones at a time.
+
+        ``on_lost`` is called synchronously, the moment this channel is gone.
+        """
+
+        def deliver(_channel: Any, method: Any, properties: Any, body: bytes) -> None:
+            on_message(self, Incoming(method, properties, body))
+
+        self._on_lost = on_lost
+        self._consumer_tag = consumer_tag
+        # Per consumer: RabbitMQ refuses (3.x) or converts (4.3) the global kind.
+        await self._ask(self._channel.basic_qos, prefetch_count=prefetch, global_qos=False)
+        await self._ask(
+            self._channel.basic_consume,
+            queue=queue,
+            on_message_callback=deliver,
+            consumer_tag=consumer_tag,
+        )
+
+    async def cancel(self) -> None:
+        """Stop the consumer; returns when the broker has sent the last message."""
+        if not self._consumer_tag or self.cancelled.is_set() or not self.open:
+            return
+        method = pika.spec.Basic.Cancel(consumer_tag=self._consumer_tag)
+        replies = [(pika.spec.Basic.CancelOk, {"consumer_tag": self._consumer_tag})]
+        # Not pika's basic_cancel: it gives back what still arrives before cancel-ok, at
+        # once and by reject, and the broker sends that straight to us again.
+        await self._ask(
+            lambda callback: self._channel._rpc(method, callback, replies)  # noqa: SLF001
+        )
+
+    def ack(self, tag: int) -> None:
+        self._channel.basic_ack(tag)
+
+    def give_back(self, tag: int) -> None:
+        # nack, not reject: RabbitMQ 4.3 counts a reject as a failed delivery.
+        self._channel.basic_nack(tag, requeue=True)
+
+    def reject(self, tag: int) -> None:
+        """Let the broker dead-letter the message untouched, or drop it where it does not."""
+        self._channel.basic_reject(tag, requeue=False)
+
+    async def confirm(self) -> None:
+        """Make the broker confirm what is published on this channel."""
+        self._channel.add_on_return_callback(self._on_return)
+        await self._ask(self._channel.confirm_delivery, self._on_confirm)
+
+    def publish(self, exchange: str, key: str, message: Message) -> asyncio.Future[None]:
+        """Publish, persistent and mandatory; the future is done when the broker confirms.
+
+        It raises Unroutable, Trouble(BUSY) when the broker refuses the message, or the
+        Trouble that ended the channel: then nobody knows whether the message arrived.
+        Raises Unencodable at once for what AMQP cannot carry.
+        """
+        try:
+            self._channel.basic_publish(
+                exchange, key, message.body, properties_of(message), mandatory=True
+            )
+        except (pika.exceptions.AMQPConnectionError, pika.exceptions.AMQPChannelError) as error:
+            raise diagnose(error) from error
+        except (pika.exceptions.AMQPError, struct.error, ValueError, TypeError) as error:
+            raise Unencodable(f"the message cannot be encoded: {error!r}") from error
+        self._published += 1
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._confirms[self._published] = future
+        self._ids[self._published] = (key, str(message.message_id))
+        return future
+
+    async def close(self) -> None:
+        """Close, and wait for the answer: the proof that the broker has read our acks."""
+        if self.open:
+            self._channel.close()
+        async with asyncio.timeout(ANSWER_TIMEOUT):
+            await asyncio.shield(self.ended)
+
+    async def _ask(self, request: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def answered(frame: Any) -> None:
+            if not answer.done():
+                answer.set_result(frame)
+
+        self._requests.add(answer)
+        try:
+            request(*args, callback=answered, **kwargs)
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                return await answer
+        except TimeoutError:
+            text = f"no answer within {ANSWER_TIMEOUT:.0f} s"
+            self.link.abort(text)
+            raise Trouble(Kind.AWAY, text) from None
+        except pika.exceptions.AMQPError as error:
+            raise diagnose(error) from error
+        finally:
+            self._requests.discard(answer)
+
+    def _closed(self, _channel: Any, reason: BaseException) -> None:
+        trouble = diagnose(reason)
+        if self._on_lost:
+            self._on_lost(self)
+        for future in (*self._requests, *self._confirms.values()):
+            if not future.done():
+                future.set_exception(trouble)
+                future.exception()  # somebody may have stopped waiting for it
+        self._confirms.clear()
+        self._ids.clear()
+        if not self.ended.done():
+            self.ended.set_result(trouble)
+
+    def _on_return(self, _channel: Any, _method: Any, properties: Any, _body: bytes) -> None:
+        # A return carries no number. It comes before the confirm of its message, and
+        # returns come in the order of publishing.
+        for number, (_key, message_id) in self._ids.items():
+            if message_id == str(properties.message_id) and number not in self._returned:
+                self._returned.add(number)
+                return
+
+    def _on_confirm(self, frame: Any) -> None:
+        method = frame.method
+        last = method.delivery_tag
+        numbers = [n for n in self._confirms if n <= last] if method.multiple else [last]
+        for number in numbers:
+            future = self._confirms.pop(number, None)
+            key, _ = self._ids.pop(number, ("", ""))
+            returned = number in self._returned
+            self._returned.discard(number)
+            if future is None or future.done():
+                continue
+            if isinstance(method, pika.spec.Basic.Nack):
+                future.set_exception(Trouble(Kind.BUSY, f"the broker refused it: {key} is full"))
+            elif returned:
+                future.set_exception(Unroutable(key))
+            else:
+                future.set_result(None)

@@ -1,0 +1,106 @@
+"""The drain: how a worker comes to rest. `Drain.run` is the whole of it, line by line."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING
+
+from workerd import log
+from workerd.waiting import first
+
+if TYPE_CHECKING:
+    from workerd.worker import Worker
+
+#: Seconds for the broker to prove, at the end, that it has read our acks.
+CLOSE_TIMEOUT = 15.0
+#: Seconds for one last attempt to settle what ended while the broker was away.
+RECLAIM_TIMEOUT = 5.0
+#: Seconds beyond its grace that a job's process group may take to die of SIGKILL.
+KILL_TIMEOUT = 5.0
+
+
+class Drain:
+    """Not yet wanted, wanted, or in a hurry; one deadline, computed once."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self.wanted = asyncio.Event()
+        #: A second signal has come: running jobs get no more time.
+        self._hurry = asyncio.Event()
+        #: Done when running jobs must end.
+        self.interrupt: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._deadline = 0.0
+
+    def request(self) -> None:
+        """Drain; asked again, be quick about it."""
+        if self.wanted.is_set():
+            self._hurry.set()
+        self.wanted.set()
+
+    async def run(self) -> None:
+        worker = self._worker
+        ledger, consumer = worker.ledger, worker.consumer
+        timeout = worker.settings.worker.drain_timeout
+        self._deadline = asyncio.get_running_loop().time() + timeout
+        log.event("draining", running=len(ledger.running), seconds=timeout)
+        worker.notifier.stopping()
+        # From here on nothing starts; what still arrives is held.
+        ledger.drain()
+        worker.status.show()
+        # Messages come until cancel-ok. Given back before it, the broker would hand them
+        # straight to us again.
+        await self._before_deadline(consumer.cancel())
+        worker.give_back_unstarted()
+        # Each of the running jobs is settled as it ends.
+        await self._before_deadline(self._runs_end())
+        # The late ones get SIGTERM, their grace, SIGKILL, and go back unharmed.
+        self.interrupt.set_result(None)
+        handlers = worker.settings.handlers.values()
+        grace = max((handler.kill_grace for handler in handlers), default=0.0)
+        await first(self._runs_end(), timeout=grace + KILL_TIMEOUT)
+        # What ended while the broker was away can be settled only on a new connection.
+        await self._reclaim()
+        # Such a connection consumes like any other.
+        await first(consumer.cancel(), timeout=CLOSE_TIMEOUT)
+        worker.give_back_unstarted()
+        # Without these answers nobody knows whether the last acks were read.
+        await consumer.close(list(worker.channels.values()), CLOSE_TIMEOUT)
+        await worker.publisher.close(timeout=2.0)
+        log.event("drained", unfinished=len(ledger.running))
+
+    async def _reclaim(self) -> None:
+        """Wait for redeliveries of what is still owed: one attempt to connect, a few seconds."""
+        worker = self._worker
+        consumer, ledger = worker.consumer, worker.ledger
+        connected_for = asyncio.get_running_loop().time() - consumer.connected_at
+        if not ledger.owes() or (not consumer.outage and connected_for > RECLAIM_TIMEOUT):
+            return
+        consumer.attempt_failed.clear()
+        consumer.wake.set()
+        await first(
+            worker.until(lambda: not ledger.owes()),
+            consumer.attempt_failed.wait(),
+            self._hurry.wait(),
+            timeout=RECLAIM_TIMEOUT,
+        )
+
+    async def _runs_end(self) -> None:
+        await self._worker.until(lambda: not self._worker.ledger.running)
+
+    async def _before_deadline(self, work: Awaitable[None]) -> None:
+        """Wait for this work, but only until the deadline, or a second signal."""
+        await first(work, self._hurry.wait(), timeout=self.seconds_left)
+
+    @property
+    def seconds_left(self) -> float:
+        return max(0.0, self._deadline - asyncio.get_running_loop().time())
+
+    async def interrupted(self) -> None:
+        """Wait until running jobs must end."""
+        await asyncio.shield(self.interrupt)
+
+    async def interrupts_within(self, seconds: float) -> bool:
+        """Wait so long, but not beyond the moment when running jobs must end: has it come?"""
+        await asyncio.wait({self.interrupt}, timeout=seconds)
+        return self.interrupt.done()

@@ -1,0 +1,131 @@
+"""What an operator is told: the status line, and warnings before the broker loses patience."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+from workerd import log
+from workerd.consumer import Consumer
+from workerd.ledger import Ledger, Run
+from workerd.retry import Verdict
+
+if TYPE_CHECKING:
+    from workerd.worker import Worker
+
+#: Seconds between two renewals of the status line, at the least.
+INTERVAL = 1.0
+#: What an orderly end may take after the drain's deadline: the last jobs' grace, the closing.
+REST_OF_DRAIN = 60.0
+
+
+class Notifier(Protocol):
+    """Who is told how the daemon is doing: systemd."""
+
+    def ready(self) -> None: ...
+    def status(self, text: str) -> None: ...
+    def stopping(self) -> None: ...
+    def extend(self, seconds: float) -> None: ...
+    async def beat(self) -> None:
+        """Feed the watchdog, for as long as the loop that runs this makes progress."""
+
+
+class Status:
+    """The status line: renewed when something has changed, at most once a second."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self.done = 0
+        self.failed = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def count(self, verdict: Verdict) -> None:
+        """A job has its verdict."""
+        if verdict is Verdict.DONE:
+            self.done += 1
+        elif verdict is not Verdict.RETURN:
+            self.failed += 1
+
+    def touch(self) -> None:
+        """Something changed."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(INTERVAL, self.show)
+
+    def show(self) -> None:
+        """Renew the line now; in a drain, ask for more time as well."""
+        if self._timer:
+            self._timer.cancel()
+        self._timer = None
+        worker = self._worker
+        worker.notifier.status(self.line())
+        if worker.ledger.draining:
+            worker.notifier.extend(worker.drain.seconds_left + REST_OF_DRAIN)
+            self.touch()
+
+    def line(self) -> str:
+        worker = self._worker
+        consumer = worker.consumer
+        running = len(worker.ledger.running)
+        if worker.ledger.draining:
+            return f"draining {running} jobs, {worker.drain.seconds_left:.0f}s left"
+        if consumer.outage:
+            return consumer.outage + (f"; {running} running" if running else "")
+        parts = []
+        consuming = sorted(consumer.channels)
+        if consuming:
+            slots = sum(worker.settings.queues[queue].concurrency for queue in consuming)
+            parts.append(
+                f"consuming {', '.join(consuming)}: {running}/{slots} running, "
+                f"{self.done} done, {self.failed} failed; {consumer.broker}"
+            )
+        parts += [f"{queue} paused: {text}" for queue, text in sorted(consumer.paused.items())]
+        if worker.publisher.blocked:
+            parts.append(f"publishing blocked: {worker.publisher.blocked}")
+        return "; ".join(parts) or f"declaring queues; {consumer.broker}"
+
+    def log_state(self) -> None:
+        """Everything that is in hand, into the log."""
+        worker = self._worker
+        now = asyncio.get_running_loop().time()
+        log.event("state", status=self.line(), remembered=len(worker.ledger.memory))
+        for queue in worker.settings.worker.queues:
+            log.event(
+                "state queue",
+                queue=queue,
+                running=worker.ledger.busy(queue),
+                waiting=worker.ledger.waiting(queue),
+                paused=worker.consumer.paused.get(queue),
+            )
+        for run in worker.ledger.running:
+            log.event(
+                "state job",
+                job_id=run.job.id,
+                job_type=run.job.type,
+                queue=run.job.queue,
+                attempt=run.job.attempt,
+                seconds=round(now - run.delivery.received, 1) if run.delivery else None,
+                orphan=run.delivery is None,
+            )
+
+
+async def watch_ages(ledger: Ledger, consumer: Consumer) -> None:
+    """Warn before the broker takes a job back, at half and at 4/5 of its patience."""
+    warned: dict[Run, float] = {}
+    while True:
+        limit = consumer.ack_timeout
+        await asyncio.sleep(limit / 20)
+        now = asyncio.get_running_loop().time()
+        warned = {run: part for run, part in warned.items() if run in ledger.running}
+        for run in ledger.running:
+            age = now - run.delivery.received if run.delivery else 0.0
+            part = 0.8 if age > 0.8 * limit else 0.5 if age > 0.5 * limit else 0.0
+            if part > warned.get(run, 0.0):
+                warned[run] = part
+                log.warning(
+                    "ack timeout near",
+                    job_id=run.job.id,
+                    queue=run.job.queue,
+                    seconds=round(age),
+                    ack_timeout=round(limit),
+                    remedy="raise RabbitMQ's consumer_timeout above the longest job",
+                )

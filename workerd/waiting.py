@@ -1,0 +1,20 @@
+"""Waiting for whichever comes first."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+
+
+async def first(*work: Awaitable[object], timeout: float | None = None) -> None:
+    """Wait until one of these is done, or the time is up; the others are cancelled.
+
+    Raises what the one that ended raised. ``timeout`` is in seconds.
+    """
+    tasks = {asyncio.ensure_future(each) for each in work}
+    done, pending = await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    for task in done:
+        task.result()
