@@ -1,4 +1,4 @@
-"""docs/RELIABILITY.md and the planted bugs say the same, and say it of code and tests that exist."""
+"""docs/RELIABILITY.md and the planted bugs agree, and name code and tests that exist."""
 
 import re
 from pathlib import Path
