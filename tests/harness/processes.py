@@ -27,7 +27,7 @@ def spawn(
     env: Mapping[str, str],
     cwd: Path | None = None,
     stdout: int | IO[bytes] = subprocess.DEVNULL,
-    stderr: int | IO[bytes] = subprocess.DEVNULL,
+    stderr: int | IO[bytes] | None = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """Start `command` in its own session; the kernel kills it when the test run dies.
 
