@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from workerd import __version__, broker, log, service
 from workerd.broker import Link
@@ -55,11 +55,11 @@ def run(
     log.begin(log.writer(settings.log.format), settings.log.level, instance)
     try:
         # Not asyncio.run, which waits for a resolver that hangs in a thread.
-        asyncio.new_event_loop().run_until_complete(_serve(settings, instance, guardian))
+        status = asyncio.new_event_loop().run_until_complete(_serve(settings, instance, guardian))
     except Exception:  # noqa: BLE001 - a bug: tell it and end
         log.error("bug", traceback=traceback.format_exc())
         _exit(EX_SOFTWARE)
-    _exit(0)
+    _exit(status)
 
 
 def _exit(status: int) -> NoReturn:
@@ -69,7 +69,8 @@ def _exit(status: int) -> NoReturn:
     os._exit(status)
 
 
-async def _serve(settings: Settings, instance: str, guardian: Guardian) -> None:
+async def _serve(settings: Settings, instance: str, guardian: Guardian) -> int:
+    """Work until the drain is over; returns the exit status."""
     files = ", ".join(map(str, settings.files))
     log.event("starting", version=__version__, pid=os.getpid(), files=files)
     service.forbid_dumps()
@@ -85,6 +86,18 @@ async def _serve(settings: Settings, instance: str, guardian: Guardian) -> None:
 
     worker = Worker(settings, handlers, place, connect, service.Systemd())
     loop = asyncio.get_running_loop()
+    bugs: list[object] = []
+
+    def broken(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        text = "".join(traceback.format_exception(error)) if error else context["message"]
+        log.error("bug", traceback=text)
+        # A callback that broke off may have left a job that nobody will settle any more.
+        if "handle" in context:
+            bugs.append(error)
+            worker.stop()
+
+    loop.set_exception_handler(broken)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         loop.add_signal_handler(number, worker.stop)
     # Until there is something to reload, a HUP must at least not kill.
@@ -93,6 +106,7 @@ async def _serve(settings: Settings, instance: str, guardian: Guardian) -> None:
     )
     loop.add_signal_handler(signal.SIGUSR1, worker.status.log_state)
     await worker.run()
+    return EX_SOFTWARE if bugs else 0
 
 
 def _refuse_unsupported(settings: Settings) -> None:

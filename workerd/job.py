@@ -165,8 +165,10 @@ def new_id() -> str:
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
 
 
-def decode(message: Message, queue: str, redelivered: bool = False) -> Job:
-    """The job in a message that came from ``queue``.
+def decode(
+    message: Message, queue: str, redelivered: bool = False, default_type: str | None = None
+) -> Job:
+    """The job in a message that came from ``queue``; without a type it has the default one.
 
     What no handler could be given (properties that are not UTF-8, a header table that
     cannot be decoded) becomes a job with a ``fault``.
@@ -177,7 +179,7 @@ def decode(message: Message, queue: str, redelivered: bool = False) -> Job:
         id=str(message.message_id) if named else new_id(),
         named=named,
         queue=queue,
-        type=message.type if message.type and isinstance(message.type, str) else None,
+        type=message.type if message.type and isinstance(message.type, str) else default_type,
         attempt=spent + 1,
         redelivered=redelivered,
         message=message,

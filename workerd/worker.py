@@ -135,13 +135,12 @@ class Worker:
             raise job.fault
         if jobs.has_expired(job.message, time.time()):
             raise BadJob("expired", "it was not to be started after x-workerd-expires")
-        name = job.type or self.settings.queues[job.queue].default_handler
-        if name is None:
+        if job.type is None:
             raise BadJob("unknown-type", f"no type, and queue {job.queue} has no default_handler")
-        handler = self.handlers.get(name)
+        handler = self.handlers.get(job.type)
         if handler is None:
-            raise BadJob("unknown-type", f"no handler is named {name!r}")
-        limit = self.settings.handlers[name].max_body
+            raise BadJob("unknown-type", f"no handler is named {job.type!r}")
+        limit = self.settings.handlers[job.type].max_body
         if len(job.body) > limit:
             raise BadJob("too-large", f"the body has {len(job.body)} bytes; max_body is {limit}")
         return handler
@@ -208,7 +207,8 @@ class Worker:
         self.ledger.opened(channel.serial)
 
     def delivered(self, queue: str, channel: Channel, incoming: Incoming) -> None:
-        job = jobs.decode(incoming.message, queue, incoming.redelivered)
+        default = self.settings.queues[queue].default_handler
+        job = jobs.decode(incoming.message, queue, incoming.redelivered, default)
         now = asyncio.get_running_loop().time()
         decision = self.ledger.delivered(Delivery(channel.serial, incoming.tag, now, job))
         match decision:

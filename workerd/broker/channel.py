@@ -51,7 +51,7 @@ class Channel:
 
     @property
     def open(self) -> bool:
-        return bool(self._channel.is_open)
+        return bool(self._channel.is_open and self._channel.connection.is_open)
 
     async def declare(self, step: Step) -> None:
         """Declare a queue or an exchange, or make a binding."""
@@ -142,16 +142,24 @@ class Channel:
             lambda callback: self._channel._rpc(method, callback, replies)  # noqa: SLF001
         )
 
+    # Settling a delivery has no answer. On a channel that is going away it is of no use, and
+    # of no harm: the broker will send the message again.
+
     def ack(self, tag: int) -> None:
-        self._channel.basic_ack(tag)
+        """The message is done with."""
+        if self.open:
+            self._channel.basic_ack(tag)
 
     def give_back(self, tag: int) -> None:
+        """Back to its queue."""
         # nack, not reject: RabbitMQ 4.3 counts a reject as a failed delivery.
-        self._channel.basic_nack(tag, requeue=True)
+        if self.open:
+            self._channel.basic_nack(tag, requeue=True)
 
     def reject(self, tag: int) -> None:
         """Let the broker dead-letter the message untouched, or drop it where it does not."""
-        self._channel.basic_reject(tag, requeue=False)
+        if self.open:
+            self._channel.basic_reject(tag, requeue=False)
 
     async def confirm(self) -> None:
         """Make the broker confirm what is published on this channel."""

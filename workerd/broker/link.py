@@ -159,24 +159,26 @@ async def links(
     clock = asyncio.get_running_loop().time
     delays = backoff(FIRST_PAUSE, broker.reconnect_max)
     while True:
+        failures: list[Trouble] = []
         for url in random.sample(broker.urls, len(broker.urls)):
             try:
                 link = await Link.open(url, broker, name, environ)
             except Trouble as trouble:
-                last = trouble
+                failures.append(trouble)
                 continue
             opened_at = clock()
             try:
                 yield link
-                last = await asyncio.shield(link.ended)
+                failures = [await asyncio.shield(link.ended)]
             finally:
                 link.abort("no longer wanted")
             if clock() - opened_at > broker.reconnect_max:
                 delays = backoff(FIRST_PAUSE, broker.reconnect_max)
             break
         # What only a human can mend is not asked for every second.
-        delay = broker.reconnect_max if last.kind is Kind.REFUSED else next(delays)
-        on_outage(url.host, last, delay)
+        refused = all(trouble.kind is Kind.REFUSED for trouble in failures)
+        delay = broker.reconnect_max if refused else next(delays)
+        on_outage(url.host, failures[-1], delay)
         wake.clear()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(wake.wait(), delay)

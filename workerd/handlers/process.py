@@ -76,12 +76,17 @@ class Process:
         if self.cause or self._has_ended():
             return
         self.cause = cause
-        os.killpg(self.pid, signal.SIGTERM)
+        self._signal_group(signal.SIGTERM)
         self._timers.append(self._loop.call_later(grace, self._kill))
 
     def _kill(self) -> None:
         if not self._exited.done():
-            os.killpg(self.pid, signal.SIGKILL)
+            self._signal_group(signal.SIGKILL)
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        # A program that became another user's is out of our reach; its timeout has no teeth.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
 
     def _has_ended(self) -> bool:
         """Whether it has ended, even when the loop has not come to reap it yet."""
@@ -118,8 +123,7 @@ class Process:
         self._loop.remove_reader(self._pidfd)
         # What it left behind in its process group ends with it. Before it is reaped, so
         # that the group's number cannot be somebody else's yet.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+        self._signal_group(signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
         self._guardian.ended(self.pid)
         for timer in self._timers:
