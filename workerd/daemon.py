@@ -25,6 +25,7 @@ from workerd.errors import SettingsError
 from workerd.handlers.command import CommandHandler
 from workerd.handlers.guardian import Guardian
 from workerd.job import Place
+from workerd.journal import HostMemory
 from workerd.settings import Settings, load
 from workerd.worker import Worker
 
@@ -84,7 +85,10 @@ async def _serve(settings: Settings, instance: str, guardian: Guardian) -> int:
         name = f"workerd@{instance} {place.host} {purpose}"
         return broker.links(settings.broker, name, os.environ, on_outage, wake)
 
-    worker = Worker(settings, handlers, place, connect, service.Systemd())
+    memory = HostMemory(
+        service.state_directory(), instance, settings.worker.remember, _memory_trouble
+    )
+    worker = Worker(settings, handlers, place, connect, service.Systemd(), memory)
     loop = asyncio.get_running_loop()
     bugs: list[object] = []
 
@@ -109,6 +113,13 @@ async def _serve(settings: Settings, instance: str, guardian: Guardian) -> int:
     return EX_SOFTWARE if bugs else 0
 
 
+def _memory_trouble(text: str) -> None:
+    if text:
+        log.warning("memory not kept", text=text, remedy="until then a crash may rerun jobs")
+    else:
+        log.event("memory kept")
+
+
 def _refuse_unsupported(settings: Settings) -> None:
     problems = untrusted_programs(settings)
     problems += [
@@ -123,7 +134,8 @@ def _refuse_unsupported(settings: Settings) -> None:
 def _lock(instance: str) -> int:
     """Hold the instance's name on this host. Raises SettingsError when another daemon does."""
     try:
-        path = service.runtime_directory(instance) / "lock"
+        path = service.runtime_directory() / instance / "lock"
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise SettingsError(f"{error.filename}: {error.strerror}") from None

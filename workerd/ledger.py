@@ -5,6 +5,7 @@ The pure core of workerd: no I/O, no clock, no tasks. The shell reports four thi
 Being in one of the collections *is* the state of a job:
 
     waiting     delivered, not started: a slot of its queue must become free first
+    held        redelivered, while another instance of this host may be running it
     running     a handler works on it, or its dead letter is being published
     finished    remembered by its key, to settle what the broker sends again
 
@@ -17,8 +18,12 @@ The rules, in the order in which `delivered` applies them to a delivery:
     finished jobs is settled at once, if the channel on which that verdict was sent is
     gone; otherwise the earlier settlement stands and this is another message. Anonymous
     jobs are never settled from memory: equal ones cannot be told apart.
-3.  While draining it is held, to be given back.
-4.  It starts when its queue has a free slot, and waits otherwise.
+3.  Likewise when another instance of this host has finished it. While that instance runs
+    it, the redelivery is held, without a slot: `look_again` settles it when the run has its
+    verdict, and lets it run when that instance dies, or does not lose the channel it got
+    the job on within PATIENCE seconds: then theirs is another message.
+4.  While draining it waits, to be given back.
+5.  It starts when its queue has a free slot, and waits otherwise.
 
 A delivery that goes back to the broker unfinished will come again flagged as
 redelivered. Its key must not match the memory of an equal job that was finished before,
@@ -27,12 +32,16 @@ or it would be settled without ever having run; so the ledger forgets that key.
 
 from __future__ import annotations
 
+import enum
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from workerd.job import Delivery, Job
 from workerd.retry import Verdict
+
+#: Seconds that another instance has to notice the loss of a channel whose job came to us.
+PATIENCE = 5.0
 
 
 @dataclass(slots=True, eq=False)
@@ -58,25 +67,53 @@ class Settle:
     verdict: Verdict
 
 
+class Elsewhere(enum.Enum):
+    """What the other instances of this host know of a job that was redelivered here."""
+
+    UNKNOWN = enum.auto()
+    #: It runs there, or has just run; the channel it came on is not known to be lost.
+    ATTACHED = enum.auto()
+    #: It runs there, and its channel was lost: this redelivery belongs to that run.
+    ORPHANED = enum.auto()
+    #: It has its verdict, and the channel on which that was sent is gone.
+    FINISHED = enum.auto()
+
+
 class Memory:
     """Which jobs are finished: their keys, and the channels the verdicts were sent on.
 
     Keeps between ``size`` × 3/4 and ``size`` of the newest, in generations, so that
-    forgetting costs nothing. A serial number of 0 stands for "never sent".
+    forgetting costs nothing. A serial number of 0 stands for "never sent". What is kept on
+    disk, and learnt from others, is `journal.HostMemory`'s business.
     """
 
     GENERATIONS = 4
+    #: Of equal jobs so many are remembered: a client may give all of its messages one id.
+    TWINS = 100
 
     def __init__(self, size: int = 100_000) -> None:
         self._limit = max(1, size // self.GENERATIONS)
         self._generations: deque[dict[bytes, tuple[int, ...]]] = deque([{}], self.GENERATIONS)
 
+    def started(self, key: bytes, channel: int) -> None:
+        """A run is about to begin."""
+
     def add(self, key: bytes, channel: int) -> None:
-        newest = self._generations[0]
-        if len(newest) >= self._limit:
+        """A run is over, or a redelivery was settled: the verdict is sent on this channel."""
+        if len(self._generations[0]) >= self._limit:
             self.age()
-            newest = self._generations[0]
-        newest[key] = (*newest.get(key, ()), channel)
+        self._put(key, channel)
+
+    def back(self, key: bytes) -> None:
+        """A run is over, and a redelivery of its job must run again."""
+        self._drop(key)
+
+    def lost(self, channel: int) -> None:
+        """A channel is gone."""
+
+    def elsewhere(self, key: bytes) -> Elsewhere:
+        """What is known of a job that came here as a redelivery; FINISHED only once."""
+        return Elsewhere.UNKNOWN
 
     def take(self, key: bytes, usable: Callable[[int], bool]) -> bool:
         """Use up one finished job of this key whose channel is ``usable``, if there is one."""
@@ -94,12 +131,20 @@ class Memory:
         return False
 
     def forget(self, key: bytes) -> None:
-        for generation in self._generations:
-            generation.pop(key, None)
+        """A delivery goes back that never ran; an equal one's verdict must not settle it."""
+        self._drop(key)
 
     def age(self) -> None:
         """Begin a new generation; the oldest of four is forgotten."""
         self._generations.appendleft({})
+
+    def _put(self, key: bytes, channel: int) -> None:
+        newest = self._generations[0]
+        newest[key] = (*newest.get(key, ())[1 - self.TWINS :], channel)
+
+    def _drop(self, key: bytes) -> None:
+        for generation in self._generations:
+            generation.pop(key, None)
 
     def __len__(self) -> int:
         return sum(map(len, self._generations))
@@ -113,6 +158,8 @@ class Ledger:
         self.memory = memory or Memory()
         self.running: set[Run] = set()
         self.draining = False
+        #: Redeliveries of what another instance may be running; see rule 3.
+        self.held: list[Delivery] = []
         self._waiting: dict[str, deque[Delivery]] = {queue: deque() for queue in concurrency}
         self._busy = dict.fromkeys(concurrency, 0)
         #: Runs that a redelivery may rejoin, by key: their channel was lost or retired.
@@ -127,7 +174,10 @@ class Ledger:
         self._live.add(channel)
 
     def delivered(self, delivery: Delivery) -> Run | Settle | Rejoined | None:
-        """What to do with a delivery: run it, settle it, or nothing (it rejoined, or waits)."""
+        """What to do with a delivery: run it, settle it, or nothing (it rejoined, or waits).
+
+        Call `look_again` now and then while some are `held`.
+        """
         job = delivery.job
         assert delivery.channel in self._live, "a delivery came on a channel that is gone"
         if job.redelivered:
@@ -136,11 +186,39 @@ class Ledger:
                 orphan.delivery = delivery
                 return Rejoined(orphan)
             if job.named and self.memory.take(job.key, lambda sent_on: sent_on not in self._live):
-                self.memory.add(job.key, delivery.channel)
-                self._owed.discard(job.key)
-                return Settle(delivery, Verdict.DONE)
+                return self._settle_again(delivery)
+            if job.named:
+                return self._consult(delivery, 0.0)
         self._waiting[job.queue].append(delivery)
         return self.next(job.queue)
+
+    def look_again(self, now: float) -> list[Run | Settle]:
+        """What has become of the deliveries that are held; ``now`` is monotonic."""
+        decisions = []
+        for delivery in self.held.copy():
+            self.held.remove(delivery)
+            decision = self._consult(delivery, now - delivery.received)
+            if decision:
+                decisions.append(decision)
+        return decisions
+
+    def _consult(self, delivery: Delivery, waited: float) -> Run | Settle | None:
+        """Rule 3, for a delivery that has been held for so many seconds."""
+        elsewhere = self.memory.elsewhere(delivery.job.key)
+        if elsewhere is Elsewhere.FINISHED:
+            return self._settle_again(delivery)
+        if elsewhere is Elsewhere.ORPHANED or (
+            elsewhere is Elsewhere.ATTACHED and waited < PATIENCE
+        ):
+            self.held.append(delivery)
+            return None
+        self._waiting[delivery.job.queue].append(delivery)
+        return self.next(delivery.job.queue)
+
+    def _settle_again(self, delivery: Delivery) -> Settle:
+        self.memory.add(delivery.job.key, delivery.channel)
+        self._owed.discard(delivery.job.key)
+        return Settle(delivery, Verdict.DONE)
 
     def next(self, queue: str) -> Run | None:
         """The longest waiting job of a queue, started, if there is one and a slot is free."""
@@ -151,6 +229,7 @@ class Ledger:
         run = Run(delivery.job, delivery)
         self.running.add(run)
         self._busy[queue] += 1
+        self.memory.started(run.job.key, delivery.channel)
         return run
 
     def finished(self, run: Run, verdict: Verdict) -> Settle | None:
@@ -159,12 +238,12 @@ class Ledger:
         self._busy[run.job.queue] -= 1
         self._disown(run)
         key = run.job.key
-        if not verdict.remembered:
-            self.memory.forget(key)
-        elif run.job.named:
+        if verdict.remembered and run.job.named:
             self.memory.add(key, run.delivery.channel if run.delivery else 0)
             if run.delivery is None:
                 self._owed.add(key)
+        else:
+            self.memory.back(key)
         return Settle(run.delivery, verdict) if run.delivery else None
 
     def lost(self, channel: int) -> None:
@@ -174,10 +253,12 @@ class Ledger:
         between would be settled on a dead channel and forgotten.
         """
         self._live.discard(channel)
+        self.memory.lost(channel)
         for run in self.running:
             if run.delivery and run.delivery.channel == channel:
                 self._orphan(run)
                 run.delivery = None
+        self.held = [delivery for delivery in self.held if delivery.channel != channel]
         for waiting in self._waiting.values():
             gone = [delivery for delivery in waiting if delivery.channel == channel]
             self._drop(waiting, gone)
@@ -195,7 +276,8 @@ class Ledger:
                 self._orphan(run)
                 if run.delivery.received < stale_before:
                     run.delivery = None
-        back = []
+        back = [delivery for delivery in self.held if delivery.channel == channel]
+        self.held = [delivery for delivery in self.held if delivery.channel != channel]
         for waiting in self._waiting.values():
             mine = [delivery for delivery in waiting if delivery.channel == channel]
             self._drop(waiting, mine)
@@ -213,6 +295,8 @@ class Ledger:
     def unstarted(self) -> list[Delivery]:
         """Take out everything that waits, in the order in which it came, to be given back."""
         back = [delivery for waiting in self._waiting.values() for delivery in waiting]
+        back += self.held
+        self.held = []
         for waiting in self._waiting.values():
             self._drop(waiting, list(waiting))
         return sorted(back, key=lambda delivery: (delivery.channel, delivery.tag))

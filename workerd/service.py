@@ -52,22 +52,29 @@ class Systemd:
             await asyncio.sleep(limit / 3)
 
 
-def runtime_directory(instance: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder for an instance's lock and socket, made if need be. Raises OSError.
-
-    Below $RUNTIME_DIRECTORY (systemd's), else /run/workerd when that is ours to write, else
-    $XDG_RUNTIME_DIR/workerd, else ~/.local/state/workerd.
+def runtime_directory(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where locks and sockets are: systemd's $RUNTIME_DIRECTORY, else /run/workerd when that is
+    ours to write, else $XDG_RUNTIME_DIR/workerd.
     """
-    home = environ.get("XDG_RUNTIME_DIR") or str(Path.home() / ".local/state")
-    if environ.get("RUNTIME_DIRECTORY"):
-        base = Path(environ["RUNTIME_DIRECTORY"].split(":")[0])
-    else:
-        base = Path("/run/workerd")
-        if not os.access(base if base.is_dir() else base.parent, os.W_OK):
-            base = Path(home, "workerd")
-    folder = base / instance
-    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-    return folder
+    own = environ.get("XDG_RUNTIME_DIR") or str(Path.home() / ".local/state")
+    return _directory(environ.get("RUNTIME_DIRECTORY"), "/run/workerd", own)
+
+
+def state_directory(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the memory of jobs is: systemd's $STATE_DIRECTORY, else /var/lib/workerd when that
+    is ours to write, else $XDG_STATE_HOME/workerd.
+    """
+    own = environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
+    return _directory(environ.get("STATE_DIRECTORY"), "/var/lib/workerd", own)
+
+
+def _directory(given: str | None, system: str, own: str) -> Path:
+    if given:
+        return Path(given.split(":")[0])
+    base = Path(system)
+    if os.access(base if base.is_dir() else base.parent, os.W_OK):
+        return base
+    return Path(own, "workerd")
 
 
 def forbid_dumps() -> None:

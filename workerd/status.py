@@ -94,6 +94,7 @@ class Status:
                 queue=queue,
                 running=worker.ledger.busy(queue),
                 waiting=worker.ledger.waiting(queue),
+                held=sum(delivery.job.queue == queue for delivery in worker.ledger.held),
                 paused=worker.consumer.paused.get(queue),
             )
         for run in worker.ledger.running:

@@ -15,7 +15,7 @@ from workerd.consumer import Connect, Consumer
 from workerd.drain import Drain
 from workerd.errors import Trouble, Unencodable
 from workerd.job import BadJob, Delivery, Job, Outcome, Place, Report
-from workerd.ledger import Ledger, Rejoined, Run, Settle
+from workerd.ledger import Ledger, Memory, Rejoined, Run, Settle
 from workerd.options import Settings
 from workerd.publisher import Publisher
 from workerd.retry import Verdict, backoff, judge
@@ -24,6 +24,10 @@ from workerd.waiting import first
 
 #: Of sysexits.h: "temporary failure"; a job that ends with it fails without a warning.
 EX_TEMPFAIL = 75
+
+
+#: Seconds between two looks at what other instances make of a job that is held here.
+LOOK_INTERVAL = 0.1
 
 
 class Handler(Protocol):
@@ -43,13 +47,15 @@ class Worker:
         place: Place,
         connect: Connect,
         notifier: Notifier,
+        memory: Memory | None = None,
     ) -> None:
         self.settings = settings
         self.handlers = handlers
         self.place = place
         self.notifier = notifier
         queues = {name: settings.queues[name] for name in settings.worker.queues}
-        self.ledger = Ledger({name: queue.concurrency for name, queue in queues.items()})
+        slots = {name: queue.concurrency for name, queue in queues.items()}
+        self.ledger = Ledger(slots, memory)
         self.publisher = Publisher()
         self.consumer = Consumer(settings, f"workerd@{place.instance}.{place.host}", self)
         self.drain = Drain(self)
@@ -70,6 +76,7 @@ class Worker:
                 self._tasks.create_task(self.consumer.run(self._connect), name="consumer"),
                 self._tasks.create_task(self.publisher.run(self._connect), name="publisher"),
                 self._tasks.create_task(self._grow_older(), name="memory"),
+                self._tasks.create_task(self._look_again(), name="held"),
                 self._tasks.create_task(watch_ages(self.ledger, self.consumer), name="ages"),
                 self._tasks.create_task(self.notifier.beat(), name="watchdog"),
             ]
@@ -210,17 +217,21 @@ class Worker:
         default = self.settings.queues[queue].default_handler
         job = jobs.decode(incoming.message, queue, incoming.redelivered, default)
         now = asyncio.get_running_loop().time()
-        decision = self.ledger.delivered(Delivery(channel.serial, incoming.tag, now, job))
+        self._act(self.ledger.delivered(Delivery(channel.serial, incoming.tag, now, job)))
+        self.changed()
+
+    def _act(self, decision: Run | Settle | Rejoined | None) -> None:
+        """Do what the ledger has decided over a delivery."""
         match decision:
             case Run():
                 self._begin(decision)
-            case Settle():
-                log.event("settled from memory", job_id=job.id, queue=queue, attempt=job.attempt)
+            case Settle(delivery):
+                job = delivery.job
+                log.event("settled from memory", job_id=job.id, queue=job.queue)
                 self._settle(decision)
             case Rejoined(run):
-                log.event("rejoined", job_id=run.job.id, queue=queue, attempt=job.attempt)
+                log.event("rejoined", job_id=run.job.id, queue=run.job.queue)
                 self._close_retired()
-        self.changed()
 
     def lost(self, channel: Channel) -> None:
         self.ledger.lost(channel.serial)
@@ -273,9 +284,18 @@ class Worker:
 
     async def _grow_older(self) -> None:
         """Forget finished jobs once they have been remembered for ``remember``."""
+        third = max(1.0, self.settings.worker.remember / 3)
         while True:
-            await asyncio.sleep(self.settings.worker.remember / 3)
+            await asyncio.sleep(third)
             self.ledger.age()
+
+    async def _look_again(self) -> None:
+        """See what other instances have made of the jobs that came to us as redeliveries."""
+        while True:
+            await self.until(lambda: bool(self.ledger.held))
+            await asyncio.sleep(LOOK_INTERVAL)
+            for decision in self.ledger.look_again(asyncio.get_running_loop().time()):
+                self._act(decision)
 
     @property
     def _routine(self) -> log.Level:
