@@ -1,6 +1,6 @@
 """What one host remembers of jobs: each instance writes a journal, the others read it.
 
-<state>/<instance>/<number> are segments of 32-byte records, appended without fsync: they
+<state>/<instance>/<number> are segments of 36-byte records, appended without fsync: they
 survive the end of the process in any way, and of the host except for its last seconds. A
 record is its kind, the channel, the job's key, the time and a checksum; one that is torn or
 spoilt is skipped. A new segment begins whenever the memory begins a new generation, and the

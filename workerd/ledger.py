@@ -155,7 +155,7 @@ class Ledger:
 
     def __init__(self, concurrency: Mapping[str, int], memory: Memory | None = None) -> None:
         self.concurrency = dict(concurrency)
-        self.memory = memory or Memory()
+        self.memory = Memory() if memory is None else memory
         self.running: set[Run] = set()
         self.draining = False
         #: Redeliveries of what another instance may be running; see rule 3.
