@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from workerd.ledger import Elsewhere, Memory
+from workerd.ledger import ALL_CLOSED, NEVER_SENT, Elsewhere, Memory
 
 #: A process begins (or goes on, in a new segment). The key tells processes apart.
 OPEN = b"O"
@@ -37,8 +37,10 @@ END = b"E"
 BACK = b"B"
 #: A delivery goes back that never ran: nothing known of this key counts any more.
 FORGET = b"F"
-#: A channel is gone.
+#: A channel was lost, and perhaps what was sent on it.
 LOST = b"L"
+#: A channel was closed in an orderly way: all that was sent on it has been read.
+CLOSED = b"C"
 
 _BODY = struct.Struct("<cxxxI16sd")
 _SUM = struct.Struct("<I")
@@ -93,7 +95,7 @@ class HostMemory(Memory):
         #: Runs that have begun and not ended, to be carried into each new segment, and the
         #: channels that brought them; 0 for one that is lost.
         self._running: dict[bytes, list[int]] = {}
-        self._siblings: dict[str, Sibling] = {}
+        self._siblings: dict[str, History] = {}
         self._asked = False
         if self._load():
             self._begin_segment()
@@ -122,6 +124,9 @@ class HostMemory(Memory):
         for channels in self._running.values():
             channels[:] = [0 if each == channel else each for each in channels]
         self._append(LOST, channel, _NO_KEY)
+
+    def closed(self, channel: int) -> None:
+        self._append(CLOSED, channel, _NO_KEY)
 
     def age(self) -> None:
         super().age()
@@ -167,23 +172,19 @@ class HostMemory(Memory):
             self._lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             _hold(self._lock)
             self._segments = _segments(folder)
-            for segment in self._segments:
-                self._recall(segment)
+            history = History(folder)
+            history.catch_up()
         except OSError as error:
             self._fail(error)
             self._retry_at = math.inf
             return False
-        return True
-
-    def _recall(self, segment: Path) -> None:
-        super().age()
         oldest = time.time() - self._remember
-        for kind, _channel, key, when in decode(_read(segment, 0)):
-            # The channels of an earlier process are gone: a serial number of 0 says so.
-            if kind == END and when >= oldest:
-                self._put(key, 0)
-            elif kind in (BACK, FORGET):
-                self._drop(key)
+        for key, verdicts in history.finished.items():
+            for sent in verdicts:
+                if sent.when >= oldest:
+                    self._put(key, NEVER_SENT if history.is_gone(sent) else ALL_CLOSED)
+        super().age()
+        return True
 
     def _begin_segment(self) -> None:
         self.close()
@@ -227,12 +228,12 @@ class HostMemory(Memory):
             self._troubled = True
             self._on_trouble(str(error))
 
-    def _look_around(self) -> Iterator[Sibling]:
+    def _look_around(self) -> Iterator[History]:
         with contextlib.suppress(OSError):
             for entry in os.scandir(self._state):
                 if entry.name != self._instance and entry.is_dir(follow_symlinks=False):
                     if entry.name not in self._siblings:
-                        self._siblings[entry.name] = Sibling(Path(entry.path))
+                        self._siblings[entry.name] = History(Path(entry.path))
                     yield self._siblings[entry.name]
 
 
@@ -244,8 +245,8 @@ class _Sent(NamedTuple):
     when: float
 
 
-class Sibling:
-    """What can be read of another instance: its finished jobs, and those that it runs."""
+class History:
+    """What the journal of an instance tells: its finished jobs, and those that it runs."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -257,35 +258,43 @@ class Sibling:
         self._nonce = b""
         #: Counts the processes that wrote: each numbers its channels anew.
         self._process = 0
-        self._finished: dict[bytes, list[_Sent]] = {}
+        self.finished: dict[bytes, list[_Sent]] = {}
         #: The channels that brought the running jobs.
         self._running: dict[bytes, list[int]] = {}
-        self._lost: set[int] = set()
+        #: Channels on which nothing can have been lost: those that are open, and those that
+        #: were closed in an orderly way, until another one is lost.
+        self._open: set[tuple[int, int]] = set()
+        self._closed: set[tuple[int, int]] = set()
 
     def ask(self, key: bytes, oldest: float) -> Elsewhere:
         """What it knows of a job; a verdict from before ``oldest`` (seconds since 1970) is none."""
         try:
-            self._catch_up()
-            if key not in self._finished and key not in self._running:
+            self.catch_up()
+            if key not in self.finished and key not in self._running:
                 return Elsewhere.UNKNOWN
             alive = _is_held(self._folder)
         except OSError:
             return Elsewhere.UNKNOWN
-        verdicts = [sent for sent in self._finished.get(key, ()) if sent.when >= oldest]
+        if not alive:
+            self._end_process()
+        verdicts = [sent for sent in self.finished.get(key, ()) if sent.when >= oldest]
         for sent in verdicts:
-            if not alive or self._is_gone(sent):
+            if self.is_gone(sent):
                 # Used up: another redelivery of an equal job needs a verdict of its own.
-                self._finished[key].remove(sent)
+                self.finished[key].remove(sent)
                 return Elsewhere.FINISHED
-        running = self._running.get(key, []) if alive else []
-        if any(channel == 0 or channel in self._lost for channel in running):
+        running = self._running.get(key, [])
+        if any((self._process, channel) not in self._open for channel in running):
             return Elsewhere.ORPHANED
         return Elsewhere.ATTACHED if running or verdicts else Elsewhere.UNKNOWN
 
-    def _is_gone(self, sent: _Sent) -> bool:
-        return sent.channel == 0 or sent.process < self._process or sent.channel in self._lost
+    def is_gone(self, sent: _Sent) -> bool:
+        """Whether the channel of a verdict was lost since, and perhaps the verdict with it."""
+        channel = (sent.process, sent.channel)
+        return channel not in self._open and channel not in self._closed
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
+        """Read what has been written since. Raises OSError."""
         segments = _segments(self._folder)
         if not set(segments).issuperset(self._offsets):
             self._begin()  # one was removed, and what it held is no longer remembered
@@ -297,18 +306,25 @@ class Sibling:
                 self._take(*record)
 
     def _take(self, kind: bytes, channel: int, key: bytes, when: float) -> None:
+        place = (self._process, channel)
         if kind == OPEN:
-            self._running.clear()  # in a new segment, those that go on follow
             if key != self._nonce:
+                self._end_process()
                 self._nonce = key
                 self._process += 1
-                self._lost.clear()
+            self._running.clear()  # in a new segment, those that go on follow
         elif kind == START:
             self._running.setdefault(key, []).append(channel)
+            if channel != NEVER_SENT:
+                self._open.add(place)
         elif kind == LOST:
-            self._lost.add(channel)
+            self._open.discard(place)
+            self._closed.clear()
+        elif kind == CLOSED:
+            self._open.discard(place)
+            self._closed.add(place)
         elif kind == FORGET:
-            self._finished.pop(key, None)
+            self.finished.pop(key, None)
         else:
             runs = self._running.get(key)
             if runs:
@@ -316,9 +332,16 @@ class Sibling:
                 if not runs:
                     del self._running[key]
             if kind == END:
-                self._finished.setdefault(key, []).append(_Sent(self._process, channel, when))
+                self.finished.setdefault(key, []).append(_Sent(self._process, channel, when))
+                if channel != NEVER_SENT:
+                    self._open.add(place)
             else:
-                self._finished.pop(key, None)
+                self.finished.pop(key, None)
+
+    def _end_process(self) -> None:
+        """The process that wrote is no more, and its jobs with it; so are its open channels."""
+        self._running.clear()
+        self._open.clear()
 
 
 def _segments(folder: Path) -> list[Path]:

@@ -40,6 +40,11 @@ from dataclasses import dataclass
 from workerd.job import Delivery, Job
 from workerd.retry import Verdict
 
+#: In place of a channel: the verdict could not be sent, for want of one.
+NEVER_SENT = 0
+#: In place of a channel: an earlier process of this instance sent it and closed all in order.
+ALL_CLOSED = -1
+
 #: Seconds that another instance has to notice the loss of a channel whose job came to us.
 PATIENCE = 5.0
 
@@ -83,8 +88,8 @@ class Memory:
     """Which jobs are finished: their keys, and the channels the verdicts were sent on.
 
     Keeps between ``size`` × 3/4 and ``size`` of the newest, in generations, so that
-    forgetting costs nothing. A serial number of 0 stands for "never sent". What is kept on
-    disk, and learnt from others, is `journal.HostMemory`'s business.
+    forgetting costs nothing. What is kept on disk, and learnt from others, is the business
+    of `journal.HostMemory`.
     """
 
     GENERATIONS = 4
@@ -109,7 +114,10 @@ class Memory:
         self._drop(key)
 
     def lost(self, channel: int) -> None:
-        """A channel is gone."""
+        """A channel is gone, and perhaps what was sent on it."""
+
+    def closed(self, channel: int) -> None:
+        """A channel was closed in order: the broker has read all that was sent on it."""
 
     def elsewhere(self, key: bytes) -> Elsewhere:
         """What is known of a job that came here as a redelivery; FINISHED only once."""
@@ -166,8 +174,11 @@ class Ledger:
         self._orphans: dict[bytes, list[Run]] = {}
         #: Keys of finished jobs whose settlement was never sent, for lack of a channel.
         self._owed: set[bytes] = set()
-        #: Channels that still consume. A verdict sent on any other may have been lost.
+        #: Channels that consume.
         self._live: set[int] = set()
+        #: Channels closed in order: what was sent on them was read. But a broker that is
+        #: killed forgets that, so they count only until the next channel is lost.
+        self._closed: set[int] = {ALL_CLOSED}
 
     def opened(self, channel: int) -> None:
         """A channel begins to consume; deliveries may name it from now on."""
@@ -185,7 +196,7 @@ class Ledger:
             if orphan is not None:
                 orphan.delivery = delivery
                 return Rejoined(orphan)
-            if job.named and self.memory.take(job.key, lambda sent_on: sent_on not in self._live):
+            if job.named and self.memory.take(job.key, self._may_be_lost):
                 return self._settle_again(delivery)
             if job.named:
                 return self._consult(delivery, 0.0)
@@ -239,7 +250,7 @@ class Ledger:
         self._disown(run)
         key = run.job.key
         if verdict.remembered and run.job.named:
-            self.memory.add(key, run.delivery.channel if run.delivery else 0)
+            self.memory.add(key, run.delivery.channel if run.delivery else NEVER_SENT)
             if run.delivery is None:
                 self._owed.add(key)
         else:
@@ -253,6 +264,7 @@ class Ledger:
         between would be settled on a dead channel and forgotten.
         """
         self._live.discard(channel)
+        self._closed.clear()
         self.memory.lost(channel)
         for run in self.running:
             if run.delivery and run.delivery.channel == channel:
@@ -262,6 +274,13 @@ class Ledger:
         for waiting in self._waiting.values():
             gone = [delivery for delivery in waiting if delivery.channel == channel]
             self._drop(waiting, gone)
+
+    def closed(self, channel: int) -> None:
+        """We have closed a channel, with nothing left to settle on it, and the broker agreed."""
+        assert not self.holds(channel)
+        self._live.discard(channel)
+        self._closed.add(channel)
+        self.memory.closed(channel)
 
     def retired(self, channel: int, stale_before: float) -> list[Delivery]:
         """The broker cancelled the consumer of a channel that itself stays open.
@@ -317,6 +336,10 @@ class Ledger:
         """Let the memory grow older by a third of the time that jobs are remembered."""
         self.memory.age()
         self._owed.clear()
+
+    def _may_be_lost(self, sent_on: int) -> bool:
+        """Whether a verdict sent on this channel may not have arrived."""
+        return sent_on not in self._live and sent_on not in self._closed
 
     def _orphan(self, run: Run) -> None:
         owners = self._orphans.setdefault(run.job.key, [])

@@ -234,7 +234,8 @@ class Worker:
                 self._close_retired()
 
     def lost(self, channel: Channel) -> None:
-        self.ledger.lost(channel.serial)
+        in_order = channel.ended_in_order and not self.ledger.holds(channel.serial)
+        (self.ledger.closed if in_order else self.ledger.lost)(channel.serial)
         self.channels.pop(channel.serial, None)
         self._retiring.discard(channel)
         self.changed()

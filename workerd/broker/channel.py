@@ -35,6 +35,8 @@ class Channel:
         self.link = link
         self.serial = next(_serials)
         self.ended: asyncio.Future[Trouble] = asyncio.get_running_loop().create_future()
+        #: Whether it was we who closed it, and the broker agreed.
+        self.ended_in_order = False
         #: Set when the broker itself cancelled the consumer: queue deleted, or (RabbitMQ
         #: 4.3) deliveries not acknowledged in time. The channel stays open.
         self.cancelled = asyncio.Event()
@@ -217,6 +219,7 @@ class Channel:
 
     def _closed(self, _channel: Any, reason: BaseException) -> None:
         trouble = diagnose(reason)
+        self.ended_in_order = trouble.kind is Kind.CLOSED
         if self._on_lost:
             self._on_lost(self)
         for future in (*self._requests, *self._confirms.values()):
