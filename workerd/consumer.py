@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 from workerd import log, topology
 from workerd.broker import Channel, Incoming, Link, ack_timeout_in
 from workerd.errors import Kind, Trouble
 from workerd.options import Queue, Settings
 from workerd.retry import backoff
+from workerd.waiting import first
 
 #: The first pause before a queue is tried again, in seconds.
 FIRST_PAUSE = 0.2
@@ -49,6 +51,12 @@ class Receiver(Protocol):
     def retired(self, channel: Channel) -> None:
         """The broker has cancelled the consumer of a channel that itself stays open."""
 
+    def detached(self, channel: Channel) -> None:
+        """We have cancelled the consumer of a channel; another one takes its place."""
+
+    def holds(self, channel: Channel) -> bool:
+        """Whether any delivery of this channel is still to be settled."""
+
     def changed(self) -> None:
         """Something changed that the status line shows."""
 
@@ -60,9 +68,9 @@ class Consumer:
         self._settings = settings
         self._tag = tag
         self._receiver = receiver
-        self._queues: Mapping[str, Queue] = {
-            name: settings.queues[name] for name in settings.worker.queues
-        }
+        self._queues = _consumed(settings)
+        #: One for each queue that is being consumed, set when it is to be consumed otherwise.
+        self._changes: dict[str, asyncio.Event] = {}
         #: The channel that consumes each queue at present.
         self.channels: dict[str, Channel] = {}
         #: What keeps a queue from being consumed, in the broker's words.
@@ -98,13 +106,35 @@ class Consumer:
             self._down = False
             self.connected_at = asyncio.get_running_loop().time()
             log.event("connected", broker=link.url.host, rabbitmq=".".join(map(str, link.version)))
-            async with asyncio.TaskGroup() as tasks:
-                for queue in self._queues.values():
-                    tasks.create_task(self._consume(link, queue), name=f"consume {queue.name}")
-                tasks.create_task(
+            async with asyncio.TaskGroup() as self._tasks:
+                for name in self._queues:
+                    self._begin(link, name)
+                self._tasks.create_task(
                     self._declare(link, "delays", topology.delay_levels()), name="declare"
                 )
+                # Queues may be added for as long as the connection lives.
+                await asyncio.wait({link.ended})
             self._link = None
+
+    def reload(self, settings: Settings) -> None:
+        """Consume the queues of these settings; reconnect with them, when that is due."""
+        before = self._queues
+        self._settings = settings
+        self._queues = _consumed(settings)
+        if self._link is None or self._link.ended.done():
+            return
+        for name in {*before, *self._queues}:
+            if name not in self._changes:
+                self._begin(self._link, name)
+                continue
+            old, new = before.get(name), self._queues.get(name)
+            if old is None or new is None or _on_the_wire(old) != _on_the_wire(new):
+                self._changes[name].set()
+
+    def _begin(self, link: Link, name: str) -> None:
+        self._changes[name] = asyncio.Event()
+        task = self._tasks.create_task(self._consume(link, name), name=f"consume {name}")
+        task.add_done_callback(lambda _task: self._changes.pop(name))
 
     def _failed(self, broker: str, trouble: Trouble, delay: float) -> None:
         """A connection was lost, or an attempt failed; an outage is one warning, not many."""
@@ -139,42 +169,87 @@ class Consumer:
         if self._link:
             await self._link.close(timeout=2.0)
 
-    async def _consume(self, link: Link, queue: Queue) -> None:
-        """Consume one queue for as long as the connection lives."""
+    async def _consume(self, link: Link, name: str) -> None:
+        """Consume one queue for as long as the connection lives and the settings name it."""
         clock = asyncio.get_running_loop().time
+        changed = self._changes[name]
         reconnect_max = self._settings.broker.reconnect_max
         delays = backoff(FIRST_PAUSE, reconnect_max)
-        declared = False
-        while self._receiver.wanted and not link.ended.done():
+        declared: Queue | None = None
+        while queue := self._queues.get(name):
+            changed.clear()
             try:
-                if not declared:
+                if declared is None or _on_the_wire(declared) != _on_the_wire(queue):
                     await self._declare_queue(link, queue)
-                    declared = True
+                    declared = queue
                 channel = await self._open(link, queue)
             except Trouble as trouble:
                 if link.ended.done():
                     break
                 self._pause(queue, trouble)
-                await asyncio.wait({link.ended}, timeout=next(delays))
+                await first(asyncio.wait({link.ended}), changed.wait(), timeout=next(delays))
                 continue
             opened_at = clock()
-            self.channels[queue.name] = channel
-            self.paused.pop(queue.name, None)
+            self.channels[name] = channel
+            self.paused.pop(name, None)
             self.consuming.set()
-            log.event("consuming", queue=queue.name)
+            log.event("consuming", queue=name)
             self._receiver.changed()
-            await self._interruption(channel)
-            if self.channels.get(queue.name) is channel:
-                del self.channels[queue.name]
+            await first(
+                asyncio.wait({channel.ended}),
+                channel.cancelled.wait(),
+                changed.wait(),
+                self._stalls(channel, queue),
+            )
+            if self.channels.get(name) is channel:
+                del self.channels[name]
             if channel.ended.done():
                 self._explain(queue, channel.ended.result())
-            else:
-                log.warning("consumer cancelled", queue=queue.name)
+            elif channel.cancelled.is_set():
+                log.warning("consumer cancelled", queue=name)
                 self._receiver.retired(channel)
+            else:
+                await self._detach(channel)
+                continue
             self._receiver.changed()
+            if link.ended.done() or not self._receiver.wanted:
+                break
             if clock() - opened_at > reconnect_max:
                 delays = backoff(FIRST_PAUSE, reconnect_max)
-            await asyncio.wait({link.ended}, timeout=next(delays))
+            await first(asyncio.wait({link.ended}), changed.wait(), timeout=next(delays))
+        self.paused.pop(name, None)
+
+    async def _stalls(self, channel: Channel, queue: Queue) -> None:
+        """Wait until messages wait in the queue and none comes, although nothing is in hand.
+
+        Brokers have had bugs that starve a consumer for ever (RabbitMQ 11228 and 15473); a new
+        channel helps, and costs nothing while nothing is in flight.
+        """
+        interval = self._settings.broker.heartbeat
+        suspicious = -1
+        while True:
+            await asyncio.sleep(interval)
+            if self._receiver.holds(channel) or not self._receiver.wanted:
+                suspicious = -1
+                continue
+            try:
+                ready, _ = await channel.count(queue.name)
+            except Trouble:
+                return  # the channel has ended, which says more
+            # Twice, since a message may be on its way.
+            if ready and channel.deliveries == suspicious:
+                log.warning("consumer stalled", queue=queue.name, ready=ready)
+                return
+            suspicious = channel.deliveries if ready else -1
+
+    async def _detach(self, channel: Channel) -> None:
+        """Let a channel consume no more; what runs is still settled on it."""
+        try:
+            await channel.cancel()
+        except Trouble as trouble:
+            log.debug("cancel failed", text=str(trouble))
+        else:
+            self._receiver.detached(channel)
 
     async def _open(self, link: Link, queue: Queue) -> Channel:
         """A new channel that consumes the queue. It never makes the queue: see `_declare_queue`."""
@@ -193,16 +268,6 @@ class Consumer:
             self._receiver.lost(channel)
             raise
         return channel
-
-    @staticmethod
-    async def _interruption(channel: Channel) -> None:
-        """Until the channel has ended or the broker has cancelled its consumer."""
-        cancelled = asyncio.ensure_future(channel.cancelled.wait())
-        try:
-            ends: set[asyncio.Future[Any]] = {channel.ended, cancelled}
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            cancelled.cancel()
 
     def _explain(self, queue: Queue, trouble: Trouble) -> None:
         """A channel has ended: say why, unless the whole connection has."""
@@ -254,3 +319,12 @@ class Consumer:
                 self._warned.add(objection)
                 log.warning("declare failed", what=what, text=objection)
         return not objections
+
+
+def _consumed(settings: Settings) -> Mapping[str, Queue]:
+    return {name: settings.queues[name] for name in settings.worker.queues}
+
+
+def _on_the_wire(queue: Queue) -> Queue:
+    """What the broker sees of a queue's settings."""
+    return replace(queue, concurrency=1, default_handler=None, max_deliveries=1)

@@ -26,6 +26,7 @@ from workerd.handlers.command import CommandHandler
 from workerd.handlers.guardian import Guardian
 from workerd.job import Place
 from workerd.journal import HostMemory
+from workerd.reload import Reload
 from workerd.settings import Settings, load
 from workerd.worker import Worker
 
@@ -40,9 +41,10 @@ def run(
 
     Every problem of the configuration goes to the log, then the status is EX_CONFIG.
     """
+    # A reload may be asked for before it can be had.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        settings = load(config, instance)
-        _refuse_unsupported(settings)
+        settings = _load(config, instance)
         lock = _lock(instance)
         if detach:
             _detach(pidfile, log_file, lock)
@@ -53,10 +55,11 @@ def run(
         _exit(EX_CONFIG)
     # Before the first thread, and before anything that it would have to close.
     guardian = Guardian(lock)
-    log.begin(log.writer(settings.log.format), settings.log.level, instance)
+    _begin_log(settings, instance)
     try:
         # Not asyncio.run, which waits for a resolver that hangs in a thread.
-        status = asyncio.new_event_loop().run_until_complete(_serve(settings, instance, guardian))
+        serving = _serve(settings, config, instance, guardian)
+        status = asyncio.new_event_loop().run_until_complete(serving)
     except Exception:  # noqa: BLE001 - a bug: tell it and end
         log.error("bug", traceback=traceback.format_exc())
         _exit(EX_SOFTWARE)
@@ -70,25 +73,23 @@ def _exit(status: int) -> NoReturn:
     os._exit(status)
 
 
-async def _serve(settings: Settings, instance: str, guardian: Guardian) -> int:
+async def _serve(settings: Settings, config: Path | None, instance: str, guardian: Guardian) -> int:
     """Work until the drain is over; returns the exit status."""
     files = ", ".join(map(str, settings.files))
     log.event("starting", version=__version__, pid=os.getpid(), files=files)
     service.forbid_dumps()
     place = Place(socket.gethostname(), instance)
-    handlers = {
-        name: CommandHandler(handler, os.environ, settings.log.output_lines, guardian)
-        for name, handler in settings.handlers.items()
-    }
 
     def connect(purpose: str, on_outage: OnOutage, wake: asyncio.Event) -> AsyncIterator[Link]:
         name = f"workerd@{instance} {place.host} {purpose}"
-        return broker.links(settings.broker, name, os.environ, on_outage, wake)
+        return broker.links(lambda: worker.settings.broker, name, os.environ, on_outage, wake)
 
     memory = HostMemory(
         service.state_directory(), instance, settings.worker.remember, _memory_trouble
     )
-    worker = Worker(settings, handlers, place, connect, service.Systemd(), memory)
+    systemd = service.Systemd()
+    handlers = _handlers(settings, guardian)
+    worker = Worker(settings, handlers, place, connect, systemd, memory)
     loop = asyncio.get_running_loop()
     bugs: list[object] = []
 
@@ -104,13 +105,23 @@ async def _serve(settings: Settings, instance: str, guardian: Guardian) -> int:
     loop.set_exception_handler(broken)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         loop.add_signal_handler(number, worker.stop)
-    # Until there is something to reload, a HUP must at least not kill.
-    loop.add_signal_handler(
-        signal.SIGHUP, lambda: log.warning("no reload", remedy="restart to apply changes")
-    )
+
+    def apply(new: Settings) -> None:
+        _begin_log(new, instance)
+        worker.reload(new, _handlers(new, guardian))
+
+    reload = Reload(worker, systemd, lambda: _load(config, instance), apply)
+    loop.add_signal_handler(signal.SIGHUP, reload.request)
     loop.add_signal_handler(signal.SIGUSR1, worker.status.log_state)
     await worker.run()
     return EX_SOFTWARE if bugs else 0
+
+
+def _handlers(settings: Settings, guardian: Guardian) -> dict[str, CommandHandler]:
+    return {
+        name: CommandHandler(handler, os.environ, settings.log.output_lines, guardian)
+        for name, handler in settings.handlers.items()
+    }
 
 
 def _memory_trouble(text: str) -> None:
@@ -120,7 +131,9 @@ def _memory_trouble(text: str) -> None:
         log.event("memory kept")
 
 
-def _refuse_unsupported(settings: Settings) -> None:
+def _load(config: Path | None, instance: str) -> Settings:
+    """The settings of an instance. Raises SettingsError."""
+    settings = load(config, instance)
     problems = untrusted_programs(settings)
     problems += [
         f"{settings.where('handlers', name)}: this version runs command handlers only"
@@ -129,6 +142,11 @@ def _refuse_unsupported(settings: Settings) -> None:
     ]
     if problems:
         raise SettingsError(*problems)
+    return settings
+
+
+def _begin_log(settings: Settings, instance: str) -> None:
+    log.begin(log.writer(settings.log.format), settings.log.level, instance)
 
 
 def _lock(instance: str) -> int:

@@ -33,6 +33,7 @@ or it would be settled without ever having run; so the ledger forgets that key.
 from __future__ import annotations
 
 import enum
+import itertools
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -162,14 +163,14 @@ class Ledger:
     """The state of every job that this process holds. See the rules above."""
 
     def __init__(self, concurrency: Mapping[str, int], memory: Memory | None = None) -> None:
-        self.concurrency = dict(concurrency)
         self.memory = Memory() if memory is None else memory
         self.running: set[Run] = set()
         self.draining = False
         #: Redeliveries of what another instance may be running; see rule 3.
         self.held: list[Delivery] = []
-        self._waiting: dict[str, deque[Delivery]] = {queue: deque() for queue in concurrency}
-        self._busy = dict.fromkeys(concurrency, 0)
+        self._waiting: dict[str, deque[Delivery]] = {}
+        self._busy: dict[str, int] = {}
+        self.configure(concurrency)
         #: Runs that a redelivery may rejoin, by key: their channel was lost or retired.
         self._orphans: dict[bytes, list[Run]] = {}
         #: Keys of finished jobs whose settlement was never sent, for lack of a channel.
@@ -179,6 +180,13 @@ class Ledger:
         #: Channels closed in order: what was sent on them was read. But a broker that is
         #: killed forgets that, so they count only until the next channel is lost.
         self._closed: set[int] = {ALL_CLOSED}
+
+    def configure(self, concurrency: Mapping[str, int]) -> None:
+        """The slots of each queue that is consumed. Jobs that run now go on, whatever it says."""
+        self.concurrency = dict(concurrency)
+        for queue in concurrency:
+            self._waiting.setdefault(queue, deque())
+            self._busy.setdefault(queue, 0)
 
     def opened(self, channel: int) -> None:
         """A channel begins to consume; deliveries may name it from now on."""
@@ -234,7 +242,8 @@ class Ledger:
     def next(self, queue: str) -> Run | None:
         """The longest waiting job of a queue, started, if there is one and a slot is free."""
         waiting = self._waiting[queue]
-        if self.draining or not waiting or self._busy[queue] >= self.concurrency[queue]:
+        free = self.concurrency.get(queue, 0) - self._busy[queue]
+        if self.draining or not waiting or free <= 0:
             return None
         delivery = waiting.popleft()
         run = Run(delivery.job, delivery)
@@ -295,17 +304,33 @@ class Ledger:
                 self._orphan(run)
                 if run.delivery.received < stale_before:
                     run.delivery = None
+        return [
+            delivery for delivery in self.detached(channel) if delivery.received >= stale_before
+        ]
+
+    def detached(self, channel: int) -> list[Delivery]:
+        """We have cancelled the consumer of a channel; its runs are still settled there.
+
+        Returns the deliveries that have not started, to be given back.
+        """
         back = [delivery for delivery in self.held if delivery.channel == channel]
         self.held = [delivery for delivery in self.held if delivery.channel != channel]
         for waiting in self._waiting.values():
             mine = [delivery for delivery in waiting if delivery.channel == channel]
             self._drop(waiting, mine)
-            back += [delivery for delivery in mine if delivery.received >= stale_before]
+            back += mine
         return back
 
     def holds(self, channel: int) -> bool:
-        """Whether a run still has to be settled on this channel."""
-        return any(run.delivery and run.delivery.channel == channel for run in self.running)
+        """Whether a delivery still has to be settled on this channel."""
+        return any(
+            delivery.channel == channel
+            for delivery in itertools.chain(
+                (run.delivery for run in self.running if run.delivery),
+                self.held,
+                *self._waiting.values(),
+            )
+        )
 
     def drain(self) -> None:
         """Start nothing from now on; what still arrives is held, for `unstarted` to return."""

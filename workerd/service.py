@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ class Systemd:
     def status(self, text: str) -> None:
         line = log.safe(text).encode("ascii", "replace").decode()
         self._notifier.notify(f"STATUS={line[:1000]}")
+
+    def reloading(self) -> None:
+        """A reload begins; `ready` ends it, whether it succeeded or not."""
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._notifier.notify(f"RELOADING=1\nMONOTONIC_USEC={now}")
 
     def extend(self, seconds: float) -> None:
         """Ask for so much more time, from now, before the stop counts as failed."""

@@ -37,6 +37,8 @@ class Status:
         self._worker = worker
         self.done = 0
         self.failed = 0
+        #: How many problems the configuration had at the last reload; the old one is in force.
+        self.refused = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def count(self, verdict: Verdict) -> None:
@@ -57,7 +59,8 @@ class Status:
             self._timer.cancel()
         self._timer = None
         worker = self._worker
-        worker.notifier.status(self.line())
+        refused = f"reload refused: {self.refused} problems, see the log; " if self.refused else ""
+        worker.notifier.status(refused + self.line())
         if worker.ledger.draining:
             worker.notifier.extend(worker.drain.seconds_left + REST_OF_DRAIN)
             self.touch()
@@ -73,7 +76,7 @@ class Status:
         parts = []
         consuming = sorted(consumer.channels)
         if consuming:
-            slots = sum(worker.settings.queues[queue].concurrency for queue in consuming)
+            slots = sum(worker.ledger.concurrency.get(queue, 0) for queue in consuming)
             parts.append(
                 f"consuming {', '.join(consuming)}: {running}/{slots} running, "
                 f"{self.done} done, {self.failed} failed; {consumer.broker}"

@@ -53,9 +53,7 @@ class Worker:
         self.handlers = handlers
         self.place = place
         self.notifier = notifier
-        queues = {name: settings.queues[name] for name in settings.worker.queues}
-        slots = {name: queue.concurrency for name, queue in queues.items()}
-        self.ledger = Ledger(slots, memory)
+        self.ledger = Ledger(_slots(settings), memory)
         self.publisher = Publisher()
         self.consumer = Consumer(settings, f"workerd@{place.instance}.{place.host}", self)
         self.drain = Drain(self)
@@ -63,7 +61,7 @@ class Worker:
         #: Every open channel on which a delivery may still have to be settled, by serial.
         self.channels: dict[int, Channel] = {}
         self._connect = connect
-        #: The channels among them whose consumer the broker has cancelled.
+        #: The channels among them that consume no more.
         self._retiring: set[Channel] = set()
         #: Set whenever something happened that somebody may be waiting for.
         self._happened = asyncio.Event()
@@ -96,6 +94,17 @@ class Worker:
     def stop(self) -> None:
         """Drain and return from `run`. Called again, it cuts the drain short."""
         self.drain.request()
+        self.changed()
+
+    def reload(self, settings: Settings, handlers: Mapping[str, Handler]) -> None:
+        """From now on work with these; jobs that run keep the old."""
+        self.settings = settings
+        self.handlers = handlers
+        self.ledger.configure(_slots(settings))
+        self.consumer.reload(settings)
+        for queue in settings.worker.queues:
+            while run := self.ledger.next(queue):
+                self._begin(run)
         self.changed()
 
     async def perform(self, run: Run) -> None:
@@ -248,6 +257,15 @@ class Worker:
         self._retiring.add(channel)
         self._close_retired()
 
+    def detached(self, channel: Channel) -> None:
+        for delivery in self.ledger.detached(channel.serial):
+            channel.give_back(delivery.tag)
+        self._retiring.add(channel)
+        self._close_retired()
+
+    def holds(self, channel: Channel) -> bool:
+        return self.ledger.holds(channel.serial)
+
     def changed(self) -> None:
         self._happened.set()
         self.status.touch()
@@ -285,9 +303,8 @@ class Worker:
 
     async def _grow_older(self) -> None:
         """Forget finished jobs once they have been remembered for ``remember``."""
-        third = max(1.0, self.settings.worker.remember / 3)
         while True:
-            await asyncio.sleep(third)
+            await asyncio.sleep(max(1.0, self.settings.worker.remember / 3))
             self.ledger.age()
 
     async def _look_again(self) -> None:
@@ -316,3 +333,8 @@ class Worker:
             log.event(report.outcome.value, "info", **facts)
         else:
             log.warning(report.outcome.value, **facts, error=report.error[-500:] or None)
+
+
+def _slots(settings: Settings) -> dict[str, int]:
+    """How many jobs of each consumed queue may run at once."""
+    return {name: settings.queues[name].concurrency for name in settings.worker.queues}

@@ -41,6 +41,8 @@ class Channel:
         #: 4.3) deliveries not acknowledged in time. The channel stays open.
         self.cancelled = asyncio.Event()
         self._channel = channel
+        #: How many messages have come.
+        self.deliveries = 0
         self._requests: set[asyncio.Future[Any]] = set()
         self._consumer_tag = ""
         self._on_lost: Callable[[Channel], None] | None = None
@@ -119,6 +121,7 @@ class Channel:
         """
 
         def deliver(_channel: Any, method: Any, properties: Any, body: bytes) -> None:
+            self.deliveries += 1
             on_message(self, Incoming(method, properties, body))
 
         self._on_lost = on_lost

@@ -144,7 +144,7 @@ class Link:
 
 
 async def links(
-    broker: Broker,
+    settings: Callable[[], Broker],
     name: str,
     environ: Mapping[str, str],
     on_outage: Callable[[str, Trouble, float], None],
@@ -152,13 +152,15 @@ async def links(
 ) -> AsyncIterator[Link]:
     """Open connections, for ever: each is yielded once, when the one before has ended.
 
-    The brokers are tried in random order; when none answers there is a pause, longer each
+    ``settings`` gives those that are valid at each attempt. The brokers are tried in random
+    order; when none answers there is a pause, longer each
     time up to ``reconnect_max``, and cut short by ``wake``. ``on_outage`` hears of each
     failed attempt and each lost connection, and in how many seconds the next attempt comes.
     """
     clock = asyncio.get_running_loop().time
-    delays = backoff(FIRST_PAUSE, broker.reconnect_max)
+    delays = backoff(FIRST_PAUSE, settings().reconnect_max)
     while True:
+        broker = settings()
         failures: list[Trouble] = []
         for url in random.sample(broker.urls, len(broker.urls)):
             try:
