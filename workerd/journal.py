@@ -21,7 +21,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -228,13 +228,13 @@ class HostMemory(Memory):
             self._troubled = True
             self._on_trouble(str(error))
 
-    def _look_around(self) -> Iterator[History]:
+    def _look_around(self) -> Iterable[History]:
+        """The other instances that have ever run on this host."""
         with contextlib.suppress(OSError):
-            for entry in os.scandir(self._state):
-                if entry.name != self._instance and entry.is_dir(follow_symlinks=False):
-                    if entry.name not in self._siblings:
-                        self._siblings[entry.name] = History(Path(entry.path))
-                    yield self._siblings[entry.name]
+            for name in os.listdir(self._state):
+                if name != self._instance and name not in self._siblings:
+                    self._siblings[name] = History(self._state / name)
+        return self._siblings.values()
 
 
 class _Sent(NamedTuple):

@@ -1,0 +1,296 @@
+"""The memory on disk: what survives, what is skipped, and what other instances read in it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.harness.trixie import CHECKOUT
+from workerd.journal import END, RECORD, START, HostMemory, decode, encode
+from workerd.ledger import ALL_CLOSED, NEVER_SENT, Elsewhere
+
+HOUR = 3600.0
+SLEEP = bytes(range(16))
+RESIZE = bytes(range(16, 32))
+
+
+@pytest.fixture
+def troubles() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def remember(tmp_path: Path, troubles: list[str]) -> Callable[..., HostMemory]:
+    """Make the memory of an instance: `remember("1")`. It is alive until `dies`."""
+
+    def make(instance: str = "1", seconds: float = HOUR, size: int = 100_000) -> HostMemory:
+        return HostMemory(tmp_path, instance, seconds, troubles.append, size)
+
+    return make
+
+
+def dies(memory: HostMemory) -> None:
+    """What the kernel does when the process ends."""
+    memory.close()
+    os.close(memory._lock)
+
+
+def knows(memory: HostMemory, key: bytes) -> bool:
+    return memory.take(key, lambda _channel: True)
+
+
+# One instance, one process after another.
+
+
+def test_a_finished_job_is_remembered_by_the_next_process(
+    remember: Callable[..., HostMemory],
+) -> None:
+    memory = remember()
+    memory.started(SLEEP, 1)
+    memory.add(SLEEP, 1)
+    dies(memory)
+    assert knows(remember(), SLEEP)
+
+
+def test_a_job_that_was_cut_off_is_not_remembered_as_finished(
+    remember: Callable[..., HostMemory],
+) -> None:
+    memory = remember()
+    memory.started(SLEEP, 1)
+    dies(memory)
+    assert not knows(remember(), SLEEP)
+
+
+def test_a_job_that_went_back_after_an_equal_one_had_finished_is_forgotten(
+    remember: Callable[..., HostMemory],
+) -> None:
+    memory = remember()
+    memory.add(SLEEP, 1)
+    memory.forget(SLEEP)
+    dies(memory)
+    assert not knows(remember(), SLEEP)
+
+
+def test_what_is_older_than_remember_is_forgotten(
+    remember: Callable[..., HostMemory], tmp_path: Path
+) -> None:
+    memory = remember()
+    memory.add(RESIZE, 1)
+    dies(memory)
+    segment = max((tmp_path / "1").iterdir())
+    with segment.open("ab") as file:
+        file.write(encode(END, 1, SLEEP, 0.0))
+    memory = remember()
+    assert not knows(memory, SLEEP)
+    assert knows(memory, RESIZE)
+
+
+def test_verdicts_of_channels_that_were_closed_in_order_are_told_apart(
+    remember: Callable[..., HostMemory],
+) -> None:
+    memory = remember()
+    memory.add(SLEEP, 1)
+    memory.add(RESIZE, 2)
+    memory.lost(2)
+    memory.closed(1)
+    dies(memory)
+    memory = remember()
+    assert memory.take(SLEEP, lambda channel: channel == ALL_CLOSED)
+    assert memory.take(RESIZE, lambda channel: channel == NEVER_SENT)
+
+
+@pytest.mark.parametrize("size", range(3 * RECORD + 1))
+def test_a_journal_that_is_torn_anywhere_loses_only_its_end(
+    size: int, remember: Callable[..., HostMemory], tmp_path: Path, troubles: list[str]
+) -> None:
+    memory = remember()
+    memory.started(SLEEP, 1)
+    memory.add(SLEEP, 1)
+    dies(memory)
+    segment = tmp_path / "1" / "00000001"
+    assert segment.stat().st_size == 3 * RECORD
+    os.truncate(segment, size)
+    assert knows(remember(), SLEEP) == (size == 3 * RECORD)
+    assert troubles == []
+
+
+@pytest.mark.parametrize("offset", range(RECORD))
+def test_a_record_with_a_changed_byte_is_skipped_and_the_next_is_read(offset: int) -> None:
+    spoilt = bytearray(encode(START, 1, SLEEP, 1.0) + encode(END, 1, SLEEP, 2.0))
+    spoilt[offset] ^= 0x10
+    assert [record[0] for record in decode(bytes(spoilt))] == [END]
+
+
+def test_old_segments_are_removed_and_running_jobs_are_carried_on(
+    remember: Callable[..., HostMemory], tmp_path: Path
+) -> None:
+    memory = remember(size=40)
+    memory.started(SLEEP, 1)
+    for number in range(200):
+        key = number.to_bytes(16, "big")
+        memory.started(key, 1)
+        memory.add(key, 1)
+    assert len(list((tmp_path / "1").iterdir())) == memory.GENERATIONS
+    assert len(memory) <= 40
+    memory.lost(1)
+    assert remember("2").elsewhere(SLEEP) is Elsewhere.ORPHANED
+
+
+def test_two_processes_never_write_one_journal(
+    remember: Callable[..., HostMemory], troubles: list[str], tmp_path: Path
+) -> None:
+    first = remember()
+    first.add(SLEEP, 1)
+    second = remember()
+    assert len(troubles) == 1
+    second.add(RESIZE, 1)
+    assert knows(second, RESIZE)
+    assert len(list((tmp_path / "1").iterdir())) == 1
+
+
+# Several instances.
+
+
+def test_a_job_that_another_instance_has_finished_is_found_once_its_channel_is_lost(
+    remember: Callable[..., HostMemory],
+) -> None:
+    one, two = remember("1"), remember("2")
+    one.started(SLEEP, 1)
+    assert two.elsewhere(SLEEP) is Elsewhere.ATTACHED
+    one.add(SLEEP, 1)
+    assert two.elsewhere(SLEEP) is Elsewhere.ATTACHED
+    one.lost(1)
+    assert two.elsewhere(SLEEP) is Elsewhere.FINISHED
+
+
+def test_a_verdict_of_another_instance_settles_one_delivery(
+    remember: Callable[..., HostMemory],
+) -> None:
+    one, two = remember("1"), remember("2")
+    one.add(SLEEP, 1)
+    one.lost(1)
+    assert two.elsewhere(SLEEP) is Elsewhere.FINISHED
+    assert two.elsewhere(SLEEP) is Elsewhere.UNKNOWN
+
+
+def test_a_job_that_another_instance_runs_without_its_channel_is_waited_for(
+    remember: Callable[..., HostMemory],
+) -> None:
+    one, two = remember("1"), remember("2")
+    one.started(SLEEP, 1)
+    one.lost(1)
+    assert two.elsewhere(SLEEP) is Elsewhere.ORPHANED
+    one.add(SLEEP, 0)
+    assert two.elsewhere(SLEEP) is Elsewhere.FINISHED
+
+
+def test_a_job_that_another_instance_gave_back_is_not_waited_for(
+    remember: Callable[..., HostMemory],
+) -> None:
+    one, two = remember("1"), remember("2")
+    one.started(SLEEP, 1)
+    one.lost(1)
+    one.back(SLEEP)
+    assert two.elsewhere(SLEEP) is Elsewhere.UNKNOWN
+
+
+def test_a_dead_instance_runs_nothing_and_what_it_finished_counts(
+    remember: Callable[..., HostMemory],
+) -> None:
+    one, two = remember("1"), remember("2")
+    one.started(SLEEP, 1)
+    one.add(RESIZE, 1)
+    dies(one)
+    assert two.elsewhere(SLEEP) is Elsewhere.UNKNOWN
+    assert two.elsewhere(RESIZE) is Elsewhere.FINISHED
+
+
+def test_what_another_instance_finished_long_ago_does_not_count(
+    remember: Callable[..., HostMemory],
+) -> None:
+    one = remember("1")
+    one.add(SLEEP, 1)
+    dies(one)
+    assert remember("2", seconds=0.0).elsewhere(SLEEP) is Elsewhere.UNKNOWN
+
+
+def test_the_lock_of_an_instance_ends_with_its_process(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from workerd.journal import HostMemory;"
+        "memory = HostMemory(Path(sys.argv[1]), '1', 3600.0, print);"
+        "memory.started(bytes(16), 1); memory.lost(1);"
+        "print('ready', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path],
+        cwd=CHECKOUT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"ready\n"
+        here = HostMemory(tmp_path, "2", HOUR, print)
+        assert here.elsewhere(bytes(16)) is Elsewhere.ORPHANED
+        other.kill()
+        other.wait()
+        assert here.elsewhere(bytes(16)) is Elsewhere.UNKNOWN
+
+
+# A disk that cannot be written.
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Path:
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", disk], check=True)
+    return disk
+
+
+@pytest.fixture
+def unmount(tmp_path: Path) -> object:
+    yield
+    subprocess.run(["umount", "--lazy", tmp_path / "disk"], check=False)
+
+
+@pytest.mark.usefixtures("unmount")
+def test_a_full_disk_is_told_once_and_used_again_when_it_has_room(
+    full_disk: Path, troubles: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = HostMemory(full_disk, "1", HOUR, troubles.append)
+    filler = full_disk / "filler"
+    with pytest.raises(OSError, match="No space"):
+        filler.write_bytes(bytes(1 << 20))
+    for number in range(1000):
+        memory.add(number.to_bytes(16, "big"), 1)
+    assert len(troubles) == 1
+    assert "No space" in troubles[0]
+    assert knows(memory, (999).to_bytes(16, "big"))
+    filler.unlink()
+    monkeypatch.setattr(memory, "_retry_at", 0.0)
+    memory.add(SLEEP, 1)
+    assert troubles[1:] == [""]
+    dies(memory)
+    assert knows(HostMemory(full_disk, "1", HOUR, troubles.append), SLEEP)
+
+
+@pytest.mark.usefixtures("unmount")
+def test_a_read_only_disk_is_told_once_and_jobs_go_on(full_disk: Path, troubles: list[str]) -> None:
+    first = HostMemory(full_disk, "1", HOUR, troubles.append)
+    first.add(SLEEP, 1)
+    dies(first)
+    subprocess.run(["mount", "-o", "remount,ro", full_disk], check=True)
+    memory = HostMemory(full_disk, "1", HOUR, troubles.append)
+    memory.started(RESIZE, 1)
+    memory.add(RESIZE, 1)
+    assert len(troubles) == 1
+    assert "Read-only" in troubles[0]
+    assert knows(memory, RESIZE)
+    assert knows(memory, SLEEP)
