@@ -50,6 +50,7 @@ class Daemon:
         netns: str | None = None,
     ) -> None:
         self.instance = instance
+        self._home = config.parent
         self.started_at = time.monotonic()
         # What it said so far. The lists only grow; `_said` guards them and is notified.
         self.log: list[Event] = []
@@ -201,6 +202,9 @@ class Daemon:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, [pika, str(CHECKOUT)])),
             "NOTIFY_SOCKET": str(self._folder / "notify"),
+            # Instances of the same test are on one host; those of others are not.
+            "RUNTIME_DIRECTORY": str(self._home / "run"),
+            "STATE_DIRECTORY": str(self._home / "state"),
             **changes,
         }
         return {name: value for name, value in environment.items() if value is not None}
