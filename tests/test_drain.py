@@ -134,6 +134,27 @@ def test_systemd_is_asked_for_more_time_for_as_long_as_the_drain_takes(
     assert worker.wait_exit() == 0
 
 
+def test_jobs_delivered_to_a_new_connection_in_a_drain_go_back_while_the_others_run(
+    broker: Broker, wire: Wire, client: Client, daemon: Start, oracle: Oracle, gate: Path
+) -> None:
+    queue = {"concurrency": 1, "prefetch": 4}
+    worker = daemon(config(wire.url, gated(gate, oracle.command()), queues={"jobs": queue}))
+    worker.wait_ready()
+    await_topology(client)
+    ids = client.publish_jobs("jobs", ["running", "waiting-1", "waiting-2", "waiting-3"])
+    worker.wait_event("start")
+    worker.signal(signal.SIGTERM)
+    client.await_ready("jobs", 3)
+    wire.break_connections()
+    worker.wait_event("rejoined")
+    client.await_ready("jobs", 3)
+    assert worker.running
+    gate.touch()
+    assert worker.wait_exit() == 0
+    assert sorted(str(message.id) for message in client.look("jobs")) == ids[1:]
+    oracle.check(ids[:1])
+
+
 # Jobs that take too long
 
 
@@ -279,7 +300,7 @@ def test_the_last_acks_are_proven_read_before_the_exit(
     ids = client.publish_jobs("jobs", ["job-1", "job-2", "job-3"])
     worker.wait_event("start", count=3)
     # What is still on this wire when the daemon ends is lost.
-    wire.delay = 0.5
+    wire.delay = 0.2
     gate.touch()
     worker.wait_event("done", count=3)
     assert worker.stop() == 0

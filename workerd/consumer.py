@@ -121,12 +121,13 @@ class Consumer:
 
     async def cancel(self) -> None:
         """Stop all consumers; when this returns, the last message has come."""
-        for channel in list(self.channels.values()):
+        # A queue that is just being opened may join them meanwhile.
+        while self.channels:
+            _, channel = self.channels.popitem()
             try:
                 await channel.cancel()
             except Trouble as trouble:
                 log.debug("cancel failed", text=str(trouble))
-        self.channels.clear()
 
     async def close(self, channels: Iterable[Channel], timeout: float) -> None:
         """Close channels and connection; the broker's answers prove that it read our acks."""

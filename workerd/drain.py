@@ -48,10 +48,7 @@ class Drain:
         # From here on nothing starts; what still arrives is held.
         ledger.drain()
         worker.status.show()
-        # Messages come until cancel-ok. Given back before it, the broker would hand them
-        # straight to us again.
-        await self._before_deadline(consumer.cancel())
-        worker.give_back_unstarted()
+        await self._before_deadline(self._return_unstarted())
         # Each of the running jobs is settled as it ends.
         await self._before_deadline(self._runs_end())
         # The late ones get SIGTERM, their grace, SIGKILL, and go back unharmed.
@@ -62,8 +59,7 @@ class Drain:
         # What ended while the broker was away can be settled only on a new connection.
         await self._reclaim()
         # Such a connection consumes like any other.
-        await first(consumer.cancel(), timeout=CLOSE_TIMEOUT)
-        worker.give_back_unstarted()
+        await first(self._return_unstarted(), timeout=CLOSE_TIMEOUT)
         # Without these answers nobody knows whether the last acks were read.
         await consumer.close(list(worker.channels.values()), CLOSE_TIMEOUT)
         await worker.publisher.close(timeout=2.0)
@@ -85,8 +81,28 @@ class Drain:
             timeout=RECLAIM_TIMEOUT,
         )
 
+    async def _return_unstarted(self) -> None:
+        """Stop consuming, and give back what has not started.
+
+        Messages come until cancel-ok. Given back before it, the broker would hand them
+        straight to us again.
+        """
+        await self._worker.consumer.cancel()
+        self._worker.give_back_unstarted()
+
     async def _runs_end(self) -> None:
-        await self._worker.until(lambda: not self._worker.ledger.running)
+        """Wait until no job runs.
+
+        A connection made meanwhile, to settle them on, brings other jobs as well: once it
+        has served its purpose they go back too.
+        """
+        worker = self._worker
+        ledger, consumer = worker.ledger, worker.consumer
+        while ledger.running:
+            await worker.until(
+                lambda: not ledger.running or (bool(consumer.channels) and not ledger.owes())
+            )
+            await self._return_unstarted()
 
     async def _before_deadline(self, work: Awaitable[None]) -> None:
         """Wait for this work, but only until the deadline, or a second signal."""
