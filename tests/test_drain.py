@@ -19,6 +19,8 @@ from tests.harness.wire import Wire
 
 Start = Callable[..., Daemon]
 
+CHANNEL_CLOSE_OK = b"\x00\x14\x00\x29"
+
 # What an operator takes for "at once"; the daemon itself needs a few hundredths of a second.
 AT_ONCE = 1.0 * SCALE
 
@@ -286,6 +288,17 @@ def test_one_last_connection_acknowledges_what_ended_while_the_broker_was_away(
     assert worker.events("settled from memory", job_id="owed")
     assert broker.queues()["jobs"] == (0, 0, 0)
     oracle.check(ids)
+
+
+def test_a_channel_close_without_an_answer_is_an_outage_like_any_other(
+    wire: Wire, daemon: Start
+) -> None:
+    wire.hold("to_daemon", at=CHANNEL_CLOSE_OK)
+    worker = daemon(config(wire.url, ["true"], worker={"ready_wait": "60s"}))
+    worker.wait_event("disconnected", text="connection lost: no answer within 15 s")
+    wire.release()
+    worker.wait_ready()
+    assert worker.events("consuming")
 
 
 # Acks on their way

@@ -29,6 +29,7 @@ class Wire:
         self._parts = urlsplit(target)
         self.delay = 0.0
         self._flowing = {"to_broker": threading.Event(), "to_daemon": threading.Event()}
+        self._watched: dict[Direction, bytes] = {}
         self._ends: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._is_cut = False
@@ -46,12 +47,21 @@ class Wire:
         """How many connections go through it."""
         return len(self._ends) // 2
 
-    def hold(self, direction: Direction) -> None:
-        """Let nothing through in this direction; what comes in is kept."""
-        self._flowing[direction].clear()
+    def hold(self, direction: Direction, *, at: bytes = b"") -> None:
+        """Let nothing through in this direction; what comes in is kept.
+
+        `at` makes it happen only when these bytes come.
+        """
+        self._watched[direction] = at
+        if not at:
+            self._flowing[direction].clear()
+
+    def holds(self) -> bool:
+        return not all(flowing.is_set() for flowing in self._flowing.values())
 
     def release(self) -> None:
         """Let everything through again, what was kept first."""
+        self._watched.clear()
         for flowing in self._flowing.values():
             flowing.set()
 
@@ -117,6 +127,8 @@ class Wire:
             while data := source.recv(65536):
                 delay = self.delay if direction == "to_broker" else 0.0
                 late = delay > 0 or not self._flowing[direction].is_set()
+                if self._watched.get(direction) and self._watched[direction] in data:
+                    self._flowing[direction].clear()
                 time.sleep(delay)
                 self._flowing[direction].wait()
                 if late and _hung_up(source):
