@@ -341,6 +341,19 @@ def test_a_frozen_broker_gets_the_last_acks_when_it_thaws(
     oracle.check(ids)
 
 
+def test_an_unanswering_broker_holds_up_the_exit_for_a_bounded_time(
+    broker: Broker, client: Client, daemon: Start
+) -> None:
+    worker = daemon(config(broker.url, ["true"], worker={"drain_timeout": "300ms"}))
+    worker.wait_ready()
+    await_topology(client)
+    broker.freeze()
+    try:
+        assert 10 < seconds_to_exit(worker) < 16 + 2 * SCALE
+    finally:
+        broker.thaw()
+
+
 # A second signal
 
 
@@ -358,3 +371,18 @@ def test_a_second_signal_cuts_the_drain_short(
     ended = worker.events("interrupted", job_id="cut-short")
     assert [event["signal"] for event in ended] == ["SIGTERM"]
     client.await_ready("jobs", 1)
+
+
+def test_a_second_signal_does_not_wait_for_a_broker_that_does_not_answer(
+    broker: Broker, client: Client, daemon: Start
+) -> None:
+    worker = daemon(config(broker.url, ["true"]))
+    worker.wait_ready()
+    await_topology(client)
+    broker.freeze()
+    try:
+        worker.signal(signal.SIGTERM)
+        worker.wait_event("draining")
+        assert seconds_to_exit(worker) < 5 * SCALE
+    finally:
+        broker.thaw()

@@ -129,14 +129,13 @@ class Consumer:
             except Trouble as trouble:
                 log.debug("cancel failed", text=str(trouble))
 
-    async def close(self, channels: Iterable[Channel], timeout: float) -> None:
+    async def close(self, channels: Iterable[Channel]) -> None:
         """Close channels and connection; the broker's answers prove that it read our acks."""
-        try:
-            async with asyncio.timeout(timeout):
-                for channel in list(channels):
-                    await channel.close()
-        except TimeoutError:
-            log.warning("close timed out", seconds=timeout)
+        for channel in channels:
+            try:
+                await channel.close()
+            except Trouble as trouble:
+                log.warning("close failed", text=str(trouble))
         if self._link:
             await self._link.close(timeout=2.0)
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 #: Seconds for the broker to prove, at the end, that it has read our acks.
 CLOSE_TIMEOUT = 15.0
+#: The same after a second signal.
+HURRIED_CLOSE_TIMEOUT = 2.0
 #: Seconds for one last attempt to settle what ended while the broker was away.
 RECLAIM_TIMEOUT = 5.0
 #: Seconds beyond its grace that a job's process group may take to die of SIGKILL.
@@ -40,7 +42,7 @@ class Drain:
 
     async def run(self) -> None:
         worker = self._worker
-        ledger, consumer = worker.ledger, worker.consumer
+        ledger = worker.ledger
         timeout = worker.settings.worker.drain_timeout
         self._deadline = asyncio.get_running_loop().time() + timeout
         log.event("draining", running=len(ledger.running), seconds=timeout)
@@ -58,11 +60,8 @@ class Drain:
         await first(self._runs_end(), timeout=grace + KILL_TIMEOUT)
         # What ended while the broker was away can be settled only on a new connection.
         await self._reclaim()
-        # Such a connection consumes like any other.
-        await first(self._return_unstarted(), timeout=CLOSE_TIMEOUT)
-        # Without these answers nobody knows whether the last acks were read.
-        await consumer.close(list(worker.channels.values()), CLOSE_TIMEOUT)
-        await worker.publisher.close(timeout=2.0)
+        # A broker that does not answer is not waited for beyond reason.
+        await first(self._take_leave(), self._patience())
         log.event("drained", unfinished=len(ledger.running))
 
     async def _reclaim(self) -> None:
@@ -80,6 +79,22 @@ class Drain:
             self._hurry.wait(),
             timeout=RECLAIM_TIMEOUT,
         )
+
+    async def _take_leave(self) -> None:
+        worker = self._worker
+        # A connection made for `_reclaim` consumes like any other.
+        await self._return_unstarted()
+        # Without these answers nobody knows whether the last acks were read.
+        await worker.consumer.close(list(worker.channels.values()))
+        await worker.publisher.close(timeout=2.0)
+
+    async def _patience(self) -> None:
+        """What the broker may take for its last answers."""
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait({hurry}, timeout=CLOSE_TIMEOUT - HURRIED_CLOSE_TIMEOUT)
+        hurry.cancel()
+        await asyncio.sleep(HURRIED_CLOSE_TIMEOUT)
+        log.warning("close timed out")
 
     async def _return_unstarted(self) -> None:
         """Stop consuming, and give back what has not started.
