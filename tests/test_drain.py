@@ -19,6 +19,8 @@ from tests.harness.wire import Wire
 
 Start = Callable[..., Daemon]
 
+# The class and the method at the beginning of a frame's payload.
+QUEUE_DECLARE_OK = b"\x00\x32\x00\x0b"
 CHANNEL_CLOSE_OK = b"\x00\x14\x00\x29"
 
 # What an operator takes for "at once"; the daemon itself needs a few hundredths of a second.
@@ -220,6 +222,7 @@ def test_a_stop_before_any_broker_was_reached_ends_at_once(daemon: Start) -> Non
     )
     worker.wait_event("unreachable")
     assert seconds_to_exit(worker) < AT_ONCE
+    assert "READY=1" not in [text for _, text in worker.notifications]
 
 
 def test_a_stop_while_a_broker_accepts_but_does_not_answer_ends_at_once(
@@ -230,6 +233,20 @@ def test_a_stop_while_a_broker_accepts_but_does_not_answer_ends_at_once(
     worker.wait_event("starting")
     until(lambda: wire.connections() == 2, "both connections wait for the broker")
     assert seconds_to_exit(worker) < AT_ONCE
+
+
+def test_a_stop_while_a_queue_is_opened_is_no_trouble_worth_a_warning(
+    wire: Wire, daemon: Start
+) -> None:
+    wire.hold("to_daemon", at=QUEUE_DECLARE_OK)
+    worker = daemon(config(wire.url, ["true"]))
+    worker.wait_event("connected")
+    until(wire.holds, "the broker's answer to the first declaration")
+    worker.signal(signal.SIGTERM)
+    worker.wait_event("draining")
+    wire.release()
+    assert worker.wait_exit() == 0
+    assert not worker.events(level="warning")
 
 
 def test_a_stop_in_a_pause_before_the_next_attempt_ends_at_once(wire: Wire, daemon: Start) -> None:

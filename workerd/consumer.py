@@ -91,7 +91,7 @@ class Consumer:
     async def run(self, connect: Connect) -> None:
         async for link in connect("consume", self._failed, self.wake):
             if not self._receiver.wanted:
-                link.abort("draining")
+                await link.close(timeout=2.0)
                 continue
             self._link = link
             self.outage = ""
@@ -152,7 +152,7 @@ class Consumer:
                     declared = True
                 channel = await self._open(link, queue)
             except Trouble as trouble:
-                if link.ended.done():
+                if link.ended.done() or not self._receiver.wanted:
                     break
                 self._pause(queue, trouble)
                 await asyncio.wait({link.ended}, timeout=next(delays))

@@ -79,9 +79,10 @@ class Worker:
                 self.drain.wanted.wait(),
                 timeout=self.settings.worker.ready_wait,
             )
-            self.status.show()
-            self.notifier.ready()
-            log.event("ready")
+            if not self.drain.wanted.is_set():
+                self.status.show()
+                self.notifier.ready()
+                log.event("ready")
             await self.drain.wanted.wait()
             await self.drain.run()
             for task in (*background, *self._performing):
