@@ -345,6 +345,34 @@ def test_sigusr1_logs_what_is_in_hand(
 # Secrets
 
 
+def test_no_job_can_read_the_memory_or_the_environment_of_the_daemon(
+    broker: Broker, client: Client, daemon: Start, tmp_path: Path
+) -> None:
+    path = tmp_path / "workerd-1.toml"
+    command = [sys.executable, "-m", "workerd", "run", "--config", path]
+    if os.geteuid() == 0:
+        # A service's own user has no capabilities; root would be let in by them.
+        command[:0] = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    # The job's parent is the daemon, and so is the guardian's.
+    script = """
+        for pid in $PPID $(cat /proc/$PPID/task/*/children); do
+            [ $pid = $$ ] && continue
+            for secret in environ mem maps; do
+                cat /proc/$pid/$secret >/dev/null 2>&1 && echo open: $secret of $pid
+            done
+            echo looked at $(cat /proc/$pid/comm)
+        done
+        cat /proc/$$/environ >/dev/null && echo own is open
+    """
+    worker = daemon(config(broker.url, ["sh", "-c", script]), command=command)
+    worker.wait_ready()
+    client.publish("jobs")
+    worker.wait_event("done")
+    printed = [event["text"] for event in worker.events("output", stream="stdout")]
+    assert len([line for line in printed if line.startswith("looked at ")]) >= 2
+    assert [line for line in printed if not line.startswith("looked at ")] == ["own is open"]
+
+
 def test_no_password_shows_in_the_log_or_the_status(
     broker: Broker, daemon: Start, tmp_path: Path
 ) -> None:

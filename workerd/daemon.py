@@ -50,6 +50,8 @@ def run(
         for problem in error.problems:
             log.error("bad configuration", problem=problem)
         _exit(EX_CONFIG)
+    # Here, so that it holds for the guardian too: a job runs as the same user.
+    service.forbid_dumps()
     # Before the first thread, and before anything that it would have to close.
     guardian = Guardian(lock)
     log.begin(log.writer(settings.log.format), settings.log.level, instance)
@@ -72,7 +74,6 @@ def _exit(status: int) -> NoReturn:
 async def _serve(settings: Settings, instance: str, guardian: Guardian) -> None:
     files = ", ".join(map(str, settings.files))
     log.event("starting", version=__version__, pid=os.getpid(), files=files)
-    service.forbid_dumps()
     place = Place(socket.gethostname(), instance)
     handlers = {
         name: CommandHandler(handler, os.environ, settings.log.output_lines, guardian)
