@@ -66,6 +66,15 @@ def test_without_a_broker_ready_is_told_after_ready_wait_with_a_status_that_says
     assert before[-1].endswith(": connection refused")
 
 
+def test_a_broker_that_does_not_answer_is_waited_for_in_the_status_as_well(
+    wire: Wire, daemon: Start
+) -> None:
+    wire.hold("to_daemon")
+    worker = daemon(config(wire.url, ["true"], worker={"ready_wait": "100ms"}))
+    worker.wait_ready()
+    assert said(worker)[0] == "STATUS=waiting for broker"
+
+
 def seconds_between(earlier: str, later: str) -> float:
     """Between two times of the log, which are of one day unless it is midnight."""
 

@@ -72,7 +72,7 @@ class Consumer:
         self.ack_timeout = settings.broker.ack_timeout
         self.consuming = asyncio.Event()
         #: What keeps it from being connected, for the status line; "" while it is.
-        self.outage = "connecting"
+        self.outage = "waiting for broker"
         self.connected_at = 0.0
         #: Set to make the next attempt to connect come now.
         self.wake = asyncio.Event()
