@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 # getaddrinfo loads this codec at the first look-up of a name. By then an upgrade may have
 # replaced the files of a process that is still draining: load everything now.
@@ -60,12 +61,16 @@ def run(
         asyncio.new_event_loop().run_until_complete(_serve(settings, instance, guardian))
     except Exception:  # noqa: BLE001 - a bug: tell it and end
         log.error("bug", traceback=traceback.format_exc())
-        _exit(EX_SOFTWARE)
-    _exit(0)
+        _exit(EX_SOFTWARE, pidfile)
+    _exit(0, pidfile)
 
 
-def _exit(status: int) -> NoReturn:
+def _exit(status: int, pidfile: str | None = None) -> NoReturn:
     """End now, whatever hangs in a thread."""
+    if pidfile:
+        # Its number may soon be another process's.
+        with contextlib.suppress(OSError):
+            os.unlink(pidfile)
     log.flush(2.0)
     sys.stdout.flush()
     os._exit(status)
