@@ -26,6 +26,7 @@ from tests.harness.daemon import Daemon  # noqa: E402
 from tests.harness.network import Network  # noqa: E402
 from tests.harness.oracle import Oracle  # noqa: E402
 from tests.harness.waiting import TIMEOUT, until  # noqa: E402
+from tests.harness.wire import Wire  # noqa: E402
 
 VERSION = os.environ.get("WORKERD_TEST_RABBITMQ", "3.10")
 
@@ -163,6 +164,14 @@ def client(broker: Broker) -> Iterator[Client]:
     """A connection to the virtual host of the test."""
     with Client(broker.url) as client:
         yield client
+
+
+@pytest.fixture
+def wire(broker: Broker) -> Iterator[Wire]:
+    """A wire to the broker that can be slow, held and cut: `wire.url`."""
+    wire = Wire(broker.url)
+    yield wire
+    wire.close()
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ class Consumer:
         self.ack_timeout = settings.broker.ack_timeout
         self.consuming = asyncio.Event()
         #: What keeps it from being connected, for the status line; "" while it is.
-        self.outage = "connecting"
+        self.outage = "waiting for broker"
         self.connected_at = 0.0
         #: Set to make the next attempt to connect come now.
         self.wake = asyncio.Event()
@@ -91,7 +91,7 @@ class Consumer:
     async def run(self, connect: Connect) -> None:
         async for link in connect("consume", self._failed, self.wake):
             if not self._receiver.wanted:
-                link.abort("draining")
+                await link.close(timeout=2.0)
                 continue
             self._link = link
             self.outage = ""
@@ -121,21 +121,21 @@ class Consumer:
 
     async def cancel(self) -> None:
         """Stop all consumers; when this returns, the last message has come."""
-        for channel in list(self.channels.values()):
+        # A queue that is just being opened may join them meanwhile.
+        while self.channels:
+            _, channel = self.channels.popitem()
             try:
                 await channel.cancel()
             except Trouble as trouble:
                 log.debug("cancel failed", text=str(trouble))
-        self.channels.clear()
 
-    async def close(self, channels: Iterable[Channel], timeout: float) -> None:
+    async def close(self, channels: Iterable[Channel]) -> None:
         """Close channels and connection; the broker's answers prove that it read our acks."""
-        try:
-            async with asyncio.timeout(timeout):
-                for channel in list(channels):
-                    await channel.close()
-        except TimeoutError:
-            log.warning("close timed out", seconds=timeout)
+        for channel in channels:
+            try:
+                await channel.close()
+            except Trouble as trouble:
+                log.warning("close failed", text=str(trouble))
         if self._link:
             await self._link.close(timeout=2.0)
 
@@ -152,7 +152,7 @@ class Consumer:
                     declared = True
                 channel = await self._open(link, queue)
             except Trouble as trouble:
-                if link.ended.done():
+                if link.ended.done() or not self._receiver.wanted:
                     break
                 self._pause(queue, trouble)
                 await asyncio.wait({link.ended}, timeout=next(delays))

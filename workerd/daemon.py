@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 # getaddrinfo loads this codec at the first look-up of a name. By then an upgrade may have
 # replaced the files of a process that is still draining: load everything now.
@@ -50,6 +51,8 @@ def run(
         for problem in error.problems:
             log.error("bad configuration", problem=problem)
         _exit(EX_CONFIG)
+    # Here, so that it holds for the guardian too: a job runs as the same user.
+    service.forbid_dumps()
     # Before the first thread, and before anything that it would have to close.
     guardian = Guardian(lock)
     log.begin(log.writer(settings.log.format), settings.log.level, instance)
@@ -58,12 +61,16 @@ def run(
         status = asyncio.new_event_loop().run_until_complete(_serve(settings, instance, guardian))
     except Exception:  # noqa: BLE001 - a bug: tell it and end
         log.error("bug", traceback=traceback.format_exc())
-        _exit(EX_SOFTWARE)
-    _exit(status)
+        _exit(EX_SOFTWARE, pidfile)
+    _exit(status, pidfile)
 
 
-def _exit(status: int) -> NoReturn:
+def _exit(status: int, pidfile: str | None = None) -> NoReturn:
     """End now, whatever hangs in a thread."""
+    if pidfile:
+        # Its number may soon be another process's.
+        with contextlib.suppress(OSError):
+            os.unlink(pidfile)
     log.flush(2.0)
     sys.stdout.flush()
     os._exit(status)
@@ -73,7 +80,6 @@ async def _serve(settings: Settings, instance: str, guardian: Guardian) -> int:
     """Work until the drain is over; returns the exit status."""
     files = ", ".join(map(str, settings.files))
     log.event("starting", version=__version__, pid=os.getpid(), files=files)
-    service.forbid_dumps()
     place = Place(socket.gethostname(), instance)
     handlers = {
         name: CommandHandler(handler, os.environ, settings.log.output_lines, guardian)
