@@ -212,11 +212,13 @@ def _left_behind() -> list[str]:
 
 
 @pytest.fixture
-def oracle(tmp_path: Path) -> Oracle:
+def oracle(tmp_path: Path) -> Iterator[Oracle]:
     """The judge of what ran: `oracle.command()` is the handler, `oracle.check(ids)` the verdict."""
     folder = tmp_path / "oracle"
     folder.mkdir()
-    return Oracle(str(folder))
+    oracle = Oracle(str(folder))
+    yield oracle
+    oracle.release()
 
 
 @pytest.fixture

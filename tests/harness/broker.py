@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from . import network, processes, trixie
 from .processes import MissingTool
-from .waiting import SCALE, TIMEOUT
+from .waiting import SCALE, TIMEOUT, until
 
 # A start takes 2 to 4 s on an idle machine.
 START_TIMEOUT = 60.0 * SCALE
@@ -196,21 +196,36 @@ class Broker:
         return self.vhost
 
     def queues(self) -> dict[str, Depth]:
-        """Every queue of the virtual host in use, counted now and not at the last statistics."""
+        """Every queue of the virtual host in use, counted now and not at the last statistics.
+
+        A quorum queue that is still being recovered after a start is left out.
+        """
         printed = self.eval(
             f'[io:format("~ts\\t~w\\t~w\\t~w~n", [Name, Ready, Unacked, Consumers]) '
             f'|| Q <- rabbit_amqqueue:list(<<"{self.vhost}">>), '
             "{resource, _, queue, Name} <- [amqqueue:get_name(Q)], "
-            "{Ready, Unacked, Consumers} <- [case amqqueue:get_type(Q) of "
+            "{Ready, Unacked, Consumers} <- case amqqueue:get_type(Q) of "
             "rabbit_quorum_queue -> "
-            "{ok, {_, O}, _} = ra:local_query(amqqueue:get_pid(Q), fun rabbit_fifo:overview/1), "
-            "All = maps:get(num_messages, O), Out = maps:get(num_checked_out, O), "
-            "{All - Out, Out, maps:get(num_consumers, O)}; "
-            "_ -> list_to_tuple([Value || {_, Value} <- rabbit_amqqueue:info(Q, "
-            "[messages_ready, messages_unacknowledged, consumers])]) end]]"
+            "[{maps:get(num_messages, O) - Out, Out, maps:get(num_consumers, O)} || "
+            "{ok, {_, O}, _} <- "
+            "[ra:local_query(amqqueue:get_pid(Q), fun rabbit_fifo:overview/1)], "
+            "Out <- [maps:get(num_checked_out, O)]]; "
+            "_ -> [list_to_tuple([Value || {_, Value} <- rabbit_amqqueue:info(Q, "
+            "[messages_ready, messages_unacknowledged, consumers])])] end]"
         )
         rows = (line.split("\t") for line in printed.splitlines())
         return {name: Depth(*map(int, counts)) for name, *counts in rows}
+
+    def await_depth(
+        self, queue: str, *, ready: int = 0, unacked: int = 0, timeout: float = TIMEOUT
+    ) -> None:
+        """Wait until a queue has exactly so many messages; by default none at all."""
+
+        def reached() -> bool:
+            depth = self.queues().get(queue)
+            return depth is not None and depth[:2] == (ready, unacked)
+
+        until(reached, f"{ready} ready and {unacked} unacked in {queue}", timeout)
 
     def connections(self) -> int:
         """The number of AMQP connections."""
