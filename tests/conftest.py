@@ -106,10 +106,11 @@ class SharedBroker:
     def check(self) -> None:
         """Undo what a test may do, or give the broker up."""
         assert self._broker is not None
-        if not self._broker.running or self._broker.damaged:
+        broker = self._broker
+        if not broker.running or broker.damaged or not broker.recovers():
             self.close()
         else:
-            self._broker.clear_memory_alarm()
+            broker.clear_memory_alarm()
 
     def close(self) -> None:
         if self._broker is not None:

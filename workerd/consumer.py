@@ -253,4 +253,5 @@ class Consumer:
             if objection not in self._warned:
                 self._warned.add(objection)
                 log.warning("declare failed", what=what, text=objection)
+        log.debug("declared", what=what)
         return not objections
