@@ -101,9 +101,7 @@ class Consumer:
             async with asyncio.TaskGroup() as tasks:
                 for queue in self._queues.values():
                     tasks.create_task(self._consume(link, queue), name=f"consume {queue.name}")
-                tasks.create_task(
-                    self._declare(link, "delays", topology.delay_levels()), name="declare"
-                )
+                tasks.create_task(self._declare_delays(link), name="declare")
             self._link = None
 
     def _failed(self, broker: str, trouble: Trouble, delay: float) -> None:
@@ -237,7 +235,15 @@ class Consumer:
                 self.dead_letters.add(queue.name)
             else:
                 self.dead_letters.discard(queue.name)
-        await self._declare(link, f"dead letters of {queue.name}", topology.companions(queue))
+        await self._declare(link, f"dead letters of {queue.name}", topology.dead_letters(queue))
+
+    async def _declare_delays(self, link: Link) -> None:
+        """Declare the delay levels, and what leads from them to each queue."""
+        await self._declare(link, "delays", topology.delay_levels())
+        for queue in self._queues.values():
+            await self._declare(link, f"due jobs of {queue.name}", topology.due_jobs(queue))
+        if not link.ended.done():
+            log.debug("declared", what="delays")
 
     async def _declare(self, link: Link, what: str, steps: Iterable[topology.Step]) -> bool:
         """Take these steps; True when all were taken as asked.
@@ -253,5 +259,4 @@ class Consumer:
             if objection not in self._warned:
                 self._warned.add(objection)
                 log.warning("declare failed", what=what, text=objection)
-        log.debug("declared", what=what)
         return not objections
