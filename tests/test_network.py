@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -52,17 +53,10 @@ def with_names(names: Path, nameserver: str) -> list[str | Path]:
     # As patient as the C library can be.
     resolver.write_text(f"nameserver {nameserver}\noptions timeout:30 attempts:5\n")
     script = 'mount --bind "$1" /etc/hosts && mount --bind "$2" /etc/resolv.conf'
-    inside = ["unshare", "--mount", "--propagation", "private"]
+    inside: list[str | Path] = ["unshare", "--mount", "--propagation", "private"]
     inside += ["sh", "-c", f'{script} && shift 2 && exec "$@"', "sh"]
-    workerd = [
-        sys.executable,
-        "-m",
-        "workerd",
-        "run",
-        "--config",
-        names.with_name("workerd-1.toml"),
-    ]
-    return [*inside, names, resolver, *workerd]
+    inside += [names, resolver, sys.executable, "-m", "workerd", "run"]
+    return [*inside, "--config", names.with_name("workerd-1.toml")]
 
 
 def test_a_reset_connection_is_replaced_and_its_jobs_are_rejoined(
@@ -169,7 +163,7 @@ def test_a_resolver_that_hangs_blocks_neither_the_loop_nor_a_stop(
     began = time.monotonic()
     workerd.wait_event("unreachable", timeout=CONNECT_TIMEOUT + TIMEOUT / 4)
     beats = [at for at, text in workerd.notifications if text == "WATCHDOG=1" and at > began]
-    assert max(b - a for a, b in zip(beats, beats[1:], strict=False)) < TIMEOUT / 10
+    assert max(b - a for a, b in itertools.pairwise(beats)) < TIMEOUT / 10
     assert len(beats) > 10
 
     # In the middle of the next look-up: besides the main thread, the log's, and the two that the
