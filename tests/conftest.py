@@ -107,10 +107,11 @@ class SharedBroker:
     def check(self) -> None:
         """Undo what a test may do, or give the broker up."""
         assert self._broker is not None
-        if not self._broker.running or self._broker.damaged:
+        broker = self._broker
+        if not broker.running or broker.damaged or not broker.recovers():
             self.close()
         else:
-            self._broker.clear_memory_alarm()
+            broker.clear_memory_alarm()
 
     def close(self) -> None:
         if self._broker is not None:
@@ -221,11 +222,13 @@ def _left_behind() -> list[str]:
 
 
 @pytest.fixture
-def oracle(tmp_path: Path) -> Oracle:
+def oracle(tmp_path: Path) -> Iterator[Oracle]:
     """The judge of what ran: `oracle.command()` is the handler, `oracle.check(ids)` the verdict."""
     folder = tmp_path / "oracle"
     folder.mkdir()
-    return Oracle(str(folder))
+    oracle = Oracle(str(folder))
+    yield oracle
+    oracle.release()
 
 
 @pytest.fixture

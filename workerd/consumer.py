@@ -101,9 +101,7 @@ class Consumer:
             async with asyncio.TaskGroup() as tasks:
                 for queue in self._queues.values():
                     tasks.create_task(self._consume(link, queue), name=f"consume {queue.name}")
-                tasks.create_task(
-                    self._declare(link, "delays", topology.delay_levels()), name="declare"
-                )
+                tasks.create_task(self._declare_delays(link), name="declare")
             self._link = None
 
     def _failed(self, broker: str, trouble: Trouble, delay: float) -> None:
@@ -144,19 +142,21 @@ class Consumer:
         clock = asyncio.get_running_loop().time
         reconnect_max = self._settings.broker.reconnect_max
         delays = backoff(FIRST_PAUSE, reconnect_max)
-        declared = False
+        seen = False
+        refusal: Trouble | None = None
         while self._receiver.wanted and not link.ended.done():
             try:
-                if not declared:
-                    await self._declare_queue(link, queue)
-                    declared = True
+                if not seen:
+                    refusal = await self._declare_queue(link, queue)
                 channel = await self._open(link, queue)
             except Trouble as trouble:
                 if link.ended.done() or not self._receiver.wanted:
                     break
-                self._pause(queue, trouble)
+                # That it is missing says less than why it could not be declared.
+                self._pause(queue, refusal if refusal and trouble.kind is Kind.MISSING else trouble)
                 await asyncio.wait({link.ended}, timeout=next(delays))
                 continue
+            seen, refusal = True, None
             opened_at = clock()
             self.channels[queue.name] = channel
             self.paused.pop(queue.name, None)
@@ -225,32 +225,46 @@ class Consumer:
         self.paused[queue.name] = text
         self._receiver.changed()
 
-    async def _declare_queue(self, link: Link, queue: Queue) -> None:
-        """Declare a work queue and what belongs to it, once for each connection.
+    async def _declare_queue(self, link: Link, queue: Queue) -> Trouble | None:
+        """Declare a work queue and its dead letters; returns the broker's objection to the former.
 
-        A queue that is deleted while it is consumed is not made again behind the back of
-        the administrator who deleted it.
+        Done until the queue has been there on this connection. One that is deleted while it
+        is consumed is not made again behind the back of the administrator who deleted it.
         """
+        objections: list[Trouble] = []
         if queue.declare != "wait":
-            made = await self._declare(link, f"queue {queue.name}", [topology.work_queue(queue)])
-            if made and queue.declare == "create":
-                self.dead_letters.add(queue.name)
-            else:
-                self.dead_letters.discard(queue.name)
-        await self._declare(link, f"dead letters of {queue.name}", topology.companions(queue))
+            objections = await self._declare(
+                link, f"queue {queue.name}", [topology.work_queue(queue)]
+            )
+        if queue.declare == "create" and not objections:
+            self.dead_letters.add(queue.name)
+        else:
+            self.dead_letters.discard(queue.name)
+        await self._declare(link, f"dead letters of {queue.name}", topology.dead_letters(queue))
+        return objections[0] if objections else None
 
-    async def _declare(self, link: Link, what: str, steps: Iterable[topology.Step]) -> bool:
-        """Take these steps; True when all were taken as asked.
+    async def _declare_delays(self, link: Link) -> None:
+        """Declare the delay levels, and what leads from them to each queue."""
+        await self._declare(link, "delays", topology.delay_levels())
+        for queue in self._queues.values():
+            await self._declare(link, f"due jobs of {queue.name}", topology.due_jobs(queue))
+        if not link.ended.done():
+            log.debug("declared", what="delays")
+
+    async def _declare(
+        self, link: Link, what: str, steps: Iterable[topology.Step]
+    ) -> list[Trouble]:
+        """Take these steps; returns what the broker objected to.
 
         What exists with other arguments is used as it is, and what may not be declared is
         hoped to exist: one warning says so, with the broker's words.
         """
         try:
             objections = await link.declare(steps)
-        except Trouble:
-            return False  # the connection is gone; on the next one all is declared again
+        except Trouble as trouble:
+            return [trouble]  # the connection is gone; on the next one all is declared again
         for objection in map(str, objections):
             if objection not in self._warned:
                 self._warned.add(objection)
                 log.warning("declare failed", what=what, text=objection)
-        return not objections
+        return objections
