@@ -203,7 +203,8 @@ class Broker:
             "{resource, _, queue, Name} <- [amqqueue:get_name(Q)], "
             "{Ready, Unacked, Consumers} <- [case amqqueue:get_type(Q) of "
             "rabbit_quorum_queue -> "
-            "{ok, {_, O}, _} = ra:local_query(amqqueue:get_pid(Q), fun rabbit_fifo:overview/1), "
+            # A local query may find a queue so new that its state has an older version's form.
+            "{ok, O, _} = ra:consistent_query(amqqueue:get_pid(Q), fun rabbit_fifo:overview/1), "
             "All = maps:get(num_messages, O), Out = maps:get(num_checked_out, O), "
             "{All - Out, Out, maps:get(num_consumers, O)}; "
             "_ -> list_to_tuple([Value || {_, Value} <- rabbit_amqqueue:info(Q, "
