@@ -233,7 +233,8 @@ class Consumer:
         """
         if queue.declare != "wait":
             made = await self._declare(link, f"queue {queue.name}", [topology.work_queue(queue)])
-            if made and queue.declare == "create":
+            # A classic queue loses a message whose dead letters are full or missing.
+            if made and queue.declare == "create" and queue.type == "quorum":
                 self.dead_letters.add(queue.name)
             else:
                 self.dead_letters.discard(queue.name)
