@@ -196,17 +196,21 @@ class Broker:
         return self.vhost
 
     def queues(self) -> dict[str, Depth]:
-        """Every queue of the virtual host in use, counted now and not at the last statistics."""
+        """Every queue of the virtual host in use, counted now and not at the last statistics.
+
+        A quorum queue that has only just been declared may be missing.
+        """
         printed = self.eval(
             f'[io:format("~ts\\t~w\\t~w\\t~w~n", [Name, Ready, Unacked, Consumers]) '
             f'|| Q <- rabbit_amqqueue:list(<<"{self.vhost}">>), '
             "{resource, _, queue, Name} <- [amqqueue:get_name(Q)], "
             "{Ready, Unacked, Consumers} <- [case amqqueue:get_type(Q) of "
             "rabbit_quorum_queue -> "
-            # A local query may find a queue so new that its state has an older version's form.
-            "{ok, O, _} = ra:consistent_query(amqqueue:get_pid(Q), fun rabbit_fifo:overview/1), "
+            "case ra:local_query(amqqueue:get_pid(Q), fun rabbit_fifo:overview/1) of "
+            "{ok, {_, O}, _} when is_map(O) -> "
             "All = maps:get(num_messages, O), Out = maps:get(num_checked_out, O), "
             "{All - Out, Out, maps:get(num_consumers, O)}; "
+            "_ -> not_up_yet end; "
             "_ -> list_to_tuple([Value || {_, Value} <- rabbit_amqqueue:info(Q, "
             "[messages_ready, messages_unacknowledged, consumers])]) end]]"
         )
