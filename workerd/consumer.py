@@ -236,7 +236,8 @@ class Consumer:
             objections = await self._declare(
                 link, f"queue {queue.name}", [topology.work_queue(queue)]
             )
-        if queue.declare == "create" and not objections:
+        # A classic queue loses a message whose dead letters are full or missing.
+        if queue.declare == "create" and queue.type == "quorum" and not objections:
             self.dead_letters.add(queue.name)
         else:
             self.dead_letters.discard(queue.name)
