@@ -1,6 +1,7 @@
 """What `--help` shows, to somebody on a terminal of 80 columns."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +43,15 @@ def test_the_help_of_submit_lists_every_exit_status(shown: str) -> None:
     statuses = {value for name, value in vars(submit).items() if name.startswith("EX_")}
     listed = set(map(int, re.findall(r"^  (\d+) ", shown, re.MULTILINE)))
     assert listed == statuses | {cli.EX_CONFIG}
+
+
+def test_a_timeout_without_a_unit_counts_seconds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "workerd.toml"
+    empty.touch(0o600)
+    words = ["submit", "--config", str(empty), "--dry-run", "--id", "one", "sleep", "4"]
+    assert cli.main([*words, "--timeout", "30"]) == 0
+    assert capsys.readouterr().out == "one\n"
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--timeout", "soon"])

@@ -214,7 +214,8 @@ def _seconds(text: str) -> float:
     from workerd.units import parse_duration
 
     try:
-        return parse_duration(text)
+        # A bare number counts seconds, here as in the configuration.
+        return parse_duration(text if text[-1:].isalpha() else f"{text}s")
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
