@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from workerd import __version__, broker, log, service
 from workerd.broker import Link
-from workerd.check import untrusted_programs
+from workerd.check import unsupported, untrusted_programs
 from workerd.consumer import OnOutage
 from workerd.errors import SettingsError
 from workerd.handlers.command import CommandHandler
@@ -116,12 +116,7 @@ async def _serve(settings: Settings, instance: str, guardian: Guardian) -> int:
 
 
 def _refuse_unsupported(settings: Settings) -> None:
-    problems = untrusted_programs(settings)
-    problems += [
-        f"{settings.where('handlers', name)}: this version runs command handlers only"
-        for name, handler in settings.handlers.items()
-        if handler.kind != "command"
-    ]
+    problems = untrusted_programs(settings) + unsupported(settings)
     if problems:
         raise SettingsError(*problems)
 

@@ -367,6 +367,8 @@ class Broker:
         prefix: list[str] = []
         if self._root is not None or self.netns is not None:
             prefix = ["nsenter", "--target", str(self.pid), "--mount", "--net", "--root"]
+            # Otherwise it stays in a folder outside the root, where Erlang does not start.
+            prefix.append("--wdns=/")
         return subprocess.run(
             [*prefix, *command],
             input=stdin,
