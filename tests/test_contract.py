@@ -12,7 +12,6 @@ import pytest
 from tests.harness.amqp import Client, Message
 from tests.harness.broker import Broker
 from tests.harness.daemon import Daemon
-from tests.harness.waiting import until
 from tests.harness.octets import (
     Properties,
     array,
@@ -23,6 +22,7 @@ from tests.harness.octets import (
     raw_headers,
     table,
 )
+from tests.harness.waiting import until
 
 Start = Callable[..., Daemon]
 
