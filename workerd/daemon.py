@@ -96,6 +96,8 @@ async def _serve(settings: Settings, instance: str, guardian: Guardian) -> int:
 
     def broken(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
+        if broker.is_noise(error):
+            return
         text = "".join(traceback.format_exception(error)) if error else context["message"]
         log.error("bug", traceback=text)
         # A callback that broke off may have left a job that nobody will settle any more.
