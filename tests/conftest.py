@@ -26,6 +26,7 @@ from tests.harness.daemon import Daemon  # noqa: E402
 from tests.harness.network import Network  # noqa: E402
 from tests.harness.oracle import Oracle  # noqa: E402
 from tests.harness.waiting import TIMEOUT, until  # noqa: E402
+from tests.harness.wire import Wire  # noqa: E402
 
 VERSION = os.environ.get("WORKERD_TEST_RABBITMQ", "3.10")
 
@@ -106,10 +107,11 @@ class SharedBroker:
     def check(self) -> None:
         """Undo what a test may do, or give the broker up."""
         assert self._broker is not None
-        if not self._broker.running or self._broker.damaged:
+        broker = self._broker
+        if not broker.running or broker.damaged or not broker.recovers():
             self.close()
         else:
-            self._broker.clear_memory_alarm()
+            broker.clear_memory_alarm()
 
     def close(self) -> None:
         if self._broker is not None:
@@ -166,6 +168,14 @@ def client(broker: Broker) -> Iterator[Client]:
 
 
 @pytest.fixture
+def wire(broker: Broker) -> Iterator[Wire]:
+    """A wire to the broker that can be slow, held and cut: `wire.url`."""
+    wire = Wire(broker.url)
+    yield wire
+    wire.close()
+
+
+@pytest.fixture
 def daemon(
     tmp_path: Path,
     request: pytest.FixtureRequest,
@@ -212,11 +222,13 @@ def _left_behind() -> list[str]:
 
 
 @pytest.fixture
-def oracle(tmp_path: Path) -> Oracle:
+def oracle(tmp_path: Path) -> Iterator[Oracle]:
     """The judge of what ran: `oracle.command()` is the handler, `oracle.check(ids)` the verdict."""
     folder = tmp_path / "oracle"
     folder.mkdir()
-    return Oracle(str(folder))
+    oracle = Oracle(str(folder))
+    yield oracle
+    oracle.release()
 
 
 @pytest.fixture

@@ -79,6 +79,15 @@ def untrusted_programs(settings: Settings, environ: Environ = os.environ) -> lis
     return problems
 
 
+def unsupported(settings: Settings) -> list[str]:
+    """What may be configured, but not run by this version."""
+    return [
+        f"{settings.where('handlers', name)}: this version runs command handlers only"
+        for name, handler in settings.handlers.items()
+        if handler.kind != "command"
+    ]
+
+
 def find_program(handler: Handler, program: str, environ: Environ = os.environ) -> Path | None:
     """The executable file that a handler's program names, or None."""
     directory = handler.working_directory or Path()

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from workerd import __version__
 from workerd.errors import SettingsError, WorkerdError
@@ -16,8 +17,76 @@ EX_SOFTWARE = 70
 EX_CONFIG = 78
 
 
+MAIN_EPILOG = """\
+configuration, later files override earlier ones:
+  /etc/workerd/workerd.toml, conf.d/*.toml and instances/NAME.toml beside it;
+  the variable WORKERD_BROKER_URL comes before the broker of all of them
+
+'workerd COMMAND --help' shows options, exit statuses and examples.
+"""
+
+RUN = "Consume the configured queues and run their jobs; the log goes to stderr."
+RUN_EPILOG = """\
+signals:
+  TERM, INT, QUIT  drain: start nothing more, give running jobs drain_timeout to
+                   end, then interrupt them and give them back; once more: now
+  USR1             log all that is in hand
+  HUP              no reload in this version: it only says so in the log
+
+exit status:
+  0   drained
+  64  usage
+  70  a bug, with its traceback in the log
+  78  bad configuration, or an instance of this name runs on this host already
+
+examples:
+  workerd run --config workerd.toml
+  workerd run --instance 2 --detach --pidfile 2.pid --log-file 2.log
+"""
+
+CHECK = "Find everything that is wrong with the configuration, one line for each problem."
+CHECK_EPILOG = """\
+--connect takes the steps of a starting daemon at every broker: it declares the
+queues that are missing, where it may, and neither takes nor leaves a message.
+
+exit status:
+  0   nothing is wrong
+  64  usage
+  78  the problems on stderr
+
+examples:
+  workerd check                     before every start and restart
+  workerd check --connect           after a change of user, password or queues
+  workerd check --show              which file sets what
+"""
+
+SUBMIT = "Send a job to RabbitMQ; print its id once the broker has it in a queue."
+SUBMIT_EPILOG = """\
+exit status:
+  0   every job was confirmed by the broker and routed to its queue
+  64  usage, or no handler is named TYPE and no --queue is given
+  65  the payload is too large, is not JSON, or cannot be read
+  69  no broker answered, or none confirmed, within --timeout
+  73  no such queue
+  75  not now: the queue is full, or the broker is short of memory or disk
+  77  access refused: user, password, virtual host or permission
+  78  bad configuration
+A job that was not confirmed (69, 75) may have arrived all the same.
+
+examples:
+  submit sleep 4
+  submit resize < photo.json
+  submit resize --file photo.json --header trace=abc
+  submit resize --lines < names.txt             one job for each line
+  submit resize --queue photos --url @broker    where no handler is configured
+"""
+
+
 class _Parser(argparse.ArgumentParser):
-    """argparse, with the usage error of sysexits.h."""
+    """argparse, with the usage error of sysexits.h and an epilog that stays as it is."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> object:  # type: ignore[override]
         self.print_usage(sys.stderr)
@@ -27,19 +96,23 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `workerd`."""
     parser = _Parser(
-        prog="workerd", description="A worker daemon for RabbitMQ, managed by systemd."
+        prog="workerd",
+        description="A worker daemon for RabbitMQ: runs a command for each message of its queues.",
+        epilog=MAIN_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"workerd {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_run(commands.add_parser("run", help="run the daemon (what workerd@.service starts)"))
-    _add_check(commands.add_parser("check", help="check the configuration"))
-    _add_submit(commands.add_parser("submit", help="submit a job, or many"))
+    commands = parser.add_subparsers(
+        title="commands", dest="command", required=True, metavar="COMMAND"
+    )
+    _add_run(commands.add_parser("run", help="run the daemon"))
+    _add_check(commands.add_parser("check", help="check the configuration, and the broker"))
+    _add_submit(commands.add_parser("submit", help="send a job, or one for each line of a file"))
     return _carry_out(parser.parse_args(arguments))
 
 
 def submit_main(arguments: Sequence[str] | None = None) -> int:
     """The command `submit`: exactly `workerd submit`."""
-    parser = _Parser(prog="submit", description=SUBMIT)
+    parser = _Parser(prog="submit")
     _add_submit(parser)
     return _carry_out(parser.parse_args(arguments))
 
@@ -67,11 +140,19 @@ def _carry_out(args: argparse.Namespace) -> int:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, metavar="FILE", help="read this file and no other")
-    parser.add_argument("--instance", default="1", metavar="NAME", help="instance (default: 1)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="read this file instead of those in /etc/workerd",
+    )
+    parser.add_argument(
+        "--instance", default="1", metavar="NAME", help="the instance's name (default: 1)"
+    )
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = RUN, RUN_EPILOG
     _add_common(parser)
     parser.add_argument(
         "--detach", action="store_true", help="go to the background (without systemd)"
@@ -92,6 +173,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = CHECK, CHECK_EPILOG
     _add_common(parser)
     parser.add_argument(
         "--connect",
@@ -99,7 +181,9 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
         help="also try login, permissions and queues at the broker",
     )
     parser.add_argument(
-        "--show", action="store_true", help="print the merged configuration, with each value's file"
+        "--show",
+        action="store_true",
+        help="print every value in force, and the file it comes from",
     )
     parser.set_defaults(carry_out=_check)
 
@@ -110,7 +194,7 @@ def _check(args: argparse.Namespace) -> int:
     loaded = settings.load(args.config, args.instance)
     if args.show:
         sys.stdout.write(show.show(loaded))
-    problems: list[str] = []
+    problems = check.unsupported(loaded)
     if args.connect:
         from workerd.connect import check_broker
 
@@ -126,48 +210,52 @@ def _check(args: argparse.Namespace) -> int:
     return EX_CONFIG if problems else 0
 
 
-SUBMIT = "Send a job to RabbitMQ; exits 0 only when the broker has confirmed and routed it."
-
-
 def _seconds(text: str) -> float:
     from workerd.units import parse_duration
 
     try:
-        return parse_duration(text)
+        # A bare number counts seconds, here as in the configuration.
+        return parse_duration(text if text[-1:].isalpha() else f"{text}s")
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_submit(parser: argparse.ArgumentParser) -> None:
-    parser.description = SUBMIT
+    parser.description, parser.epilog = SUBMIT, SUBMIT_EPILOG
     _add_common(parser)
-    parser.add_argument("type", metavar="TYPE", help="the handler's name")
+    parser.add_argument("type", metavar="TYPE", help="the name of the handler that is to run it")
     parser.add_argument(
-        "body", metavar="BODY", nargs="?", help="the payload; default: standard input"
+        "body", metavar="BODY", nargs="?", help="the payload (default: standard input)"
     )
     parser.add_argument(
-        "-f", "--file", metavar="FILE", help="read the payload from a file; - is stdin"
+        "-f", "--file", metavar="FILE", help="read the payload from FILE; - is standard input"
     )
-    parser.add_argument("--queue", metavar="Q", help="default: the handler's queue")
-    parser.add_argument("--priority", type=int, metavar="N")
-    parser.add_argument("--id", metavar="ID", help="the job id; default: a new UUID")
     parser.add_argument(
-        "--header", action="append", default=[], metavar="K=V", help="may be repeated"
+        "--queue", metavar="Q", help='default: the handler\'s queue, else "default"'
+    )
+    parser.add_argument(
+        "--priority", type=int, metavar="N", help="0 to 255, for a queue with max_priority"
+    )
+    parser.add_argument("--id", metavar="ID", help="the job id (default: a new UUID)")
+    parser.add_argument(
+        "--header", action="append", default=[], metavar="K=V", help="a header; may be repeated"
     )
     many = parser.add_mutually_exclusive_group()
     many.add_argument("--lines", action="store_true", help="each line of the input is a job")
-    many.add_argument("--jsonl", action="store_true", help="likewise, and each must be valid JSON")
+    many.add_argument("--jsonl", action="store_true", help="likewise; a line must be valid JSON")
     parser.add_argument(
         "--timeout",
         type=_seconds,
         default=30.0,
         metavar="T",
-        help="bounds the whole command; for many lines, each wait (default: 30s)",
+        help="for all of it; with many lines, for each wait (default: 30s)",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print an object for each job, not its id"
+        "--json", action="store_true", help="print id and queue as a JSON object, not the bare id"
     )
-    parser.add_argument("--url", metavar="URL", help="the broker, without password; @FILE reads it")
+    parser.add_argument(
+        "--url", metavar="URL", help="the broker, without a password; @FILE: what is in FILE"
+    )
     parser.add_argument("--dry-run", action="store_true", help="do everything but send")
     parser.set_defaults(carry_out=_submit)
 

@@ -68,7 +68,8 @@ async def _check_queue(link: Link, queue: Queue) -> list[str]:
         if not (trouble.kind is Kind.MISSING and queue.declare == "wait"):
             problems.append(f"queue {queue.name}: {trouble}")
     what = f"the dead letters and due jobs of {queue.name}"
-    return problems + await _check_topology(link, what, topology.companions(queue))
+    steps = [*topology.dead_letters(queue), *topology.due_jobs(queue)]
+    return problems + await _check_topology(link, what, steps)
 
 
 async def _check_topology(link: Link, what: str, steps: topology.Steps) -> list[str]:

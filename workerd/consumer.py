@@ -80,7 +80,7 @@ class Consumer:
         self.ack_timeout = settings.broker.ack_timeout
         self.consuming = asyncio.Event()
         #: What keeps it from being connected, for the status line; "" while it is.
-        self.outage = "connecting"
+        self.outage = "waiting for broker"
         self.connected_at = 0.0
         #: Set to make the next attempt to connect come now.
         self.wake = asyncio.Event()
@@ -99,7 +99,7 @@ class Consumer:
     async def run(self, connect: Connect) -> None:
         async for link in connect("consume", self._failed, self.wake):
             if not self._receiver.wanted:
-                link.abort("draining")
+                await link.close(timeout=2.0)
                 continue
             self._link = link
             self.outage = ""
@@ -109,9 +109,7 @@ class Consumer:
             async with asyncio.TaskGroup() as self._tasks:
                 for name in self._queues:
                     self._begin(link, name)
-                self._tasks.create_task(
-                    self._declare(link, "delays", topology.delay_levels()), name="declare"
-                )
+                self._tasks.create_task(self._declare_delays(link), name="declare")
                 # Queues may be added for as long as the connection lives.
                 await asyncio.wait({link.ended})
             self._link = None
@@ -123,13 +121,14 @@ class Consumer:
         self._queues = _consumed(settings)
         if self._link is None or self._link.ended.done():
             return
-        for name in {*before, *self._queues}:
+        for name, queue in self._queues.items():
             if name not in self._changes:
                 self._begin(self._link, name)
-                continue
+                self._tasks.create_task(self._declare_due(self._link, queue))
+        for name, changed in self._changes.items():
             old, new = before.get(name), self._queues.get(name)
             if old is None or new is None or _on_the_wire(old) != _on_the_wire(new):
-                self._changes[name].set()
+                changed.set()
 
     def _begin(self, link: Link, name: str) -> None:
         self._changes[name] = asyncio.Event()
@@ -151,21 +150,21 @@ class Consumer:
 
     async def cancel(self) -> None:
         """Stop all consumers; when this returns, the last message has come."""
-        for channel in list(self.channels.values()):
+        # A queue that is just being opened may join them meanwhile.
+        while self.channels:
+            _, channel = self.channels.popitem()
             try:
                 await channel.cancel()
             except Trouble as trouble:
                 log.debug("cancel failed", text=str(trouble))
-        self.channels.clear()
 
-    async def close(self, channels: Iterable[Channel], timeout: float) -> None:
+    async def close(self, channels: Iterable[Channel]) -> None:
         """Close channels and connection; the broker's answers prove that it read our acks."""
-        try:
-            async with asyncio.timeout(timeout):
-                for channel in list(channels):
-                    await channel.close()
-        except TimeoutError:
-            log.warning("close timed out", seconds=timeout)
+        for channel in channels:
+            try:
+                await channel.close()
+            except Trouble as trouble:
+                log.warning("close failed", text=str(trouble))
         if self._link:
             await self._link.close(timeout=2.0)
 
@@ -176,19 +175,24 @@ class Consumer:
         reconnect_max = self._settings.broker.reconnect_max
         delays = backoff(FIRST_PAUSE, reconnect_max)
         declared: Queue | None = None
-        while queue := self._queues.get(name):
+        refusal: Trouble | None = None
+        while self._receiver.wanted and not link.ended.done():
+            queue = self._queues.get(name)
+            if queue is None:
+                break
             changed.clear()
             try:
                 if declared is None or _on_the_wire(declared) != _on_the_wire(queue):
-                    await self._declare_queue(link, queue)
-                    declared = queue
+                    refusal = await self._declare_queue(link, queue)
                 channel = await self._open(link, queue)
             except Trouble as trouble:
-                if link.ended.done():
+                if link.ended.done() or not self._receiver.wanted:
                     break
-                self._pause(queue, trouble)
+                # That it is missing says less than why it could not be declared.
+                self._pause(queue, refusal if refusal and trouble.kind is Kind.MISSING else trouble)
                 await first(asyncio.wait({link.ended}), changed.wait(), timeout=next(delays))
                 continue
+            declared, refusal = queue, None
             opened_at = clock()
             self.channels[name] = channel
             self.paused.pop(name, None)
@@ -212,8 +216,6 @@ class Consumer:
                 await self._detach(channel)
                 continue
             self._receiver.changed()
-            if link.ended.done() or not self._receiver.wanted:
-                break
             if clock() - opened_at > reconnect_max:
                 delays = backoff(FIRST_PAUSE, reconnect_max)
             await first(asyncio.wait({link.ended}), changed.wait(), timeout=next(delays))
@@ -290,35 +292,53 @@ class Consumer:
         self.paused[queue.name] = text
         self._receiver.changed()
 
-    async def _declare_queue(self, link: Link, queue: Queue) -> None:
-        """Declare a work queue and what belongs to it, once for each connection.
+    async def _declare_queue(self, link: Link, queue: Queue) -> Trouble | None:
+        """Declare a work queue and its dead letters; returns the broker's objection to the former.
 
-        A queue that is deleted while it is consumed is not made again behind the back of
-        the administrator who deleted it.
+        Done until the queue has been there on this connection. One that is deleted while it
+        is consumed is not made again behind the back of the administrator who deleted it.
         """
+        objections: list[Trouble] = []
         if queue.declare != "wait":
-            made = await self._declare(link, f"queue {queue.name}", [topology.work_queue(queue)])
-            if made and queue.declare == "create":
-                self.dead_letters.add(queue.name)
-            else:
-                self.dead_letters.discard(queue.name)
-        await self._declare(link, f"dead letters of {queue.name}", topology.companions(queue))
+            objections = await self._declare(
+                link, f"queue {queue.name}", [topology.work_queue(queue)]
+            )
+        # A classic queue loses a message whose dead letters are full or missing.
+        if queue.declare == "create" and queue.type == "quorum" and not objections:
+            self.dead_letters.add(queue.name)
+        else:
+            self.dead_letters.discard(queue.name)
+        await self._declare(link, f"dead letters of {queue.name}", topology.dead_letters(queue))
+        return objections[0] if objections else None
 
-    async def _declare(self, link: Link, what: str, steps: Iterable[topology.Step]) -> bool:
-        """Take these steps; True when all were taken as asked.
+    async def _declare_delays(self, link: Link) -> None:
+        """Declare the delay levels, and what leads from them to each queue."""
+        await self._declare(link, "delays", topology.delay_levels())
+        for queue in self._queues.values():
+            await self._declare_due(link, queue)
+        if not link.ended.done():
+            log.debug("declared", what="delays")
+
+    async def _declare_due(self, link: Link, queue: Queue) -> None:
+        await self._declare(link, f"due jobs of {queue.name}", topology.due_jobs(queue))
+
+    async def _declare(
+        self, link: Link, what: str, steps: Iterable[topology.Step]
+    ) -> list[Trouble]:
+        """Take these steps; returns what the broker objected to.
 
         What exists with other arguments is used as it is, and what may not be declared is
         hoped to exist: one warning says so, with the broker's words.
         """
         try:
             objections = await link.declare(steps)
-        except Trouble:
-            return False  # the connection is gone; on the next one all is declared again
+        except Trouble as trouble:
+            return [trouble]  # the connection is gone; on the next one all is declared again
         for objection in map(str, objections):
             if objection not in self._warned:
                 self._warned.add(objection)
                 log.warning("declare failed", what=what, text=objection)
-        return not objections
+        return objections
 
 
 def _consumed(settings: Settings) -> Mapping[str, Queue]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 # getaddrinfo loads this codec at the first look-up of a name. By then an upgrade may have
 # replaced the files of a process that is still draining: load everything now.
@@ -19,7 +20,7 @@ from typing import Any, NoReturn
 
 from workerd import __version__, broker, log, service
 from workerd.broker import Link
-from workerd.check import untrusted_programs
+from workerd.check import unsupported, untrusted_programs
 from workerd.consumer import OnOutage
 from workerd.errors import SettingsError
 from workerd.handlers.command import CommandHandler
@@ -53,6 +54,8 @@ def run(
         for problem in error.problems:
             log.error("bad configuration", problem=problem)
         _exit(EX_CONFIG)
+    # Here, so that it holds for the guardian too: a job runs as the same user.
+    service.forbid_dumps()
     # Before the first thread, and before anything that it would have to close.
     guardian = Guardian(lock)
     _begin_log(settings, instance)
@@ -62,12 +65,16 @@ def run(
         status = asyncio.new_event_loop().run_until_complete(serving)
     except Exception:  # noqa: BLE001 - a bug: tell it and end
         log.error("bug", traceback=traceback.format_exc())
-        _exit(EX_SOFTWARE)
-    _exit(status)
+        _exit(EX_SOFTWARE, pidfile)
+    _exit(status, pidfile)
 
 
-def _exit(status: int) -> NoReturn:
+def _exit(status: int, pidfile: str | None = None) -> NoReturn:
     """End now, whatever hangs in a thread."""
+    if pidfile:
+        # Its number may soon be another process's.
+        with contextlib.suppress(OSError):
+            os.unlink(pidfile)
     log.flush(2.0)
     sys.stdout.flush()
     os._exit(status)
@@ -77,7 +84,6 @@ async def _serve(settings: Settings, config: Path | None, instance: str, guardia
     """Work until the drain is over; returns the exit status."""
     files = ", ".join(map(str, settings.files))
     log.event("starting", version=__version__, pid=os.getpid(), files=files)
-    service.forbid_dumps()
     place = Place(socket.gethostname(), instance)
 
     def connect(purpose: str, on_outage: OnOutage, wake: asyncio.Event) -> AsyncIterator[Link]:
@@ -95,6 +101,8 @@ async def _serve(settings: Settings, config: Path | None, instance: str, guardia
 
     def broken(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
+        if broker.is_noise(error):
+            return
         text = "".join(traceback.format_exception(error)) if error else context["message"]
         log.error("bug", traceback=text)
         # A callback that broke off may have left a job that nobody will settle any more.
@@ -134,12 +142,7 @@ def _memory_trouble(text: str) -> None:
 def _load(config: Path | None, instance: str) -> Settings:
     """The settings of an instance. Raises SettingsError."""
     settings = load(config, instance)
-    problems = untrusted_programs(settings)
-    problems += [
-        f"{settings.where('handlers', name)}: this version runs command handlers only"
-        for name, handler in settings.handlers.items()
-        if handler.kind != "command"
-    ]
+    problems = untrusted_programs(settings) + unsupported(settings)
     if problems:
         raise SettingsError(*problems)
     return settings

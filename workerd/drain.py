@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 #: Seconds for the broker to prove, at the end, that it has read our acks.
 CLOSE_TIMEOUT = 15.0
+#: The same after a second signal.
+HURRIED_CLOSE_TIMEOUT = 2.0
 #: Seconds for one last attempt to settle what ended while the broker was away.
 RECLAIM_TIMEOUT = 5.0
 #: Seconds beyond its grace that a job's process group may take to die of SIGKILL.
@@ -40,7 +42,7 @@ class Drain:
 
     async def run(self) -> None:
         worker = self._worker
-        ledger, consumer = worker.ledger, worker.consumer
+        ledger = worker.ledger
         timeout = worker.settings.worker.drain_timeout
         self._deadline = asyncio.get_running_loop().time() + timeout
         log.event("draining", running=len(ledger.running), seconds=timeout)
@@ -48,10 +50,7 @@ class Drain:
         # From here on nothing starts; what still arrives is held.
         ledger.drain()
         worker.status.show()
-        # Messages come until cancel-ok. Given back before it, the broker would hand them
-        # straight to us again.
-        await self._before_deadline(consumer.cancel())
-        worker.give_back_unstarted()
+        await self._before_deadline(self._return_unstarted())
         # Each of the running jobs is settled as it ends.
         await self._before_deadline(self._runs_end())
         # The late ones get SIGTERM, their grace, SIGKILL, and go back unharmed.
@@ -61,12 +60,8 @@ class Drain:
         await first(self._runs_end(), timeout=grace + KILL_TIMEOUT)
         # What ended while the broker was away can be settled only on a new connection.
         await self._reclaim()
-        # Such a connection consumes like any other.
-        await first(consumer.cancel(), timeout=CLOSE_TIMEOUT)
-        worker.give_back_unstarted()
-        # Without these answers nobody knows whether the last acks were read.
-        await consumer.close(list(worker.channels.values()), CLOSE_TIMEOUT)
-        await worker.publisher.close(timeout=2.0)
+        # A broker that does not answer is not waited for beyond reason.
+        await first(self._take_leave(), self._patience())
         log.event("drained", unfinished=len(ledger.running))
 
     async def _reclaim(self) -> None:
@@ -85,8 +80,44 @@ class Drain:
             timeout=RECLAIM_TIMEOUT,
         )
 
+    async def _take_leave(self) -> None:
+        worker = self._worker
+        # A connection made for `_reclaim` consumes like any other.
+        await self._return_unstarted()
+        # Without these answers nobody knows whether the last acks were read.
+        await worker.consumer.close(list(worker.channels.values()))
+        await worker.publisher.close(timeout=2.0)
+
+    async def _patience(self) -> None:
+        """What the broker may take for its last answers."""
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait({hurry}, timeout=CLOSE_TIMEOUT - HURRIED_CLOSE_TIMEOUT)
+        hurry.cancel()
+        await asyncio.sleep(HURRIED_CLOSE_TIMEOUT)
+        log.warning("close timed out")
+
+    async def _return_unstarted(self) -> None:
+        """Stop consuming, and give back what has not started.
+
+        Messages come until cancel-ok. Given back before it, the broker would hand them
+        straight to us again.
+        """
+        await self._worker.consumer.cancel()
+        self._worker.give_back_unstarted()
+
     async def _runs_end(self) -> None:
-        await self._worker.until(lambda: not self._worker.ledger.running)
+        """Wait until no job runs.
+
+        A connection made meanwhile, to settle them on, brings other jobs as well: once it
+        has served its purpose they go back too.
+        """
+        worker = self._worker
+        ledger, consumer = worker.ledger, worker.consumer
+        while ledger.running:
+            await worker.until(
+                lambda: not ledger.running or (bool(consumer.channels) and not ledger.owes())
+            )
+            await self._return_unstarted()
 
     async def _before_deadline(self, work: Awaitable[None]) -> None:
         """Wait for this work, but only until the deadline, or a second signal."""

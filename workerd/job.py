@@ -7,8 +7,10 @@ contract that users rely on is documented in docs/messages.md.
 from __future__ import annotations
 
 import datetime
+import decimal
 import enum
 import hashlib
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -41,6 +43,9 @@ _BOOKKEEPING = (
 # All properties and headers must fit one frame (131,072 bytes); beyond it RabbitMQ closes
 # the connection with 501.
 _MAX_HEADER_BYTES = 64 * 1024
+# The longest name of a header, and how deep tables may be in tables.
+_MAX_NAME = 255
+_MAX_DEPTH = 32
 _MAX_ERROR_BYTES = 8 * 1024
 _MAX_COUNT = 1_000_000
 _TEXTS = (
@@ -226,46 +231,41 @@ def portable_headers(headers: Mapping[str, object]) -> tuple[dict[str, object], 
     """
     kept: dict[str, object] = {}
     dropped: list[str] = []
-    room = _MAX_HEADER_BYTES
+    room: float = _MAX_HEADER_BYTES
     for name, value in headers.items():
-        if name == UNREADABLE or (isinstance(name, str) and name.startswith((_OWN, *_BOOKKEEPING))):
-            continue
-        size = _size(name, 0) if isinstance(name, str) and len(name.encode()) <= 255 else None
-        value_size = None if size is None else _size(value, 0)
-        if size is None or value_size is None or size + value_size > room:
-            dropped.append(str(name)[:80])
-            continue
-        room -= size + value_size
-        kept[name] = value
+        if name == UNREADABLE:
+            dropped.append("all of them")
+        elif not (isinstance(name, str) and name.startswith((_OWN, *_BOOKKEEPING))):
+            size = _size({name: value})
+            if size > room:
+                dropped.append(str(name)[:80])
+            else:
+                kept[name] = value
+                room -= size
     return kept, dropped
 
 
-def _size(value: object, depth: int) -> int | None:
-    """About how many bytes a header value takes on the wire; None when it cannot be sent."""
-    if isinstance(value, bool) or value is None or isinstance(value, datetime.datetime):
+def _size(value: object, depth: int = 0) -> float:
+    """How many bytes a header value takes on the wire, at most; infinite when it cannot be sent."""
+    if value is None or isinstance(value, bool | float | datetime.datetime | decimal.Decimal):
         return 9
     if isinstance(value, int):
-        return 9 if -(2**63) <= value < 2**63 else None
-    if isinstance(value, str):
-        return 5 + len(value.encode("utf-8", "surrogatepass"))
-    if isinstance(value, bytes):
-        return 5 + len(value)
-    if depth > 8:
-        return None
-    if isinstance(value, list):
-        sizes = [_size(item, depth + 1) for item in value]
-    elif isinstance(value, dict):
-        if not all(isinstance(key, str) and len(key.encode()) <= 255 for key in value):
-            return None
-        sizes = [_size(item, depth + 1) for pair in value.items() for item in pair]
+        return 9 if -(2**63) <= value < 2**63 else math.inf
+    if isinstance(value, str | bytes):
+        return 5 + _length(value)
+    if isinstance(value, dict) and all(_length(name) <= _MAX_NAME for name in value):
+        inside = [item for pair in value.items() for item in pair]
+    elif isinstance(value, list):
+        inside = value
     else:
-        return None
-    total = 5
-    for size in sizes:
-        if size is None:
-            return None
-        total += size
-    return total
+        return math.inf
+    if depth > _MAX_DEPTH:
+        return math.inf
+    return 5 + sum(_size(item, depth + 1) for item in inside)
+
+
+def _length(text: str | bytes) -> int:
+    return len(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
 
 
 @dataclass(frozen=True, slots=True)

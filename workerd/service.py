@@ -99,15 +99,18 @@ def detach(pidfile: str | None, log_file: str | None, keep: Iterable[int]) -> No
     import daemon
 
     out = open(log_file or os.devnull, "a", buffering=1)  # noqa: SIM115 - stays open
+    # Opened while there is somebody to tell when it cannot be.
+    number = open(pidfile, "a") if pidfile else None  # noqa: SIM115 - closed below
     context = daemon.DaemonContext(
         working_directory=os.getcwd(),
         umask=0o077,
         stdout=out,
         stderr=out,
-        files_preserve=[out, *keep],
+        files_preserve=[out, *([number] if number else []), *keep],
         signal_map={},
     )
     context.open()
-    if pidfile:
-        with open(pidfile, "w") as file:
-            file.write(f"{os.getpid()}\n")
+    if number:
+        with number:
+            number.truncate(0)
+            number.write(f"{os.getpid()}\n")

@@ -89,9 +89,13 @@ def work_queue(queue: Queue) -> DeclareQueue:
     return DeclareQueue(queue.name, arguments)
 
 
-def companions(queue: Queue) -> Iterator[Step]:
-    """What belongs to a work queue: its dead letters, and where its delayed jobs come due."""
+def dead_letters(queue: Queue) -> Iterator[Step]:
+    """Where the dead letters of a work queue go."""
     yield DeclareQueue(dead(queue.name), _QUORUM)
+
+
+def due_jobs(queue: Queue) -> Iterator[Step]:
+    """Where the delayed jobs of a work queue come due; after the delay levels."""
     yield DeclareQueue(due(queue.name), _QUORUM)
     # One star for each bit, so that the key of a queue whose name ends like this one's
     # does not match as well.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -83,9 +84,10 @@ class Worker:
                 self.drain.wanted.wait(),
                 timeout=self.settings.worker.ready_wait,
             )
-            self.status.show()
-            self.notifier.ready()
-            log.event("ready")
+            if not self.drain.wanted.is_set():
+                self.status.show()
+                self.notifier.ready()
+                log.event("ready")
             await self.drain.wanted.wait()
             await self.drain.run()
             for task in (*background, *self._performing):
@@ -296,10 +298,8 @@ class Worker:
 
     @staticmethod
     async def _close_channel(channel: Channel) -> None:
-        try:
+        with contextlib.suppress(Trouble):
             await channel.close()
-        except TimeoutError:
-            channel.link.abort("channel close was not answered")
 
     async def _grow_older(self) -> None:
         """Forget finished jobs once they have been remembered for ``remember``."""

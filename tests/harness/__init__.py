@@ -9,7 +9,10 @@ through its command line, its signals, its log, its notify socket and its queues
     trixie      a Debian 13 root folder, which holds the newer RabbitMQ
     amqp        publishing and reading as a test does
     daemon      the daemon, its log as a list of events, and its notify socket
+    tables      a configuration as TOML
     network     two network namespaces and the faults of the cable between them
+    octets      messages byte by byte, as no well-behaved client would send them
+    wire        a TCP relay to the broker that can be slow, held and cut
     oracle      the judge: jobs write a journal, and it says what was lost or ran twice
 
 Start at `broker.Broker` and `daemon.Daemon`; the fixtures are in `tests/conftest.py`.

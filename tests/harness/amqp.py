@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -60,7 +61,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        if self.connection.is_open:
+        # A broker that was killed meanwhile has closed it already.
+        with contextlib.suppress(pika.exceptions.AMQPError):
             self.connection.close()
 
     def declare(self, queue: str, **arguments: Any) -> str:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from . import network, processes, trixie
 from .processes import MissingTool
-from .waiting import SCALE, TIMEOUT
+from .waiting import SCALE, TIMEOUT, until
 
 # A start takes 2 to 4 s on an idle machine.
 START_TIMEOUT = 60.0 * SCALE
@@ -158,7 +158,10 @@ class Broker:
             f'try begin {expression} end, io:format("~nok") '
             'catch C:R -> io:format("~nfailed: ~p:~p", [C, R]) end.\n'
         )
-        command = ["erl_call", "-r", "-c", self._cookie, "-fetch_stdout", "-no_result_term", "-e"]
+        command = ["erl_call", "-c", self._cookie, "-fetch_stdout", "-no_result_term", "-e"]
+        # A name of its own for each call. The random one of `-r` is drawn anew once a second, and
+        # the server refuses it while it still knows the call before.
+        command += ["-h", f"eval-{secrets.token_hex(8)}"]
         command += ["-address", f"127.0.0.1:{self._dist_port}"]
         result = self._run(command, stdin=guarded)
         printed, _, verdict = result.stdout.rpartition("\n")
@@ -185,37 +188,83 @@ class Broker:
     def fresh_vhost(self) -> str:
         """Remove the virtual host in use, unless it is the default one, and use a new one."""
         if self.vhost != "/":
-            self.eval(f'rabbit_vhost:delete(<<"{self.vhost}">>, <<"tests">>)')
-        self.vhost = f"test-{secrets.token_hex(4)}"
+            self.delete_vhost(self.vhost)
+        self.vhost = "/"
+        vhost = f"test-{secrets.token_hex(4)}"
+        self.add_vhost(vhost)
+        self.vhost = vhost
+        return vhost
+
+    def add_vhost(self, vhost: str) -> None:
+        """Make a virtual host in which guest may do everything."""
         everything = ", ".join(['<<".*">>'] * 3)
         self.eval(
-            f'rabbit_vhost:add(<<"{self.vhost}">>, <<"tests">>), '
+            f'rabbit_vhost:add(<<"{vhost}">>, <<"tests">>), '
             "rabbit_auth_backend_internal:set_permissions("
-            f'<<"guest">>, <<"{self.vhost}">>, {everything}, <<"tests">>)'
+            f'<<"guest">>, <<"{vhost}">>, {everything}, <<"tests">>)'
         )
-        return self.vhost
+
+    def delete_vhost(self, vhost: str) -> None:
+        self.eval(f'rabbit_vhost:delete(<<"{vhost}">>, <<"tests">>)')
 
     def queues(self) -> dict[str, Depth]:
         """Every queue of the virtual host in use, counted now and not at the last statistics.
 
-        A quorum queue that has only just been declared may be missing.
+        A quorum queue that is still being recovered after a start is left out.
         """
         printed = self.eval(
             f'[io:format("~ts\\t~w\\t~w\\t~w~n", [Name, Ready, Unacked, Consumers]) '
             f'|| Q <- rabbit_amqqueue:list(<<"{self.vhost}">>), '
             "{resource, _, queue, Name} <- [amqqueue:get_name(Q)], "
-            "{Ready, Unacked, Consumers} <- [case amqqueue:get_type(Q) of "
+            "{Ready, Unacked, Consumers} <- case amqqueue:get_type(Q) of "
             "rabbit_quorum_queue -> "
-            "case ra:local_query(amqqueue:get_pid(Q), fun rabbit_fifo:overview/1) of "
-            "{ok, {_, O}, _} when is_map(O) -> "
-            "All = maps:get(num_messages, O), Out = maps:get(num_checked_out, O), "
-            "{All - Out, Out, maps:get(num_consumers, O)}; "
-            "_ -> not_up_yet end; "
-            "_ -> list_to_tuple([Value || {_, Value} <- rabbit_amqqueue:info(Q, "
-            "[messages_ready, messages_unacknowledged, consumers])]) end]]"
+            "[{maps:get(num_messages, O) - Out, Out, maps:get(num_consumers, O)} || "
+            "{ok, {_, O}, _} <- "
+            "[ra:local_query(amqqueue:get_pid(Q), fun rabbit_fifo:overview/1)], "
+            "Out <- [maps:get(num_checked_out, O)]]; "
+            "_ -> [list_to_tuple([Value || {_, Value} <- rabbit_amqqueue:info(Q, "
+            "[messages_ready, messages_unacknowledged, consumers])])] end]"
         )
         rows = (line.split("\t") for line in printed.splitlines())
         return {name: Depth(*map(int, counts)) for name, *counts in rows}
+
+    def await_depth(
+        self, queue: str, *, ready: int = 0, unacked: int = 0, timeout: float = TIMEOUT
+    ) -> None:
+        """Wait until a queue has exactly so many messages; by default none at all."""
+
+        def reached() -> bool:
+            depth = self.queues().get(queue)
+            return depth is not None and depth[:2] == (ready, unacked)
+
+        until(reached, f"{ready} ready and {unacked} unacked in {queue}", timeout)
+
+    def recovers(self) -> bool:
+        """Wait until every queue is fully there after a start; False if one does not come back.
+
+        A queue that dead-letters at least once has a worker. Deleted before that is at work, it
+        takes the workers' supervisor with it, and every channel ends in an internal error.
+        """
+
+        def at_work() -> bool:
+            printed = self.eval(
+                "Has = fun(Q, Name, Value) -> {longstr, Value} =:= "
+                "rabbit_misc:table_lookup(amqqueue:get_arguments(Q), Name) end, "
+                "Queues = [Q || Q <- rabbit_amqqueue:list(), "
+                'Has(Q, <<"x-dead-letter-strategy">>, <<"at-least-once">>), '
+                'Has(Q, <<"x-overflow">>, <<"reject-publish">>)], '
+                "Workers = [Pid || {_, Pid, _, _} "
+                "<- supervisor:which_children(rabbit_fifo_dlx_sup), is_pid(Pid)], "
+                "[sys:get_state(Pid) || Pid <- Workers], "
+                'io:format("~w", [length(Workers) >= length(Queues)])'
+            )
+            return printed == "true"
+
+        try:
+            until(at_work, "every queue at work", TIMEOUT / 4)
+        except AssertionError:
+            return False
+        return True
 
     def connections(self) -> int:
         """The number of AMQP connections."""
@@ -318,6 +367,8 @@ class Broker:
         prefix: list[str] = []
         if self._root is not None or self.netns is not None:
             prefix = ["nsenter", "--target", str(self.pid), "--mount", "--net", "--root"]
+            # Otherwise it stays in a folder outside the root, where Erlang does not start.
+            prefix.append("--wdns=/")
         return subprocess.run(
             [*prefix, *command],
             input=stdin,

@@ -59,6 +59,8 @@ class Daemon:
         self._said = threading.Condition()
         # A socket's path has at most 107 bytes, so a test's own folder may be too long a name.
         self._folder = Path(tempfile.mkdtemp(prefix="workerd-"))
+        # Common to the daemons of a test, and to nobody else on this machine.
+        self._runtime = config.parent / "run"
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.bind(str(self._folder / "notify"))
         if command is None:

@@ -13,6 +13,7 @@ A program of its own, which knows nothing of workerd:
 
 TIME counts seconds since the boot. FOLDER/running-ID holds the pid of the run, so ids must be file
 names. `job.sh` does the same faster, without fsync: what a killed process has written is not lost.
+Before its finish it also waits until nobody holds the lock on FOLDER/gate-ID: see `Oracle.hold`.
 
 `judge` reads files of one id per line: the confirmed ids were taken by the broker, the dead ones
 lie in a dead letter queue. It prints what it found and exits 1 if that is not as it must be.
@@ -20,6 +21,7 @@ lie in a dead letter queue. It prints what it found and exits 1 if that is not a
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 import time
@@ -192,6 +194,7 @@ class Oracle:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self._here = os.path.dirname(os.path.abspath(__file__))
+        self._held: dict[str, int] = {}
 
     def command(self, job: str = "{id}", seconds: float = 0, status: int = 0) -> list[str]:
         """A handler's command that writes the journal; workerd replaces `{id}`."""
@@ -201,6 +204,18 @@ class Oracle:
         """The same as a Python program, which forces its lines to disk."""
         program = [sys.executable, "-I", "-S", os.path.abspath(__file__), "job"]
         return [*program, self.folder, job, f"{seconds:g}", str(status)]
+
+    def hold(self, *jobs: str) -> None:
+        """Keep these jobs from finishing, once they run as `command`, until `release`."""
+        for job in jobs:
+            gate = os.open(f"{self.folder}/gate-{job}", os.O_RDWR | os.O_CREAT)
+            fcntl.flock(gate, fcntl.LOCK_EX)
+            self._held[job] = gate
+
+    def release(self, *jobs: str) -> None:
+        """Let these jobs finish; without a name, all that are held."""
+        for job in jobs or tuple(self._held):
+            os.close(self._held.pop(job))
 
     @property
     def journal(self) -> str:

@@ -1,7 +1,15 @@
-"""AMQP properties to and from `Message`, and a header decoder that no sender can break."""
+"""AMQP properties to and from `Message`, and a codec for headers that no sender can break.
+
+pika's own turns 1.5 into 1, -5 into 18446744073709551611 (before 1.4), and cannot encode a
+float. It raises for a timestamp in milliseconds (pika issue 1698) or a thousand nested
+arrays, inside frame processing: that ends the connection, the broker sends the message
+again, and so for ever.
+"""
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import struct
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +20,24 @@ import pika.spec
 
 from workerd.job import UNREADABLE, Message
 
+#: The field types of fixed size, read as RabbitMQ reads them
+#: (https://www.rabbitmq.com/amqp-0-9-1-errata).
+_NUMBERS = {
+    ord(kind): struct.Struct(">" + layout)
+    for kind, layout in {
+        "t": "?", "b": "b", "B": "B", "s": "h", "u": "H", "I": "i",
+        "i": "I", "l": "q", "L": "q", "f": "f", "d": "d",
+    }.items()
+}  # fmt: skip
+_SIZE = struct.Struct(">I")
+_DECIMAL = struct.Struct(">Bi")
+_TIMESTAMP = struct.Struct(">Q")
 #: Deeper tables would make json, repr and copy recurse too far elsewhere.
 _MAX_DEPTH = 32
+
+
+class Timestamp(int):
+    """Seconds since 1970 that no datetime can hold; meant as milliseconds, as a rule."""
 
 
 class Incoming:
@@ -60,36 +84,94 @@ def properties_of(message: Message) -> pika.BasicProperties:
 
 
 def _decode_headers(encoded: bytes, offset: int) -> tuple[dict[Any, Any], int]:
-    """pika's decoder, except that a table it cannot decode does not end the connection.
-
-    A timestamp in milliseconds (pika issue 1698) or a thousand nested arrays would raise
-    inside frame processing, the broker would send the message again, and so for ever.
-    """
-    (size,) = struct.unpack_from(">I", encoded, offset)
-    end = offset + 4 + size
+    """A header table, in place of pika's decoder; one that cannot be decoded stays bytes."""
+    end = offset + _SIZE.size + _SIZE.unpack_from(encoded, offset)[0]
     try:
-        table, _ = pika.data.decode_table(encoded, offset)
-    except Exception:  # noqa: BLE001 - whatever it stumbles over, the message must not come back
-        table = None
-    if table is None or _depth_exceeds(table, _MAX_DEPTH):
-        table = {UNREADABLE: encoded[offset + 4 : end]}
-    return table, end
+        return _table(encoded[offset + _SIZE.size : end], 1), end
+    except (ValueError, IndexError, struct.error):
+        return {UNREADABLE: encoded[offset + _SIZE.size : end]}, end
 
 
-def _depth_exceeds(value: object, limit: int) -> bool:
-    level: list[Any] = [value]
-    for _ in range(limit):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
-        if not level:
-            return False
-    return True
+def _table(data: bytes, depth: int) -> dict[Any, Any]:
+    table = {}
+    at = 0
+    while at < len(data):
+        name = data[at + 1 : at + 1 + data[at]]
+        table[_text(name)], at = _value(data, at + 1 + len(name), depth)
+    return table
 
 
-# pika.spec reads header tables through its name `data`; tables inside tables go through
-# pika.data itself, so that only the outermost one is guarded.
+def _array(data: bytes, depth: int) -> list[Any]:
+    array = []
+    at = 0
+    while at < len(data):
+        value, at = _value(data, at, depth)
+        array.append(value)
+    return array
+
+
+def _value(data: bytes, at: int, depth: int) -> tuple[Any, int]:
+    """The value whose type stands at ``at``, and where the next field begins.
+
+    Raises ValueError, IndexError or struct.error for what is no value.
+    """
+    kind = data[at]
+    at += 1
+    number = _NUMBERS.get(kind)
+    if number:
+        return number.unpack_from(data, at)[0], at + number.size
+    match chr(kind):
+        case "V":
+            return None, at
+        case "D":
+            places, digits = _DECIMAL.unpack_from(data, at)
+            return decimal.Decimal(digits).scaleb(-places), at + _DECIMAL.size
+        case "T":
+            return _moment(_TIMESTAMP.unpack_from(data, at)[0]), at + _TIMESTAMP.size
+    at += _SIZE.size
+    end = at + _SIZE.unpack_from(data, at - _SIZE.size)[0]
+    inside = data[at:end]
+    if len(inside) < end - at or depth >= _MAX_DEPTH:
+        raise ValueError("cut off, or too deep")
+    match chr(kind):
+        case "S":
+            return _text(inside), end
+        case "x":
+            return inside, end
+        case "A":
+            return _array(inside, depth + 1), end
+        case "F":
+            return _table(inside, depth + 1), end
+    raise ValueError(f"a field of type {chr(kind)!r}")
+
+
+def _text(data: bytes) -> str | bytes:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def _moment(seconds: int) -> datetime.datetime | Timestamp:
+    try:
+        return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    except (ValueError, OverflowError, OSError):
+        return Timestamp(seconds)
+
+
+def _encode_value(pieces: list[bytes], value: Any) -> int:
+    """pika's encoder, and what it lacks."""
+    if isinstance(value, float):
+        pieces.append(struct.pack(">cd", b"d", value))
+    elif isinstance(value, Timestamp):
+        pieces.append(struct.pack(">cQ", b"T", value))
+    else:
+        return int(_encode_with_pika(pieces, value))
+    return 9
+
+
+# Tables inside tables go through pika.data's own name for the encoder of values; pika.spec
+# reads header tables through its name `data`.
+_encode_with_pika = pika.data.encode_value
+pika.data.encode_value = _encode_value
 pika.spec.data = SimpleNamespace(**{**vars(pika.data), "decode_table": _decode_headers})

@@ -161,7 +161,7 @@ class CommandHandler:
             return environment
         room = _HEADERS_LIMIT
         for name, value in message.headers.items():
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            text = _as_text(value)
             size = len(name) + len(text.encode("utf-8", "surrogatepass"))
             if (
                 isinstance(name, str)
@@ -216,9 +216,18 @@ class _Values:
     def _text(values: Mapping[str, object], name: str, missing: str) -> bytes:
         if name not in values:
             raise BadJob("bad-body" if "body" in missing else "bad-header", f"{missing} {name!r}")
-        value = values[name]
-        text = value if isinstance(value, str) else json.dumps(value, default=str)
-        return text.encode("utf-8", "surrogateescape")
+        try:
+            return _as_text(values[name]).encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            raise BadJob("bad-body", f"the value of {name!r} is half a surrogate pair") from None
+
+
+def _as_text(value: object) -> str:
+    """Text as it is, bytes as os.fsdecode would have them, and anything else as JSON."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    # A name in a header's table that is not UTF-8 is bytes, which JSON cannot have.
+    return value if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True)
 
 
 def _signal_name(number: int) -> str:

@@ -1,0 +1,53 @@
+"""A configuration as a test writes it: tables of Python values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Table = Mapping[str, Any]
+
+
+def config(
+    url: str,
+    command: Sequence[str | Path],
+    *,
+    queues: Mapping[str, Table] | None = None,
+    handler: Table | None = None,
+    **tables: Table,
+) -> str:
+    """A daemon for which every job, of all `queues` (one, "jobs", by default), runs `command`.
+
+    Further tables, such as `worker={"drain_timeout": "1s"}`, are written as they are. Every event
+    is logged.
+    """
+    queues = queues or {"jobs": {}}
+    written: dict[str, Table] = {
+        "broker": {"urls": [url], "reconnect_max": "500ms", **tables.pop("broker", {})},
+        "handlers.job": {
+            "command": [str(word) for word in command],
+            "queue": next(iter(queues)),
+            **(handler or {}),
+        },
+        **{f"queues.{name}": {"default_handler": "job", **queues[name]} for name in queues},
+        "log": {"level": "debug", "format": "json"},
+        **tables,
+    }
+    return "\n\n".join(
+        "\n".join([f"[{name}]", *(f"{key} = {_value(value)}" for key, value in table.items())])
+        for name, table in written.items()
+    )
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_value(each)}" for key, each in value.items()) + " }"
+    # JSON's strings, numbers, lists and booleans are TOML's as well.
+    return json.dumps(value)
+
+
+def gated(gate: Path, command: Sequence[str]) -> list[str]:
+    """`command`, but not before the file `gate` is there: a job that takes as long as a test."""
+    return ["sh", "-c", 'until [ -e "$0" ]; do sleep 0.02; done; exec "$@"', str(gate), *command]

@@ -1,0 +1,57 @@
+"""What `--help` shows, to somebody on a terminal of 80 columns."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from workerd import cli, submit
+
+COMMANDS = ("", "run", "check", "submit")
+
+
+@pytest.fixture(params=COMMANDS, ids=lambda name: name or "workerd")
+def shown(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> str:
+    """The help of a command."""
+    monkeypatch.setenv("COLUMNS", "80")
+    words = [request.param] if request.param else []
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_fits_the_screen(shown: str) -> None:
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 50
+
+
+def test_every_option_is_explained(shown: str) -> None:
+    options = shown.partition("options:")[2].partition("\n\n")[0]
+    # An option's own words, or the line after it when the option is too long.
+    bare = re.findall(r"^  (-\S+(?: \S+)?(?:, --\S+(?: \S+)?)?)$(?!\n {4})", options, re.MULTILINE)
+    assert bare == []
+
+
+@pytest.mark.parametrize("shown", ["submit"], indirect=True)
+def test_the_help_of_submit_lists_every_exit_status(shown: str) -> None:
+    statuses = {value for name, value in vars(submit).items() if name.startswith("EX_")}
+    listed = set(map(int, re.findall(r"^  (\d+) ", shown, re.MULTILINE)))
+    assert listed == statuses | {cli.EX_CONFIG}
+
+
+def test_a_timeout_without_a_unit_counts_seconds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "workerd.toml"
+    empty.touch(0o600)
+    words = ["submit", "--config", str(empty), "--dry-run", "--id", "one", "sleep", "4"]
+    assert cli.main([*words, "--timeout", "30"]) == 0
+    assert capsys.readouterr().out == "one\n"
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--timeout", "soon"])
