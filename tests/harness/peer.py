@@ -1,8 +1,8 @@
 """A scripted AMQP 0-9-1 peer: a small broker of our own that does what no RabbitMQ at hand would.
 
-Its queues are lists in memory, everything may be declared, every publish is confirmed. A test can
-let it forget to answer, and give it RabbitMQ 4.3's way with deliveries that are not acknowledged
-in time. It records what it is told to settle.
+Its queues are lists in memory, everything may be declared, every publish is confirmed, and it sends
+no heartbeats. A test can let it forget to answer, and give it RabbitMQ 4.3's way with deliveries
+that are not acknowledged in time. It records what it is told to settle.
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ class Peer:
 
     `mute` names the methods that it does not answer; a `silent` one says nothing at all. With an
     `ack_timeout` in seconds it does as RabbitMQ 4.3: it cancels the consumer that holds a delivery
-    for longer, and takes back that delivery alone. `tls` is for a server's side.
+    for longer, and takes back that delivery alone. `tls` makes it speak TLS.
+
+    What it saw: `settled`, in order; the serial numbers of the channels that the client `closed`;
+    and the `errors` for which RabbitMQ would have closed a channel or the connection.
     """
 
     def __init__(
@@ -108,9 +111,9 @@ class Peer:
         self.ack_timeout = ack_timeout
         self.settled: list[Settled] = []
         self.closed: list[int] = []
-        self.published: list[tuple[str, bytes]] = []
         self.errors: list[str] = []
         self.accepted = 0
+        self._paused = False
         self.ready: dict[str, deque[Letter]] = defaultdict(deque)
         self.channels: list[Channel] = []
         self._serials = 0
@@ -145,6 +148,27 @@ class Peer:
             self.ready[queue].extend(map(Letter, ids))
             self._deliver()
         return list(ids)
+
+    def pause(self) -> None:
+        """Deliver nothing until `resume`."""
+        with self._moved:
+            self._paused = True
+
+    def resume(self) -> None:
+        with self._moved:
+            self._paused = False
+            self._deliver()
+
+    def channel_of(self, job: str) -> int:
+        """The serial number of the channel on which this job was delivered last."""
+        with self._moved:
+            holders = (
+                channel.serial
+                for channel in reversed(self.channels)
+                for entry in channel.unacked.values()
+                if entry.letter.id == job
+            )
+            return next(holders)
 
     def until(self, predicate: Callable[[], T], what: str) -> T:
         """Wait until this is true; asked again after every frame."""
@@ -192,7 +216,6 @@ class Peer:
     def handle_message(self, connection: Connection, number: int, key: str, body: bytes) -> None:
         """A message was published."""
         with self._moved:
-            self.published.append((key, body))
             channel = connection.channels[number]
             channel.confirms += 1
             connection.send(number, pika.spec.Basic.Ack(channel.confirms))
@@ -210,7 +233,7 @@ class Peer:
 
     def _deliver(self) -> None:
         for channel in self.channels:
-            if channel.queue is None or channel.cancelled:
+            if channel.queue is None or channel.cancelled or self._paused:
                 continue
             ready = self.ready[channel.queue]
             while ready and (not channel.prefetch or len(channel.unacked) < channel.prefetch):
