@@ -152,7 +152,7 @@ def test_a_queue_that_may_not_be_declared_but_is_there_is_used(
 def test_a_virtual_host_that_is_deleted_and_made_again_is_worked_in_again(
     broker: Broker, client: Client, daemon: StartDaemon, oracle: Oracle
 ) -> None:
-    workerd = daemon(config(broker.url, oracle.command()))
+    workerd = daemon(config(broker.url, oracle.command(), broker={"reconnect_max": "800ms"}))
     workerd.wait_event("declared", what="delays")
     workerd.wait_ready()
     oracle.hold("a")
@@ -164,6 +164,8 @@ def test_a_virtual_host_that_is_deleted_and_made_again_is_worked_in_again(
     workerd.wait_event("disconnected")
     gone = workerd.wait_event("unreachable", count=2)
     assert f"vhost {broker.vhost} not found" in gone["text"]
+    # Slowly, from the first attempt on.
+    assert gone["retry_in"] == 0.8
     workerd.wait_notify(lambda text: text.endswith("not found; 1 running"))
     # The job had nothing to do with it, but its message is gone.
     oracle.release()
