@@ -46,11 +46,6 @@ def await_held(broker: Broker, count: int, queue: str = "jobs") -> None:
     until(lambda: broker.queues()[queue].unacked == count, f"{count} unacknowledged jobs")
 
 
-def await_topology(client: Client) -> None:
-    """Wait until the last queue is declared: only then can the broker tell its depths."""
-    until(lambda: client.exists("workerd.delay.24"), "the delay levels")
-
-
 # Nothing to wait for
 
 
@@ -72,7 +67,7 @@ def test_a_stop_returns_what_has_not_started_at_once_in_order_and_lets_the_rest_
     queue = {"concurrency": 3, "prefetch": 8, "type": kind}
     worker = daemon(config(broker.url, gated(gate, oracle.command()), queues={"jobs": queue}))
     worker.wait_ready()
-    await_topology(client)
+    client.await_topology()
     ids = client.publish_jobs("jobs", [f"job-{number}" for number in range(8)])
     worker.wait_event("start", count=3)
     await_held(broker, 8)
@@ -99,7 +94,7 @@ def test_what_arrives_after_a_stop_does_not_start_and_goes_back_with_one_deliver
 ) -> None:
     worker = daemon(config(wire.url, ["true"]))
     worker.wait_ready()
-    await_topology(client)
+    client.await_topology()
     wire.hold("to_daemon")
     ids = client.publish_jobs("jobs", ["late-1", "late-2", "late-3"])
     await_held(broker, 3)
@@ -144,7 +139,7 @@ def test_jobs_delivered_to_a_new_connection_in_a_drain_go_back_while_the_others_
     queue = {"concurrency": 1, "prefetch": 4}
     worker = daemon(config(wire.url, gated(gate, oracle.command()), queues={"jobs": queue}))
     worker.wait_ready()
-    await_topology(client)
+    client.await_topology()
     ids = client.publish_jobs("jobs", ["running", "waiting-1", "waiting-2", "waiting-3"])
     worker.wait_event("start")
     worker.signal(signal.SIGTERM)
@@ -290,7 +285,7 @@ def test_one_last_connection_acknowledges_what_ended_while_the_broker_was_away(
     settings = {"reconnect_max": "60s", "password_file": str(password)}
     worker = daemon(config(url, gated(gate, oracle.command()), broker=settings))
     worker.wait_ready()
-    await_topology(client)
+    client.await_topology()
     ids = client.publish_jobs("jobs", ["owed"])
     worker.wait_event("start")
     # A login that cannot work is tried again after `reconnect_max`: the pause is a minute long.
@@ -326,7 +321,7 @@ def test_the_last_acks_are_proven_read_before_the_exit(
 ) -> None:
     worker = daemon(config(wire.url, gated(gate, oracle.command())))
     worker.wait_ready()
-    await_topology(client)
+    client.await_topology()
     ids = client.publish_jobs("jobs", ["job-1", "job-2", "job-3"])
     worker.wait_event("start", count=3)
     # What is still on this wire when the daemon ends is lost.
@@ -344,7 +339,7 @@ def test_a_frozen_broker_gets_the_last_acks_when_it_thaws(
 ) -> None:
     worker = daemon(config(broker.url, gated(gate, oracle.command())))
     worker.wait_ready()
-    await_topology(client)
+    client.await_topology()
     ids = client.publish_jobs("jobs", ["job-1", "job-2"])
     worker.wait_event("start", count=2)
     broker.freeze()
@@ -363,7 +358,7 @@ def test_an_unanswering_broker_holds_up_the_exit_for_a_bounded_time(
 ) -> None:
     worker = daemon(config(broker.url, ["true"], worker={"drain_timeout": "300ms"}))
     worker.wait_ready()
-    await_topology(client)
+    client.await_topology()
     broker.freeze()
     try:
         assert 10 < seconds_to_exit(worker) < 16 + 2 * SCALE
@@ -395,7 +390,7 @@ def test_a_second_signal_does_not_wait_for_a_broker_that_does_not_answer(
 ) -> None:
     worker = daemon(config(broker.url, ["true"]))
     worker.wait_ready()
-    await_topology(client)
+    client.await_topology()
     broker.freeze()
     try:
         worker.signal(signal.SIGTERM)

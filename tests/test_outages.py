@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator
 
+import pika.spec
 import pytest
 
 from tests.harness.amqp import Client
@@ -12,6 +14,7 @@ from tests.harness.broker import Broker
 from tests.harness.config import config
 from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
+from tests.harness.peer import Peer
 from tests.harness.waiting import TIMEOUT
 
 StartDaemon = Callable[..., Daemon]
@@ -246,3 +249,29 @@ def test_a_broker_that_is_frozen_at_the_start_is_given_up_and_found_when_it_thaw
 
     broker.await_depth("jobs")
     oracle.check(jobs)
+
+
+def test_a_stop_does_not_wait_for_a_peer_that_never_answers(daemon: StartDaemon) -> None:
+    peer = Peer(silent=True)
+    workerd = daemon(config(peer.url, ["true"]))
+    # Both connections are being opened.
+    peer.until(lambda: peer.accepted >= 2, "two connections")
+    began = time.monotonic()
+    assert workerd.stop() == 0
+    assert time.monotonic() - began < TIMEOUT / 4
+    peer.close()
+
+
+def test_a_broker_that_stops_answering_but_keeps_the_connection_is_given_up(
+    daemon: StartDaemon, oracle: Oracle
+) -> None:
+    peer = Peer(mute=(pika.spec.Queue.Declare,))
+    workerd = daemon(config(peer.url, oracle.command(), worker={"ready_wait": "500ms"}))
+    workerd.wait_ready()
+    lost = workerd.wait_event("disconnected", timeout=15 + TIMEOUT / 4)
+    assert lost["text"] == "connection lost: no answer within 15 s"
+    peer.mute = ()
+    jobs = peer.publish("jobs", "a")
+    workerd.wait_event("done")
+    oracle.check(jobs)
+    peer.close()

@@ -1,3 +1,37 @@
-"""workerd: a worker daemon for RabbitMQ, managed by systemd."""
+"""workerd: a worker daemon for RabbitMQ, managed by systemd.
+
+Start at `worker.Worker.perform`, the life of a job; then `ledger`, which decides what a
+redelivery means, and `drain`, how a worker comes to rest. Modules import only what stands
+below them:
+
+    cli         the command line: puts the parts together, turns errors into exit statuses
+    daemon      `workerd run`: a running worker and its exit status
+    submit      `submit`: one job or many, confirmed by the broker
+    check       `workerd check`: what is wrong without a broker; connect: at the broker
+    show        `workerd check --show`
+
+    worker      the shell around the ledger: starts runs, settles deliveries
+    drain       how a worker comes to rest
+    status      what an operator is told
+    consumer    the consuming connection, a channel for each queue
+    publisher   confirmed publishing, on a connection of its own
+    service     systemd, and detaching without it
+    handlers    what runs the jobs: a process for each
+    broker      RabbitMQ, through pika
+
+    ledger      the core: which jobs run, and which delivery each will settle
+    retry       from an outcome to a verdict
+    job         messages, jobs, outcomes, dead letters
+    topology    every queue and exchange, and their arguments
+    template    arguments with placeholders
+
+    settings    the configuration files, as frozen dataclasses; rules: between settings
+    options     every key and its default; schema, kinds: how they are read
+    trust, url  who else could change a file; the address of a broker
+    log         events with fields, without ever waiting
+    units, wording, waiting, errors    small tools
+
+docs/architecture.md has diagrams.
+"""
 
 __version__ = "0.1.0"

@@ -53,9 +53,10 @@ async def _check_one(settings: Settings, url: BrokerURL, environ: Mapping[str, s
 
 async def _check_queue(link: Link, queue: Queue) -> list[str]:
     problems = []
+    refusals: list[Trouble] = []
     if queue.declare != "wait":
         # What exists with other arguments is used as it is.
-        await link.declare([topology.work_queue(queue)])
+        refusals = await link.declare([topology.work_queue(queue)])
     try:
         channel = await link.channel()
         ready, _ = await channel.count(queue.name)
@@ -65,8 +66,11 @@ async def _check_queue(link: Link, queue: Queue) -> list[str]:
             await channel.peek(queue.name)
         await channel.close()
     except Trouble as trouble:
-        if not (trouble.kind is Kind.MISSING and queue.declare == "wait"):
-            problems.append(f"queue {queue.name}: {trouble}")
+        missing = trouble.kind is Kind.MISSING
+        if not (missing and queue.declare == "wait"):
+            # That it is missing says less than why it could not be declared.
+            why = refusals[0] if missing and refusals else trouble
+            problems.append(f"queue {queue.name}: {why}")
     what = f"the dead letters and due jobs of {queue.name}"
     steps = [*topology.dead_letters(queue), *topology.due_jobs(queue)]
     return problems + await _check_topology(link, what, steps)

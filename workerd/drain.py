@@ -127,6 +127,11 @@ class Drain:
     def seconds_left(self) -> float:
         return max(0.0, self._deadline - asyncio.get_running_loop().time())
 
+    async def wanted_within(self, seconds: float) -> bool:
+        """Wait so long, but not beyond the beginning of a drain: has it come?"""
+        await first(self.wanted.wait(), timeout=seconds)
+        return self.wanted.is_set()
+
     async def interrupted(self) -> None:
         """Wait until running jobs must end."""
         await asyncio.shield(self.interrupt)

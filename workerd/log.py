@@ -257,8 +257,10 @@ def _plain(record: Record) -> str:
 
 
 def _quoted(value: object) -> str:
-    text = safe(str(value))
-    return json.dumps(text, ensure_ascii=False) if not text or re.search(r'[\s"=]', text) else text
+    text = str(value)
+    if not text or re.search(r'[\s"=]', text):
+        text = json.dumps(text, ensure_ascii=False)
+    return safe(text)
 
 
 def _stamp(when: float) -> str:

@@ -116,8 +116,9 @@ async def watch_ages(ledger: Ledger, consumer: Consumer) -> None:
     """Warn before the broker takes a job back, at half and at 4/5 of its patience."""
     warned: dict[Run, float] = {}
     while True:
+        # Often enough for a shorter limit, which the broker may tell any moment.
+        await asyncio.sleep(min(INTERVAL, consumer.ack_timeout / 20))
         limit = consumer.ack_timeout
-        await asyncio.sleep(limit / 20)
         now = asyncio.get_running_loop().time()
         warned = {run: part for run, part in warned.items() if run in ledger.running}
         for run in ledger.running:

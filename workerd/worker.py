@@ -143,7 +143,7 @@ class Worker:
             if report.error != known:
                 log.error("handler unavailable", reason=report.reason, error=report.error)
             known = report.error
-            if await self.drain.interrupts_within(delay):
+            if await self.drain.wanted_within(delay):
                 break
         return Report(Outcome.INTERRUPTED, "drain")
 

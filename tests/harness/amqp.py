@@ -82,6 +82,10 @@ class Client:
         """Wait until exactly `count` messages wait in a queue."""
         until(lambda: self.ready(queue) == count, f"{count} messages in {queue}", timeout)
 
+    def await_topology(self) -> None:
+        """Wait until a daemon has declared everything: before that a broker cannot count queues."""
+        until(lambda: self.exists("workerd.delay.24"), "the last of the delay levels")
+
     def publish(
         self,
         queue: str,

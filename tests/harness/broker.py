@@ -278,8 +278,17 @@ class Broker:
         )
 
     def raise_memory_alarm(self) -> None:
-        """Let the server block publishers."""
+        """Let the server block publishers; when this returns, every connection knows."""
         self.eval("vm_memory_monitor:set_vm_memory_high_watermark(0.0)")
+
+        def known() -> bool:
+            states = self.eval(
+                '[io:format("~s ", [State]) || Pid <- rabbit_networking:local_connections(), '
+                "[{state, State}] <- [rabbit_reader:info(Pid, [state])]]"
+            )
+            return set(states.split()) <= {"blocking", "blocked"}
+
+        until(known, "every connection blocking")
 
     def clear_memory_alarm(self) -> None:
         self.eval("vm_memory_monitor:set_vm_memory_high_watermark(0.4)")

@@ -1,4 +1,4 @@
-"""Time limits and the only polling loop of the tests."""
+"""Time limits, the only polling loop of the tests, and how much is left to chance."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ SCALE = float(os.environ.get("WORKERD_TEST_SCALE", "1"))
 
 # Bounds every wait. It is only ever spent by a test that fails, so it is generous.
 TIMEOUT = 20.0 * SCALE
+
+# How many random episodes a test of random moments goes through.
+SEEDS = int(os.environ.get("WORKERD_TEST_SEEDS", "2"))
 
 T = TypeVar("T")
 

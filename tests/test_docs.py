@@ -1,0 +1,97 @@
+"""The documentation names every key and every event, and links to what is there."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness.trixie import CHECKOUT
+from workerd.options import TLS, Broker, Control, Handler, Log, Queue, Retry, Worker
+from workerd.schema import Pairs, Section, kinds
+
+DOCS = CHECKOUT / "docs"
+PAGES = [CHECKOUT / "README.md", CHECKOUT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+
+TABLES = {
+    "`[broker]`": Broker(),
+    "`[broker.tls]`": TLS(),
+    "`[worker]`": Worker(),
+    "`[queues.NAME]`": Queue("x"),
+    "`[handlers.NAME]`": Handler("x"),
+    "`retry`": Retry(),
+    "`[log]`": Log(),
+    "`[control]`": Control(),
+}
+# Where the default is more than a value.
+IN_WORDS = {"queues": "all that are configured", "prefetch": "`concurrency`"}
+
+
+def rows(heading: str) -> dict[str, tuple[str, str]]:
+    """The kind and the default of every key in the table under a heading."""
+    text = (DOCS / "configuration.md").read_text()
+    section = re.split(r"^##+ ", text.partition(f"# {heading}\n")[2], flags=re.MULTILINE)[0]
+    cells = (line.split(" | ") for line in section.splitlines() if line.startswith("| `"))
+    return {key.strip("| `"): (kind, default) for key, kind, default, *_ in cells}
+
+
+def default(settings: Any, key: str, kind: Any) -> str:
+    value = getattr(settings, key)
+    if key in IN_WORDS:
+        return IN_WORDS[key]
+    if isinstance(kind, Pairs):
+        entries = ", ".join(f"{name} = {kind.value.show(entry)}" for name, entry in value.items())
+        return f"`{{ {entries} }}`" if entries else "`{}`"
+    if value is None or value == ():
+        return "–"
+    return f"`{kind.scalar.show(value)}`"
+
+
+@pytest.mark.parametrize("heading", TABLES)
+def test_every_key_is_documented_with_its_default(heading: str) -> None:
+    settings = TABLES[heading]
+    expected = {
+        key: default(settings, key, kind)
+        for key, kind in kinds(type(settings)).items()
+        if not isinstance(kind, Section)
+    }
+    assert {key: default for key, (_, default) in rows(heading).items()} == expected
+
+
+def events() -> Iterator[str]:
+    """The constant names of all events in the code."""
+    for path in sorted((CHECKOUT / "workerd").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                module = node.func.value
+                if isinstance(module, ast.Name) and module.id == "log":
+                    for part in ast.walk(node.args[0]) if node.args else ():
+                        if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                            yield part.value
+
+
+def test_every_event_is_documented() -> None:
+    listed = set(re.findall(r"^\| `([a-z ]+)` \|", (DOCS / "logging.md").read_text(), re.MULTILINE))
+    # These are the outcomes of runs, and what the log says of itself.
+    computed = {"failed", "rejected", "interrupted", "log dropped"}
+    # The level that is chosen for "publisher disconnected" has a name of its own.
+    computed.add("publisher disconnected")
+    not_events = {"auto"}
+    assert set(events()) - not_events | computed == listed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name) if name else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", file.read_text(), re.MULTILINE)
+            anchors = {
+                re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings
+            }
+            assert anchor in anchors, target
