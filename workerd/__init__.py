@@ -15,6 +15,8 @@ below them:
     status      what an operator is told
     consumer    the consuming connection, a channel for each queue
     publisher   confirmed publishing, on a connection of its own
+    journal     the ledger's memory on disk, and those of the other instances
+    reload      the configuration read again
     service     systemd, and detaching without it
     handlers    what runs the jobs: a process for each
     broker      RabbitMQ, through pika

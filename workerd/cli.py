@@ -31,7 +31,7 @@ signals:
   TERM, INT, QUIT  drain: start nothing more, give running jobs drain_timeout to
                    end, then interrupt them and give them back; once more: now
   USR1             log all that is in hand
-  HUP              no reload in this version: it only says so in the log
+  HUP              reload the configuration, if all of it is right
 
 exit status:
   0   drained
