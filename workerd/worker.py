@@ -225,7 +225,9 @@ class Worker:
         self.ledger.opened(channel.serial)
 
     def delivered(self, queue: str, channel: Channel, incoming: Incoming) -> None:
-        default = self.settings.queues[queue].default_handler
+        # None after a reload without this queue: what still comes from it goes back soon.
+        configured = self.settings.queues.get(queue)
+        default = configured.default_handler if configured else None
         job = jobs.decode(incoming.message, queue, incoming.redelivered, default)
         now = asyncio.get_running_loop().time()
         self._act(self.ledger.delivered(Delivery(channel.serial, incoming.tag, now, job)))
