@@ -21,8 +21,9 @@ The rules, in the order in which `delivered` applies them to a delivery:
 4.  It starts when its queue has a free slot, and waits otherwise.
 
 A delivery that goes back to the broker unfinished will come again flagged as
-redelivered. Its key must not match the memory of an equal job that was finished before,
-or it would be settled without ever having run; so the ledger forgets that key.
+redelivered. An equal job may be finished before it does, and that memory must not settle
+it, or it would be gone without ever having run. So the ledger counts what went back: so
+many redeliveries of that key run before one is settled from memory.
 """
 
 from __future__ import annotations
@@ -59,50 +60,48 @@ class Settle:
 
 
 class Memory:
-    """Which jobs are finished: their keys, and the channels the verdicts were sent on.
+    """How many jobs there are of each key, by the channel on which their verdict was sent.
 
-    Keeps between ``size`` × 3/4 and ``size`` of the newest, in generations, so that
-    forgetting costs nothing. A serial number of 0 stands for "never sent".
+    Keeps between ``size`` × 3/4 and ``size`` of the newest keys, in generations, so that
+    forgetting costs nothing.
     """
 
     GENERATIONS = 4
+    #: Stands for a channel where there was none.
+    NEVER_SENT = 0
 
     def __init__(self, size: int = 100_000) -> None:
         self._limit = max(1, size // self.GENERATIONS)
-        self._generations: deque[dict[bytes, tuple[int, ...]]] = deque([{}], self.GENERATIONS)
+        self._generations: deque[dict[int, dict[bytes, int]]] = deque([{}], self.GENERATIONS)
 
-    def add(self, key: bytes, channel: int) -> None:
-        newest = self._generations[0]
-        if len(newest) >= self._limit:
+    def add(self, key: bytes, channel: int = NEVER_SENT) -> None:
+        if sum(map(len, self._generations[0].values())) >= self._limit:
             self.age()
-            newest = self._generations[0]
-        newest[key] = (*newest.get(key, ()), channel)
+        counts = self._generations[0].setdefault(channel, {})
+        counts[key] = counts.get(key, 0) + 1
 
-    def take(self, key: bytes, usable: Callable[[int], bool]) -> bool:
-        """Use up one finished job of this key whose channel is ``usable``, if there is one."""
+    def take(self, key: bytes, usable: Callable[[int], bool] = lambda _channel: True) -> bool:
+        """Use up one job of this key whose channel is ``usable``, if there is one."""
         for generation in self._generations:
-            channels = generation.get(key, ())
-            for channel in channels:
-                if usable(channel):
-                    rest = list(channels)
-                    rest.remove(channel)
-                    if rest:
-                        generation[key] = tuple(rest)
-                    else:
-                        del generation[key]
+            for channel, counts in generation.items():
+                if key in counts and usable(channel):
+                    counts[key] -= 1
+                    if not counts[key]:
+                        del counts[key]
                     return True
         return False
 
-    def forget(self, key: bytes) -> None:
-        for generation in self._generations:
-            generation.pop(key, None)
+    @property
+    def unsent(self) -> bool:
+        """Whether there is a job whose verdict was never sent."""
+        return any(generation.get(self.NEVER_SENT) for generation in self._generations)
 
     def age(self) -> None:
         """Begin a new generation; the oldest of four is forgotten."""
         self._generations.appendleft({})
 
     def __len__(self) -> int:
-        return sum(map(len, self._generations))
+        return sum(len(counts) for each in self._generations for counts in each.values())
 
 
 class Ledger:
@@ -117,8 +116,8 @@ class Ledger:
         self._busy = dict.fromkeys(concurrency, 0)
         #: Runs that a redelivery may rejoin, by key: their channel was lost or retired.
         self._orphans: dict[bytes, list[Run]] = {}
-        #: Keys of finished jobs whose settlement was never sent, for lack of a channel.
-        self._owed: set[bytes] = set()
+        #: Jobs that went back unfinished, and must run when they come again.
+        self._returned = Memory()
         #: Channels that still consume. A verdict sent on any other may have been lost.
         self._live: set[int] = set()
 
@@ -135,9 +134,8 @@ class Ledger:
             if orphan is not None:
                 orphan.delivery = delivery
                 return Rejoined(orphan)
-            if job.named and self.memory.take(job.key, lambda sent_on: sent_on not in self._live):
+            if job.named and self._remembers(job.key):
                 self.memory.add(job.key, delivery.channel)
-                self._owed.discard(job.key)
                 return Settle(delivery, Verdict.DONE)
         self._waiting[job.queue].append(delivery)
         return self.next(job.queue)
@@ -158,13 +156,11 @@ class Ledger:
         self.running.remove(run)
         self._busy[run.job.queue] -= 1
         self._disown(run)
-        key = run.job.key
         if not verdict.remembered:
-            self.memory.forget(key)
+            self._went_back(run.job)
         elif run.job.named:
-            self.memory.add(key, run.delivery.channel if run.delivery else 0)
-            if run.delivery is None:
-                self._owed.add(key)
+            sent_on = run.delivery.channel if run.delivery else Memory.NEVER_SENT
+            self.memory.add(run.job.key, sent_on)
         return Settle(run.delivery, verdict) if run.delivery else None
 
     def lost(self, channel: int) -> None:
@@ -227,12 +223,21 @@ class Ledger:
 
     def owes(self) -> bool:
         """Whether a redelivery would let something be settled that cannot be settled now."""
-        return bool(self._owed) or any(run.delivery is None for run in self.running)
+        return self.memory.unsent or any(run.delivery is None for run in self.running)
 
     def age(self) -> None:
         """Let the memory grow older by a third of the time that jobs are remembered."""
         self.memory.age()
-        self._owed.clear()
+        self._returned.age()
+
+    def _remembers(self, key: bytes) -> bool:
+        """Whether a redelivery is one of a finished job; that memory is used up by it."""
+        if self._returned.take(key):
+            return False
+        # One whose verdict was never sent is sure to come again.
+        return self.memory.take(key, lambda channel: channel == Memory.NEVER_SENT) or (
+            self.memory.take(key, lambda channel: channel not in self._live)
+        )
 
     def _orphan(self, run: Run) -> None:
         owners = self._orphans.setdefault(run.job.key, [])
@@ -258,4 +263,8 @@ class Ledger:
     def _drop(self, waiting: deque[Delivery], gone: list[Delivery]) -> None:
         for delivery in gone:
             waiting.remove(delivery)
-            self.memory.forget(delivery.job.key)
+            self._went_back(delivery.job)
+
+    def _went_back(self, job: Job) -> None:
+        if job.named:
+            self._returned.add(job.key)
