@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # The pika that was asked for comes before the installed one, here as in the daemon.
@@ -38,6 +39,12 @@ MARKERS = {
     "pika": "looks into pika's inside; runs on every pika",
     "campaign": "takes random moments; WORKERD_TEST_SEEDS says how many",
 }
+
+# The same examples every time, so that what is red is red for everybody; a campaign seeks new ones.
+hypothesis.settings.register_profile(
+    "workerd", derandomize="WORKERD_TEST_SEEDS" not in os.environ, database=None, deadline=None
+)
+hypothesis.settings.load_profile("workerd")
 
 # How long what a daemon left behind may take to notice that it is gone.
 ORPHANS_MAY_LIVE = TIMEOUT / 10

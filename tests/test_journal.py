@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.harness.trixie import CHECKOUT
-from workerd.journal import END, RECORD, START, HostMemory, decode, encode
-from workerd.ledger import ALL_CLOSED, NEVER_SENT, Elsewhere
+from workerd.history import END, RECORD, START, decode, encode
+from workerd.journal import HostMemory
+from workerd.memory import ALL_CLOSED, LOST_EARLIER, NEVER_SENT, Elsewhere
 
 HOUR = 3600.0
 SLEEP = bytes(range(16))
@@ -52,7 +53,7 @@ def test_a_finished_job_is_remembered_by_the_next_process(
 ) -> None:
     memory = remember()
     memory.started(SLEEP, 1)
-    memory.add(SLEEP, 1)
+    memory.settled(SLEEP, 1)
     dies(memory)
     assert knows(remember(), SLEEP)
 
@@ -66,21 +67,66 @@ def test_a_job_that_was_cut_off_is_not_remembered_as_finished(
     assert not knows(remember(), SLEEP)
 
 
-def test_a_job_that_went_back_after_an_equal_one_had_finished_is_forgotten(
+def test_a_job_that_went_back_runs_once_more_whatever_equal_one_has_finished(
     remember: Callable[..., HostMemory],
 ) -> None:
     memory = remember()
-    memory.add(SLEEP, 1)
-    memory.forget(SLEEP)
+    memory.returned(SLEEP, ran=False)
+    memory.settled(SLEEP, 1)
     dies(memory)
-    assert not knows(remember(), SLEEP)
+    memory = remember()
+    assert [memory.recall(SLEEP) for _ in range(2)] == [True, False]
+    assert knows(memory, SLEEP)
+
+
+def test_a_job_that_one_instance_gave_back_and_another_took_up_is_known_to_both(
+    remember: Callable[..., HostMemory],
+) -> None:
+    one, two = remember("1"), remember("2")
+    one.returned(SLEEP, ran=False)
+    assert two.recall(SLEEP)
+    assert not one.recall(SLEEP)
+    dies(two)
+    assert not one.recall(SLEEP)
+    assert not remember("2").recall(SLEEP)
+
+
+def test_runs_that_ended_with_their_daemon_are_counted_until_the_job_has_its_verdict(
+    remember: Callable[..., HostMemory],
+) -> None:
+    for _ in range(2):
+        memory = remember()
+        memory.started(SLEEP, 1)
+        dies(memory)
+    other = remember("2")
+    assert other.cut_off(SLEEP) == 2
+    memory = remember()
+    assert memory.cut_off(SLEEP) == 2
+    memory.started(SLEEP, 1)
+    memory.returned(SLEEP, ran=True)
+    assert memory.cut_off(SLEEP) == 2
+    memory.settled(SLEEP, 1)
+    assert memory.cut_off(SLEEP) == 0
+    assert other.cut_off(SLEEP) == 0
+
+
+def test_a_start_leaves_one_segment_however_many_there_were(
+    remember: Callable[..., HostMemory], tmp_path: Path
+) -> None:
+    for number in range(10):
+        memory = remember()
+        memory.settled(bytes([number]) * 16, 1)
+        dies(memory)
+    assert len(list((tmp_path / "1").iterdir())) == 1
+    memory = remember()
+    assert all(knows(memory, bytes([number]) * 16) for number in range(10))
 
 
 def test_what_is_older_than_remember_is_forgotten(
     remember: Callable[..., HostMemory], tmp_path: Path
 ) -> None:
     memory = remember()
-    memory.add(RESIZE, 1)
+    memory.settled(RESIZE, 1)
     dies(memory)
     segment = max((tmp_path / "1").iterdir())
     with segment.open("ab") as file:
@@ -94,14 +140,14 @@ def test_verdicts_of_channels_that_were_closed_in_order_are_told_apart(
     remember: Callable[..., HostMemory],
 ) -> None:
     memory = remember()
-    memory.add(SLEEP, 1)
-    memory.add(RESIZE, 2)
+    memory.settled(SLEEP, 1)
+    memory.settled(RESIZE, 2)
     memory.lost(2)
     memory.closed(1)
     dies(memory)
     memory = remember()
     assert memory.take(SLEEP, lambda channel: channel == ALL_CLOSED)
-    assert memory.take(RESIZE, lambda channel: channel == NEVER_SENT)
+    assert memory.take(RESIZE, lambda channel: channel == LOST_EARLIER)
 
 
 @pytest.mark.parametrize("size", range(3 * RECORD + 1))
@@ -110,7 +156,7 @@ def test_a_journal_that_is_torn_anywhere_loses_only_its_end(
 ) -> None:
     memory = remember()
     memory.started(SLEEP, 1)
-    memory.add(SLEEP, 1)
+    memory.settled(SLEEP, 1)
     dies(memory)
     segment = tmp_path / "1" / "00000001"
     assert segment.stat().st_size == 3 * RECORD
@@ -134,7 +180,7 @@ def test_old_segments_are_removed_and_running_jobs_are_carried_on(
     for number in range(200):
         key = number.to_bytes(16, "big")
         memory.started(key, 1)
-        memory.add(key, 1)
+        memory.settled(key, 1)
     assert len(list((tmp_path / "1").iterdir())) == memory.GENERATIONS
     assert len(memory) <= 40
     memory.lost(1)
@@ -145,10 +191,10 @@ def test_two_processes_never_write_one_journal(
     remember: Callable[..., HostMemory], troubles: list[str], tmp_path: Path
 ) -> None:
     first = remember()
-    first.add(SLEEP, 1)
+    first.settled(SLEEP, 1)
     second = remember()
     assert len(troubles) == 1
-    second.add(RESIZE, 1)
+    second.settled(RESIZE, 1)
     assert knows(second, RESIZE)
     assert len(list((tmp_path / "1").iterdir())) == 1
 
@@ -162,7 +208,7 @@ def test_a_job_that_another_instance_has_finished_is_found_once_its_channel_is_l
     one, two = remember("1"), remember("2")
     one.started(SLEEP, 1)
     assert two.elsewhere(SLEEP) is Elsewhere.ATTACHED
-    one.add(SLEEP, 1)
+    one.settled(SLEEP, 1)
     assert two.elsewhere(SLEEP) is Elsewhere.ATTACHED
     one.lost(1)
     assert two.elsewhere(SLEEP) is Elsewhere.FINISHED
@@ -172,7 +218,7 @@ def test_a_verdict_of_another_instance_settles_one_delivery(
     remember: Callable[..., HostMemory],
 ) -> None:
     one, two = remember("1"), remember("2")
-    one.add(SLEEP, 1)
+    one.settled(SLEEP, 1)
     one.lost(1)
     assert two.elsewhere(SLEEP) is Elsewhere.FINISHED
     assert two.elsewhere(SLEEP) is Elsewhere.UNKNOWN
@@ -185,7 +231,7 @@ def test_a_job_that_another_instance_runs_without_its_channel_is_waited_for(
     one.started(SLEEP, 1)
     one.lost(1)
     assert two.elsewhere(SLEEP) is Elsewhere.ORPHANED
-    one.add(SLEEP, 0)
+    one.settled(SLEEP, NEVER_SENT)
     assert two.elsewhere(SLEEP) is Elsewhere.FINISHED
 
 
@@ -195,7 +241,7 @@ def test_a_job_that_another_instance_gave_back_is_not_waited_for(
     one, two = remember("1"), remember("2")
     one.started(SLEEP, 1)
     one.lost(1)
-    one.back(SLEEP)
+    one.returned(SLEEP, ran=True)
     assert two.elsewhere(SLEEP) is Elsewhere.UNKNOWN
 
 
@@ -204,7 +250,7 @@ def test_a_dead_instance_runs_nothing_and_what_it_finished_counts(
 ) -> None:
     one, two = remember("1"), remember("2")
     one.started(SLEEP, 1)
-    one.add(RESIZE, 1)
+    one.settled(RESIZE, 1)
     dies(one)
     assert two.elsewhere(SLEEP) is Elsewhere.UNKNOWN
     assert two.elsewhere(RESIZE) is Elsewhere.FINISHED
@@ -214,7 +260,7 @@ def test_what_another_instance_finished_long_ago_does_not_count(
     remember: Callable[..., HostMemory],
 ) -> None:
     one = remember("1")
-    one.add(SLEEP, 1)
+    one.settled(SLEEP, 1)
     dies(one)
     assert remember("2", seconds=0.0).elsewhere(SLEEP) is Elsewhere.UNKNOWN
 
@@ -269,13 +315,13 @@ def test_a_full_disk_is_told_once_and_used_again_when_it_has_room(
     with pytest.raises(OSError, match="No space"):
         filler.write_bytes(bytes(1 << 20))
     for number in range(1000):
-        memory.add(number.to_bytes(16, "big"), 1)
+        memory.settled(number.to_bytes(16, "big"), 1)
     assert len(troubles) == 1
     assert "No space" in troubles[0]
     assert knows(memory, (999).to_bytes(16, "big"))
     filler.unlink()
     monkeypatch.setattr(memory, "_retry_at", 0.0)
-    memory.add(SLEEP, 1)
+    memory.settled(SLEEP, 1)
     assert troubles[1:] == [""]
     dies(memory)
     assert knows(HostMemory(full_disk, "1", HOUR, troubles.append), SLEEP)
@@ -284,12 +330,12 @@ def test_a_full_disk_is_told_once_and_used_again_when_it_has_room(
 @pytest.mark.usefixtures("unmount")
 def test_a_read_only_disk_is_told_once_and_jobs_go_on(full_disk: Path, troubles: list[str]) -> None:
     first = HostMemory(full_disk, "1", HOUR, troubles.append)
-    first.add(SLEEP, 1)
+    first.settled(SLEEP, 1)
     dies(first)
     subprocess.run(["mount", "-o", "remount,ro", full_disk], check=True)
     memory = HostMemory(full_disk, "1", HOUR, troubles.append)
     memory.started(RESIZE, 1)
-    memory.add(RESIZE, 1)
+    memory.settled(RESIZE, 1)
     assert len(troubles) == 1
     assert "Read-only" in troubles[0]
     assert knows(memory, RESIZE)

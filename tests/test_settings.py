@@ -252,6 +252,8 @@ def test_every_problem_of_every_file_is_reported_at_once(write: Write, etc: Path
         ('queues."amq.x"', "", 'queues."amq.x": this name cannot be used'),
         ('queues."x.dead"', "", "cannot be used"),
         ('queues."x.due"', "", "cannot be used"),
+        ('queues."x.#"', "", "cannot be used"),
+        ('queues."*"', "", "cannot be used"),
         ('queues."workerd.x"', "", "cannot be used"),
         ('queues."a b"', "", "cannot be used"),
         ('queues."a\\nb"', "", r'queues."a\\nb": this name cannot be used'),

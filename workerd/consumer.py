@@ -54,8 +54,8 @@ class Receiver(Protocol):
     def detached(self, channel: Channel) -> None:
         """We have cancelled the consumer of a channel; another one takes its place."""
 
-    def holds(self, channel: Channel) -> bool:
-        """Whether any delivery of this channel is still to be settled."""
+    def idle(self, channel: Channel) -> bool:
+        """Whether nothing that came on this channel is still to be settled."""
 
     def changed(self) -> None:
         """Something changed that the status line shows."""
@@ -231,7 +231,7 @@ class Consumer:
         suspicious = -1
         while True:
             await asyncio.sleep(interval)
-            if self._receiver.holds(channel) or not self._receiver.wanted:
+            if not self._receiver.idle(channel) or not self._receiver.wanted:
                 suspicious = -1
                 continue
             try:

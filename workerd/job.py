@@ -1,6 +1,6 @@
 """A job: one AMQP message as workerd understands it, and how it may end.
 
-Pure: reads no clock (instants are passed in), does no I/O. The message
+Pure: instants are passed in (only a new id reads the clock), no I/O. The message
 contract that users rely on is documented in docs/messages.md.
 """
 
@@ -26,6 +26,8 @@ MAX_ATTEMPTS = "x-workerd-max-attempts"
 EXPIRES = "x-workerd-expires"
 #: Set anew whenever a dead letter is replayed, so that it never passes for the finished original.
 REPLAY = "x-workerd-replay"
+#: Stands in every dead letter: when the job failed for the last time.
+LAST_FAILURE = "x-workerd-last-failure"
 
 #: Where the broker client leaves the bytes of a header table that cannot be decoded.
 UNREADABLE = "\0unreadable"
@@ -214,10 +216,11 @@ def _key(message: Message, queue: str, spent: int) -> bytes:
     """What two deliveries of one attempt of one message have in common.
 
     Besides queue, id, attempt, replay mark and body it covers the properties that a
-    sender sets anew for each message, so that fewer twins look alike.
+    sender sets anew for each message, so that fewer twins look alike, and the mark of a
+    dead letter, which RabbitMQ's own tools move back as it is.
     """
-    replay = message.headers.get(REPLAY)
-    facts = (queue, message.message_id, spent, replay, message.type, message.timestamp)
+    marks = (message.headers.get(REPLAY), message.headers.get(LAST_FAILURE))
+    facts = (queue, message.message_id, spent, *marks, message.type, message.timestamp)
     digest = hashlib.blake2b(repr((*facts, message.correlation_id)).encode(), digest_size=16)
     digest.update(message.body)
     return digest.digest()
@@ -296,7 +299,7 @@ def dead_letter(job: Job, report: Report, place: Place, now: float) -> tuple[Mes
         "x-workerd-host": place.host,
         "x-workerd-instance": place.instance,
         "x-workerd-first-failure": first if isinstance(first, str) and len(first) < 40 else stamp,
-        "x-workerd-last-failure": stamp,
+        LAST_FAILURE: stamp,
         EXPIRES: _expires(job.message, now),
     }
     headers.update({name: value for name, value in facts.items() if value is not None})

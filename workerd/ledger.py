@@ -26,25 +26,21 @@ The rules, in the order in which `delivered` applies them to a delivery:
 5.  It starts when its queue has a free slot, and waits otherwise.
 
 A delivery that goes back to the broker unfinished will come again flagged as
-redelivered. Its key must not match the memory of an equal job that was finished before,
-or it would be settled without ever having run; so the ledger forgets that key.
+redelivered. An equal job may be finished before it does, and that memory must not settle
+it, or it would be gone without ever having run. So the ledger counts what went back: so
+many redeliveries of that key run before one is settled from memory.
 """
 
 from __future__ import annotations
 
-import enum
 import itertools
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from workerd.job import Delivery, Job
+from workerd.memory import ALL_CLOSED, NEVER_SENT, Elsewhere, Memory
 from workerd.retry import Verdict
-
-#: In place of a channel: the verdict could not be sent, for want of one.
-NEVER_SENT = 0
-#: In place of a channel: an earlier process of this instance sent it and closed all in order.
-ALL_CLOSED = -1
 
 #: Seconds that another instance has to notice the loss of a channel whose job came to us.
 PATIENCE = 5.0
@@ -73,92 +69,6 @@ class Settle:
     verdict: Verdict
 
 
-class Elsewhere(enum.Enum):
-    """What the other instances of this host know of a job that was redelivered here."""
-
-    UNKNOWN = enum.auto()
-    #: It runs there, or has just run; the channel it came on is not known to be lost.
-    ATTACHED = enum.auto()
-    #: It runs there, and its channel was lost: this redelivery belongs to that run.
-    ORPHANED = enum.auto()
-    #: It has its verdict, and the channel on which that was sent is gone.
-    FINISHED = enum.auto()
-
-
-class Memory:
-    """Which jobs are finished: their keys, and the channels the verdicts were sent on.
-
-    Keeps between ``size`` × 3/4 and ``size`` of the newest, in generations, so that
-    forgetting costs nothing. What is kept on disk, and learnt from others, is the business
-    of `journal.HostMemory`.
-    """
-
-    GENERATIONS = 4
-    #: Of equal jobs so many are remembered: a client may give all of its messages one id.
-    TWINS = 100
-
-    def __init__(self, size: int = 100_000) -> None:
-        self._limit = max(1, size // self.GENERATIONS)
-        self._generations: deque[dict[bytes, tuple[int, ...]]] = deque([{}], self.GENERATIONS)
-
-    def started(self, key: bytes, channel: int) -> None:
-        """A run is about to begin."""
-
-    def add(self, key: bytes, channel: int) -> None:
-        """A run is over, or a redelivery was settled: the verdict is sent on this channel."""
-        if len(self._generations[0]) >= self._limit:
-            self.age()
-        self._put(key, channel)
-
-    def back(self, key: bytes) -> None:
-        """A run is over, and a redelivery of its job must run again."""
-        self._drop(key)
-
-    def lost(self, channel: int) -> None:
-        """A channel is gone, and perhaps what was sent on it."""
-
-    def closed(self, channel: int) -> None:
-        """A channel was closed in order: the broker has read all that was sent on it."""
-
-    def elsewhere(self, key: bytes) -> Elsewhere:
-        """What is known of a job that came here as a redelivery; FINISHED only once."""
-        return Elsewhere.UNKNOWN
-
-    def take(self, key: bytes, usable: Callable[[int], bool]) -> bool:
-        """Use up one finished job of this key whose channel is ``usable``, if there is one."""
-        for generation in self._generations:
-            channels = generation.get(key, ())
-            for channel in channels:
-                if usable(channel):
-                    rest = list(channels)
-                    rest.remove(channel)
-                    if rest:
-                        generation[key] = tuple(rest)
-                    else:
-                        del generation[key]
-                    return True
-        return False
-
-    def forget(self, key: bytes) -> None:
-        """A delivery goes back that never ran; an equal one's verdict must not settle it."""
-        self._drop(key)
-
-    def age(self) -> None:
-        """Begin a new generation; the oldest of four is forgotten."""
-        self._generations.appendleft({})
-
-    def _put(self, key: bytes, channel: int) -> None:
-        newest = self._generations[0]
-        newest[key] = (*newest.get(key, ())[1 - self.TWINS :], channel)
-
-    def _drop(self, key: bytes) -> None:
-        for generation in self._generations:
-            generation.pop(key, None)
-
-    def __len__(self) -> int:
-        return sum(map(len, self._generations))
-
-
 class Ledger:
     """The state of every job that this process holds. See the rules above."""
 
@@ -173,8 +83,6 @@ class Ledger:
         self.configure(concurrency)
         #: Runs that a redelivery may rejoin, by key: their channel was lost or retired.
         self._orphans: dict[bytes, list[Run]] = {}
-        #: Keys of finished jobs whose settlement was never sent, for lack of a channel.
-        self._owed: set[bytes] = set()
         #: Channels that consume.
         self._live: set[int] = set()
         #: Channels closed in order: what was sent on them was read. But a broker that is
@@ -204,9 +112,9 @@ class Ledger:
             if orphan is not None:
                 orphan.delivery = delivery
                 return Rejoined(orphan)
-            if job.named and self.memory.take(job.key, self._may_be_lost):
-                return self._settle_again(delivery)
-            if job.named:
+            if job.named and not self.memory.recall(job.key):
+                if self._remembers(job.key):
+                    return self._settle_again(delivery)
                 return self._consult(delivery, 0.0)
         self._waiting[job.queue].append(delivery)
         return self.next(job.queue)
@@ -235,8 +143,7 @@ class Ledger:
         return self.next(delivery.job.queue)
 
     def _settle_again(self, delivery: Delivery) -> Settle:
-        self.memory.add(delivery.job.key, delivery.channel)
-        self._owed.discard(delivery.job.key)
+        self.memory.settled(delivery.job.key, delivery.channel)
         return Settle(delivery, Verdict.DONE)
 
     def next(self, queue: str) -> Run | None:
@@ -257,13 +164,13 @@ class Ledger:
         self.running.remove(run)
         self._busy[run.job.queue] -= 1
         self._disown(run)
-        key = run.job.key
-        if verdict.remembered and run.job.named:
-            self.memory.add(key, run.delivery.channel if run.delivery else NEVER_SENT)
-            if run.delivery is None:
-                self._owed.add(key)
+        if not verdict.remembered:
+            self.memory.returned(run.job.key, ran=True)
+        elif run.job.named:
+            sent_on = run.delivery.channel if run.delivery else NEVER_SENT
+            self.memory.settled(run.job.key, sent_on)
         else:
-            self.memory.back(key)
+            self.memory.forgotten(run.job.key)
         return Settle(run.delivery, verdict) if run.delivery else None
 
     def lost(self, channel: int) -> None:
@@ -287,6 +194,9 @@ class Ledger:
     def closed(self, channel: int) -> None:
         """We have closed a channel, with nothing left to settle on it, and the broker agreed."""
         assert not self.holds(channel)
+        if channel not in self._live:
+            self.lost(channel)  # retired: the broker may have taken back what was settled here
+            return
         self._live.discard(channel)
         self._closed.add(channel)
         self.memory.closed(channel)
@@ -322,15 +232,13 @@ class Ledger:
         return back
 
     def holds(self, channel: int) -> bool:
-        """Whether a delivery still has to be settled on this channel."""
-        return any(
-            delivery.channel == channel
-            for delivery in itertools.chain(
-                (run.delivery for run in self.running if run.delivery),
-                self.held,
-                *self._waiting.values(),
-            )
-        )
+        """Whether a run still has to be settled on this channel."""
+        return any(run.delivery and run.delivery.channel == channel for run in self.running)
+
+    def idle(self, channel: int) -> bool:
+        """Whether nothing that came on this channel is in hand, started or not."""
+        unstarted = itertools.chain(self.held, *self._waiting.values())
+        return not self.holds(channel) and all(each.channel != channel for each in unstarted)
 
     def drain(self) -> None:
         """Start nothing from now on; what still arrives is held, for `unstarted` to return."""
@@ -355,12 +263,18 @@ class Ledger:
 
     def owes(self) -> bool:
         """Whether a redelivery would let something be settled that cannot be settled now."""
-        return bool(self._owed) or any(run.delivery is None for run in self.running)
+        return self.memory.unsent or any(run.delivery is None for run in self.running)
 
     def age(self) -> None:
         """Let the memory grow older by a third of the time that jobs are remembered."""
         self.memory.age()
-        self._owed.clear()
+
+    def _remembers(self, key: bytes) -> bool:
+        """Whether a redelivery is one of a finished job; that memory is used up by it."""
+        # One whose verdict was never sent is sure to come again.
+        return self.memory.take(key, lambda sent_on: sent_on == NEVER_SENT) or (
+            self.memory.take(key, self._may_be_lost)
+        )
 
     def _may_be_lost(self, sent_on: int) -> bool:
         """Whether a verdict sent on this channel may not have arrived."""
@@ -390,4 +304,5 @@ class Ledger:
     def _drop(self, waiting: deque[Delivery], gone: list[Delivery]) -> None:
         for delivery in gone:
             waiting.remove(delivery)
-            self.memory.forget(delivery.job.key)
+            if delivery.job.named:
+                self.memory.returned(delivery.job.key, ran=False)

@@ -247,7 +247,7 @@ def _plain(record: Record) -> str:
     """An event as one safe line. A job's own output is shown as it was printed."""
     _when, _level, name, fields = record
     if name == "output":
-        return f"{safe(str(fields.get('job_id')))} {fields.get('stream')}: {fields.get('text')}"
+        return f"{_quoted(fields.get('job_id'))} {fields.get('stream')}: {fields.get('text')}"
     shown = (
         f"{key}={_quoted(value)}"
         for key, value in fields.items()

@@ -117,10 +117,12 @@ UNUSED: Mapping[HandlerKind, frozenset[str]] = {
 }
 
 _EXAMPLE_QUEUES = '["default"]'
+# A word "*" or "#" of a name would be a wildcard in the binding that brings the queue its delayed
+# jobs: it would get those of others as well.
 _QUEUE_NAME = matching(
-    r"(?!amq\.|workerd\.)[!-~]{1,200}(?<!\.dead)(?<!\.due)",
-    "1 to 200 printable ASCII characters without spaces, "
-    'not beginning with "amq." or "workerd." and not ending in ".dead" or ".due"',
+    r"(?!amq\.|workerd\.)(?!(.*\.)?[*#](\.|\Z))[!-~]{1,200}(?<!\.dead)(?<!\.due)",
+    "1 to 200 printable ASCII characters without spaces, not beginning with "
+    '"amq." or "workerd.", not ending in ".dead" or ".due", and without "*" or "#" between dots',
 )
 _HANDLER_NAME = matching(
     r"(?!workerd\.reply\Z)[!-~]{1,255}",

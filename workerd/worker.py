@@ -16,7 +16,8 @@ from workerd.consumer import Connect, Consumer
 from workerd.drain import Drain
 from workerd.errors import Trouble, Unencodable
 from workerd.job import BadJob, Delivery, Job, Outcome, Place, Report
-from workerd.ledger import Ledger, Memory, Rejoined, Run, Settle
+from workerd.ledger import Ledger, Rejoined, Run, Settle
+from workerd.memory import Memory
 from workerd.options import Settings
 from workerd.publisher import Publisher
 from workerd.retry import Verdict, backoff, judge
@@ -267,8 +268,8 @@ class Worker:
         self._retiring.add(channel)
         self._close_retired()
 
-    def holds(self, channel: Channel) -> bool:
-        return self.ledger.holds(channel.serial)
+    def idle(self, channel: Channel) -> bool:
+        return self.ledger.idle(channel.serial)
 
     def changed(self) -> None:
         self._happened.set()

@@ -1,0 +1,214 @@
+"""The journal of an instance, as it is read: by that instance when it starts, and by others.
+
+<state>/<instance>/<number> are segments of 36-byte records. A record is its kind, a channel,
+the job's key, the time and a checksum; one that is torn or spoilt is skipped. The lock on the
+folder is held for as long as the process lives that writes: what an instance without it has
+begun and not ended is over, killed with its daemon.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from workerd.memory import ALL_CLOSED, NEVER_SENT, Elsewhere
+
+#: A process begins, or goes on in a new segment. The key tells processes apart.
+OPEN = b"O"
+#: A run begins; its delivery came on this channel.
+START = b"S"
+#: A run has ended with a verdict, sent on this channel or one of `memory`'s stand-ins.
+END = b"E"
+#: A run has ended with a verdict that must not settle a redelivery.
+OVER = b"V"
+#: A run has ended, and its job goes back.
+BACK = b"B"
+#: A job goes back that did not run.
+RETURNED = b"R"
+#: A job that had gone back has come again, and will run.
+RECALLED = b"A"
+#: A channel was lost, and perhaps what was sent on it.
+LOST = b"L"
+#: A channel was closed in an orderly way: all that was sent on it has been read.
+CLOSED = b"C"
+#: So many runs of a job, in place of a channel, were cut off by the end of their process.
+CUT_OFF = b"X"
+
+_BODY = struct.Struct("<cxxxi16sd")
+_SUM = struct.Struct("<I")
+#: The size of a record in bytes.
+RECORD = _BODY.size + _SUM.size
+
+Record = tuple[bytes, int, bytes, float]
+
+
+def encode(kind: bytes, channel: int, key: bytes, when: float) -> bytes:
+    body = _BODY.pack(kind, channel, key, when)
+    return body + _SUM.pack(zlib.crc32(body))
+
+
+def decode(data: bytes) -> Iterator[Record]:
+    """The records in ``data``, a multiple of RECORD bytes; those that are spoilt are skipped."""
+    for offset in range(0, len(data), RECORD):
+        body = data[offset : offset + _BODY.size]
+        if _SUM.unpack_from(data, offset + _BODY.size)[0] == zlib.crc32(body):
+            yield _BODY.unpack(body)
+
+
+class Sent(NamedTuple):
+    """A verdict: on which channel of which process it was sent, and when."""
+
+    process: int
+    channel: int
+    when: float
+
+
+#: When jobs of a key went back (+1) and came again (-1).
+Returns = list[tuple[float, int]]
+
+
+class History:
+    """What the journal of an instance tells: its finished jobs, and those that it runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._begin()
+
+    def _begin(self) -> None:
+        #: How far each segment has been read.
+        self._offsets: dict[Path, int] = {}
+        self._nonce = b""
+        #: Counts the processes that wrote: each numbers its channels anew.
+        self._process = 0
+        self.finished: dict[bytes, list[Sent]] = {}
+        self.returns: dict[bytes, Returns] = {}
+        #: How many runs of each key ended with their process.
+        self.cut_off: Counter[bytes] = Counter()
+        #: The channels that brought the running jobs.
+        self._running: dict[bytes, list[int]] = {}
+        #: Channels on which nothing can have been lost: those that are open, and those that
+        #: were closed in an orderly way, until another one is lost.
+        self._open: set[tuple[int, int]] = set()
+        self._closed: set[tuple[int, int]] = set()
+
+    def ask(self, key: bytes, oldest: float) -> Elsewhere:
+        """What it knows of a job; a verdict from before ``oldest`` (seconds since 1970) is none."""
+        if key not in self.finished and key not in self._running:
+            return Elsewhere.UNKNOWN
+        verdicts = [sent for sent in self.finished.get(key, ()) if sent.when >= oldest]
+        for sent in verdicts:
+            if self.is_gone(sent):
+                # Used up: another redelivery of an equal job needs a verdict of its own.
+                self.finished[key].remove(sent)
+                return Elsewhere.FINISHED
+        running = self._running.get(key, [])
+        if any((self._process, channel) not in self._open for channel in running):
+            return Elsewhere.ORPHANED
+        return Elsewhere.ATTACHED if running or verdicts else Elsewhere.UNKNOWN
+
+    def is_gone(self, sent: Sent) -> bool:
+        """Whether the channel of a verdict was lost since, and perhaps the verdict with it."""
+        channel = (sent.process, sent.channel)
+        return channel not in self._open and channel not in self._closed
+
+    def catch_up(self) -> None:
+        """Read what has been written since. Raises OSError."""
+        found = segments(self._folder)
+        if not set(found).issuperset(self._offsets):
+            self._begin()  # one was removed, and what it held is no longer remembered
+        for segment in found:
+            read = self._offsets.get(segment, 0)
+            data = _read(segment, read)
+            self._offsets[segment] = read + len(data)
+            for record in decode(data):
+                self._take(*record)
+        if self._running and not is_held(self._folder):
+            self.end_process()
+
+    def _take(self, kind: bytes, channel: int, key: bytes, when: float) -> None:
+        place = (self._process, channel)
+        if kind == START:
+            self._running.setdefault(key, []).append(channel)
+            if channel != NEVER_SENT:
+                self._open.add(place)
+        elif kind in (END, OVER, BACK):
+            self._end_run(key)
+            if kind == BACK:
+                self.returns.setdefault(key, []).append((when, 1))
+            else:
+                self.cut_off.pop(key, None)
+            if kind == END:
+                self.finished.setdefault(key, []).append(Sent(self._process, channel, when))
+                if channel > 0:
+                    self._open.add(place)
+                elif channel == ALL_CLOSED:
+                    self._closed.add(place)
+        elif kind in (RETURNED, RECALLED):
+            self.returns.setdefault(key, []).append((when, 1 if kind == RETURNED else -1))
+        elif kind == LOST:
+            self._open.discard(place)
+            self._closed.clear()
+        elif kind == CLOSED:
+            self._open.discard(place)
+            self._closed.add(place)
+        elif kind == CUT_OFF:
+            self.cut_off[key] += channel
+        elif kind == OPEN and key != self._nonce:
+            self.end_process()
+            self._nonce = key
+            self._process += 1
+        elif kind == OPEN:
+            self._running.clear()  # in a new segment, those that go on follow
+
+    def _end_run(self, key: bytes) -> None:
+        runs = self._running.get(key)
+        if runs:
+            runs.pop()
+            if not runs:
+                del self._running[key]
+
+    def end_process(self) -> None:
+        """The process that wrote is no more, and its jobs with it; so are its open channels."""
+        for key, runs in self._running.items():
+            self.cut_off[key] += len(runs)
+        self._running.clear()
+        self._open.clear()
+
+
+def outstanding(returns: Iterable[tuple[float, int]]) -> int:
+    """How many jobs went back and have not come again, by what several journals say of them."""
+    count = 0
+    for _when, change in sorted(returns):
+        count = max(0, count + change)
+    return count
+
+
+def segments(folder: Path) -> list[Path]:
+    """The segments of a journal, oldest first. Raises OSError."""
+    return sorted(folder / name for name in os.listdir(folder) if name.isdigit())
+
+
+def _read(segment: Path, offset: int) -> bytes:
+    """What a segment has from ``offset`` on, in whole records."""
+    with open(segment, "rb") as file:
+        file.seek(offset)
+        data = file.read()
+    return data[: len(data) - len(data) % RECORD]
+
+
+def is_held(folder: Path) -> bool:
+    """Whether the process that writes this journal is alive. Raises OSError."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
