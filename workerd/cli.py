@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from workerd import __version__
 from workerd.errors import SettingsError, WorkerdError
 
 EX_USAGE = 64
-EX_SOFTWARE = 70
+EX_IOERR = 74
 EX_CONFIG = 78
 
 
@@ -24,8 +25,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EX_USAGE, f"{self.prog}: {message}\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `workerd`."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The command `workerd`; ends the process."""
     parser = _Parser(
         prog="workerd", description="A worker daemon for RabbitMQ, managed by systemd."
     )
@@ -34,20 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_run(commands.add_parser("run", help="run the daemon (what workerd@.service starts)"))
     _add_check(commands.add_parser("check", help="check the configuration"))
     _add_submit(commands.add_parser("submit", help="submit a job, or many"))
-    return _carry_out(parser.parse_args(arguments))
+    _end(_carry_out(parser.parse_args(arguments)))
 
 
-def submit_main(arguments: Sequence[str] | None = None) -> int:
+def submit_main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `submit`: exactly `workerd submit`."""
     parser = _Parser(prog="submit", description=SUBMIT)
     _add_submit(parser)
-    return _carry_out(parser.parse_args(arguments))
+    _end(_carry_out(parser.parse_args(arguments)))
 
 
 def _carry_out(args: argparse.Namespace) -> int:
+    """Do what the command line says; returns the exit status."""
     try:
         status: int = args.carry_out(args)
-        sys.stdout.flush()
         return status
     except SettingsError as error:
         for problem in error.problems:
@@ -59,11 +60,22 @@ def _carry_out(args: argparse.Namespace) -> int:
         sys.stderr.write(f"submit: {error}\n")
         return exit_status(error)
     except BrokenPipeError:
-        # Whoever read our output has gone; there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return EX_IOERR
     except KeyboardInterrupt:
         return 130
+
+
+def _end(status: int) -> NoReturn:
+    """End now, whatever hangs in a thread, such as a resolver."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has gone; there is nobody to tell.
+        status = status or EX_IOERR
+    except OSError as error:
+        sys.stderr.write(f"workerd: standard output: {error.strerror}\n")
+        status = status or EX_IOERR
+    os._exit(status)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
