@@ -26,6 +26,7 @@ from tests.harness.broker import Broker  # noqa: E402
 from tests.harness.daemon import Daemon  # noqa: E402
 from tests.harness.network import Network  # noqa: E402
 from tests.harness.oracle import Oracle  # noqa: E402
+from tests.harness.programs import Program  # noqa: E402
 from tests.harness.waiting import TIMEOUT, until  # noqa: E402
 from tests.harness.wire import Wire  # noqa: E402
 
@@ -226,6 +227,20 @@ def _left_behind() -> list[str]:
         processes.kill_trees(strays)
         return commands
     return []
+
+
+@pytest.fixture
+def program() -> Iterator[Callable[..., Program]]:
+    """A function that starts a program; it takes what `Program` takes. Ended with the test."""
+    programs: list[Program] = []
+
+    def start(*command: str | Path, **options: Any) -> Program:
+        programs.append(Program(command, **options))
+        return programs[-1]
+
+    yield start
+    for each in programs:
+        each.close()
 
 
 @pytest.fixture

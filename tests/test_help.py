@@ -1,10 +1,13 @@
 """What `--help` shows, to somebody on a terminal of 80 columns."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.harness.trixie import CHECKOUT
 from workerd import cli, submit
 
 COMMANDS = ("", "run", "check", "submit")
@@ -45,13 +48,15 @@ def test_the_help_of_submit_lists_every_exit_status(shown: str) -> None:
     assert listed == statuses | {cli.EX_CONFIG}
 
 
-def test_a_timeout_without_a_unit_counts_seconds(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_timeout_without_a_unit_counts_seconds(tmp_path: Path) -> None:
     empty = tmp_path / "workerd.toml"
     empty.touch(0o600)
     words = ["submit", "--config", str(empty), "--dry-run", "--id", "one", "sleep", "4"]
-    assert cli.main([*words, "--timeout", "30"]) == 0
-    assert capsys.readouterr().out == "one\n"
-    with pytest.raises(SystemExit):
-        cli.main([*words, "--timeout", "soon"])
+
+    def run(timeout: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "workerd", *words, "--timeout", timeout]
+        return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+
+    well = run("30")
+    assert (well.returncode, well.stdout) == (0, "one\n")
+    assert run("soon").returncode == submit.EX_USAGE

@@ -31,7 +31,7 @@ def test_only_what_was_acknowledged_is_remembered() -> None:
 
 
 def test_a_pause_is_drawn_from_the_upper_half_of_its_step() -> None:
-    steps = [1, 2, 4, 8, 10, 10, 10]
+    steps = [min(1.25**number, 10.0) for number in range(15)]
     for _ in range(100):
         for pause, step in zip(backoff(1.0, 10.0), steps, strict=False):
             assert step / 2 <= pause <= step

@@ -7,13 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from workerd import __version__
 from workerd.errors import SettingsError, WorkerdError
 
 EX_USAGE = 64
-EX_SOFTWARE = 70
+EX_IOERR = 74
 EX_CONFIG = 78
 
 
@@ -68,6 +68,7 @@ exit status:
   65  the payload is too large, is not JSON, or cannot be read
   69  no broker answered, or none confirmed, within --timeout
   73  no such queue
+  74  the ids could not be printed; the jobs are sent
   75  not now: the queue is full, or the broker is short of memory or disk
   77  access refused: user, password, virtual host or permission
   78  bad configuration
@@ -93,8 +94,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EX_USAGE, f"{self.prog}: {message}\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `workerd`."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The command `workerd`; ends the process."""
     parser = _Parser(
         prog="workerd",
         description="A worker daemon for RabbitMQ: runs a command for each message of its queues.",
@@ -107,20 +108,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_run(commands.add_parser("run", help="run the daemon"))
     _add_check(commands.add_parser("check", help="check the configuration, and the broker"))
     _add_submit(commands.add_parser("submit", help="send a job, or one for each line of a file"))
-    return _carry_out(parser.parse_args(arguments))
+    _end(_carry_out(parser.parse_args(arguments)))
 
 
-def submit_main(arguments: Sequence[str] | None = None) -> int:
+def submit_main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `submit`: exactly `workerd submit`."""
     parser = _Parser(prog="submit")
     _add_submit(parser)
-    return _carry_out(parser.parse_args(arguments))
+    _end(_carry_out(parser.parse_args(arguments)))
 
 
 def _carry_out(args: argparse.Namespace) -> int:
+    """Do what the command line says; returns the exit status."""
     try:
         status: int = args.carry_out(args)
-        sys.stdout.flush()
         return status
     except SettingsError as error:
         for problem in error.problems:
@@ -132,11 +133,22 @@ def _carry_out(args: argparse.Namespace) -> int:
         sys.stderr.write(f"submit: {error}\n")
         return exit_status(error)
     except BrokenPipeError:
-        # Whoever read our output has gone; there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return EX_IOERR
     except KeyboardInterrupt:
         return 130
+
+
+def _end(status: int) -> NoReturn:
+    """End now, whatever hangs in a thread, such as a resolver."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has gone; there is nobody to tell.
+        status = status or EX_IOERR
+    except OSError as error:
+        sys.stderr.write(f"workerd: standard output: {error.strerror}\n")
+        status = status or EX_IOERR
+    os._exit(status)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -261,13 +273,18 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
 
 
 def _submit(args: argparse.Namespace) -> int:
-    from workerd import submit
     from workerd.settings import load
+    from workerd.submit import submit
 
     environ = dict(os.environ)
     if args.url:
         environ["WORKERD_BROKER_URL"] = _url(args.url)
-    return submit.run(args, load(args.config, args.instance, environ))
+    settings = load(args.config, args.instance, environ)
+    if args.lines or args.jsonl:
+        from workerd.bulk import submit_lines
+
+        return submit_lines(args, settings)
+    return submit(args, settings)
 
 
 def _url(text: str) -> str:

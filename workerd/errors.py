@@ -30,6 +30,8 @@ class Kind(enum.Enum):
     LOCKED = "locked"
     #: The queue exists with other arguments.
     CONFLICT = "conflict"
+    #: The message is larger than the broker's max_message_size.
+    TOO_LARGE = "too-large"
     #: The broker took deliveries back because they were not acknowledged in time.
     ACK_TIMEOUT = "ack-timeout"
     #: The queue is full, or an alarm stops publishing.

@@ -226,6 +226,11 @@ def _key(message: Message, queue: str, spent: int) -> bytes:
     return digest.digest()
 
 
+def is_reserved(name: str) -> bool:
+    """Whether a header is workerd's own, or RabbitMQ's bookkeeping."""
+    return name.startswith((_OWN, *_BOOKKEEPING))
+
+
 def portable_headers(headers: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
     """The sender's headers that may be published again, and the names of those that cannot.
 
@@ -238,7 +243,7 @@ def portable_headers(headers: Mapping[str, object]) -> tuple[dict[str, object], 
     for name, value in headers.items():
         if name == UNREADABLE:
             dropped.append("all of them")
-        elif not (isinstance(name, str) and name.startswith((_OWN, *_BOOKKEEPING))):
+        elif not (isinstance(name, str) and is_reserved(name)):
             size = _size({name: value})
             if size > room:
                 dropped.append(str(name)[:80])

@@ -1,24 +1,24 @@
-"""Sending jobs, one or many lines: confirmed by the broker, or told exactly why not."""
+"""Sending a job: confirmed by the broker, or told exactly why not. For many of them see `bulk`."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
+import random
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
-from io import BufferedReader
 from types import FrameType
-from typing import cast
+from typing import Any, BinaryIO, TypeVar
 
 from workerd.broker import Channel, Link
 from workerd.errors import Kind, Trouble, Unencodable, Unroutable, WorkerdError
-from workerd.job import Message, new_id
+from workerd.job import Message, is_reserved, new_id, portable_headers
 from workerd.retry import backoff
 from workerd.settings import Broker, Settings
 from workerd.wording import did_you_mean
@@ -29,13 +29,18 @@ EX_USAGE = 64
 EX_DATAERR = 65
 EX_UNAVAILABLE = 69
 EX_CANTCREAT = 73
+EX_IOERR = 74
 EX_TEMPFAIL = 75
 EX_NOPERM = 77
 
-#: Published but not yet confirmed messages at once.
-WINDOW = 1000
 #: AMQP's limit for the properties that are short strings, in bytes.
 _SHORT = 255
+#: The largest body that any RabbitMQ can be made to take.
+_LARGEST_BODY = 512 << 20
+#: Seconds for a goodbye, once everything is confirmed.
+_CLOSE_TIMEOUT = 1.0
+
+T = TypeVar("T")
 
 
 class Refused(WorkerdError):
@@ -52,7 +57,19 @@ class Order:
 
     queue: str
     template: Message
-    max_body: int | None
+    max_body: int
+
+    def message(self, body: bytes) -> Message:
+        """The message with this body. Raises Refused where the handler here would not take it."""
+        if len(body) > self.max_body:
+            text = f"the body is larger than {self.max_body} bytes, the handler's max_body"
+            raise Refused(EX_DATAERR, text)
+        return replace(
+            self.template,
+            body=body,
+            message_id=self.template.message_id or new_id(),
+            timestamp=int(time.time()),
+        )
 
 
 def order(args: argparse.Namespace, settings: Settings) -> Order:
@@ -63,17 +80,16 @@ def order(args: argparse.Namespace, settings: Settings) -> Order:
         raise Refused(
             EX_USAGE, f"no handler is named {args.type!r}{hint}; name a --queue to send it anyway"
         )
-    if args.id is not None and (args.lines or args.jsonl):
-        raise Refused(EX_USAGE, "--id names one job; with --lines and --jsonl each gets its own")
-    for option, text in (
-        ("TYPE", args.type),
-        ("--id", args.id or "id"),
-        ("--queue", args.queue or "q"),
-    ):
-        if not 0 < len(text.encode("utf-8", "replace")) <= _SHORT or not text.isprintable():
+    for option, text in (("TYPE", args.type), ("--id", args.id), ("--queue", args.queue)):
+        if text is not None and not _is_short_text(text):
             raise Refused(EX_USAGE, f"{option} must be 1 to {_SHORT} bytes of printable text")
     if args.priority is not None and not 0 <= args.priority <= 255:
         raise Refused(EX_USAGE, "--priority must be from 0 to 255")
+    if args.body is not None and args.file is not None:
+        raise Refused(EX_USAGE, "BODY and --file exclude each other")
+    headers, too_large = portable_headers(dict(map(_header, args.header)))
+    if too_large:
+        raise Refused(EX_DATAERR, f"--header {too_large[0]}: all headers together are too large")
     return Order(
         queue=args.queue or (handler.queue if handler else "default"),
         template=Message(
@@ -81,110 +97,135 @@ def order(args: argparse.Namespace, settings: Settings) -> Order:
             message_id=args.id,
             content_type="application/json" if args.jsonl else None,
             priority=args.priority,
-            timestamp=int(time.time()),
-            headers=dict(map(_header, args.header)),
+            headers=headers,
         ),
-        max_body=handler.max_body if handler else None,
+        max_body=handler.max_body if handler else _LARGEST_BODY,
     )
 
 
 def _header(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
-    if not equals or not name or len(name.encode()) > _SHORT:
+    if not equals or not _is_short_text(name):
         raise Refused(EX_USAGE, f"--header {text!r}: expected NAME=VALUE")
-    if name.lower().startswith("x-workerd-"):
-        raise Refused(EX_USAGE, f"--header {name}: headers x-workerd-* are workerd's own")
+    if is_reserved(name.lower()):
+        raise Refused(EX_USAGE, f"--header {name}: only workerd or RabbitMQ may set this header")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Refused(EX_DATAERR, f"--header {name}: the value is not UTF-8") from None
     return name, value
 
 
-def check_body(body: bytes, order: Order, jsonl: bool) -> None:
-    """Raises Refused for a body that the handler on this host would not take."""
-    if order.max_body is not None and len(body) > order.max_body:
-        text = f"the body has {len(body)} bytes; the handler's max_body is {order.max_body}"
-        raise Refused(EX_DATAERR, text)
-    if jsonl:
-        try:
-            json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise Refused(EX_DATAERR, f"not JSON: {error}") from None
+def _is_short_text(text: str) -> bool:
+    """Whether it can be a property, and be shown to people."""
+    return text.isprintable() and 0 < len(text.encode()) <= _SHORT
 
 
-def run(args: argparse.Namespace, settings: Settings) -> int:
-    """Carry out a `submit` command line; returns the exit status. Raises Refused, WorkerdError."""
+def submit(args: argparse.Namespace, settings: Settings) -> int:
+    """Carry out a `submit` command line for one job; returns the exit status.
+
+    Raises Refused, and WorkerdError for trouble with the broker.
+    """
     wanted = order(args, settings)
-    if args.lines or args.jsonl:
-        return _submit_lines(args, settings.broker, wanted)
     deadline = time.monotonic() + args.timeout
-    body = _read_body(args)
-    check_body(body, wanted, jsonl=False)
-    message = replace(wanted.template, body=body, message_id=args.id or new_id())
+    message = wanted.message(_read_body(args, wanted.max_body))
     if not args.dry_run:
-        asyncio.run(_submit_one(settings.broker, wanted.queue, message, deadline))
-    _print_id(args, wanted.queue, str(message.message_id))
+        complete(_submit_one(settings.broker, wanted.queue, message, deadline))
+    print_id(args, wanted.queue, str(message.message_id))
     return EX_OK
 
 
-def _read_body(args: argparse.Namespace) -> bytes:
-    if args.body is not None:
-        return os.fsencode(args.body)
-    if args.file is not None and args.file != "-":
-        try:
-            with open(args.file, "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise Refused(EX_DATAERR, f"{args.file}: {error.strerror}") from None
-    if args.file is None and sys.stdin.isatty():
-        return b""
-
-    def expired(_number: int, _frame: FrameType | None) -> None:
-        raise Refused(EX_UNAVAILABLE, f"standard input did not end within {args.timeout:g} s")
-
-    # Whoever forgot to close our standard input must not hang for ever.
-    signal.signal(signal.SIGALRM, expired)
-    signal.setitimer(signal.ITIMER_REAL, args.timeout)
-    body = sys.stdin.buffer.read()
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    return body
+def complete(work: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run, which would also wait for a resolver that hangs in a thread."""
+    return asyncio.new_event_loop().run_until_complete(work)
 
 
-def _print_id(args: argparse.Namespace, queue: str, job_id: str) -> None:
+def print_id(args: argparse.Namespace, queue: str, job_id: str) -> None:
+    """Tell a job's id on standard output."""
     line = json.dumps({"id": job_id, "queue": queue}) if args.json else job_id
     sys.stdout.write(line + "\n")
 
 
+def _read_body(args: argparse.Namespace, limit: int) -> bytes:
+    """The body, or just enough of it to see that it is larger than ``limit``. Raises Refused."""
+    if args.body is not None:
+        return os.fsencode(args.body)
+    if args.file is None and (sys.stdin is None or sys.stdin.isatty()):
+        return b""
+    with _time_limit(args.timeout), open_input(args.file) as file:
+        try:
+            return file.read(limit + 1)
+        except OSError as error:
+            raise Refused(EX_DATAERR, f"cannot read the input: {error.strerror}") from None
+
+
+def open_input(name: str | None) -> BinaryIO:
+    """The input that --file names; ``-`` and None stand for standard input. Raises Refused."""
+    try:
+        if name is not None and name != "-":
+            return open(name, "rb")
+        # Where somebody else made it non-blocking, a pause would pass for its end.
+        os.set_blocking(0, True)
+        return sys.stdin.buffer
+    except OSError as error:
+        raise Refused(EX_DATAERR, f"{name or 'standard input'}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Whoever forgot to close our input must not make us hang for ever."""
+
+    def expired(_number: int, _frame: FrameType | None) -> None:
+        raise Refused(EX_UNAVAILABLE, f"the input did not end within {seconds:g} s")
+
+    signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 async def _submit_one(broker: Broker, queue: str, message: Message, deadline: float) -> None:
     """Publish until it is confirmed: again, under the same id, after a lost connection."""
+
+    async def attempt() -> Link:
+        channel = await connect(broker)
+        try:
+            await channel.publish("", queue, message)
+        except asyncio.CancelledError:
+            raise late(channel) from None
+        return channel.link
+
+    link = await until_deadline(attempt, deadline)
+    # RabbitMQ logs a warning about everybody who leaves without a goodbye.
+    await link.close(_CLOSE_TIMEOUT)
+
+
+async def until_deadline(attempt: Callable[[], Awaitable[T]], deadline: float) -> T:
+    """Make attempts while the broker is away, until one succeeds or the time is up.
+
+    Raises the Trouble of the last one. ``deadline`` is an instant of the monotonic clock.
+    """
+    last = Trouble(Kind.AWAY, "the broker did not answer in time")
     for delay in backoff(0.2, 2.0):
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                channel = await _connect(broker)
-                try:
-                    await _confirmed(channel, queue, message)
-                    return
-                finally:
-                    channel.link.abort("done")
+                return await attempt()
         except TimeoutError:
-            raise Trouble(Kind.AWAY, "the broker did not confirm in time") from None
+            raise last from None
         except Trouble as trouble:
             if trouble.kind is not Kind.AWAY or time.monotonic() + delay >= deadline:
                 raise
+            last = trouble
         await asyncio.sleep(delay)
+    raise AssertionError("backoff never ends")
 
 
-async def _confirmed(channel: Channel, queue: str, message: Message) -> None:
-    confirm = channel.publish("", queue, message)
-    try:
-        await confirm
-    except asyncio.CancelledError:
-        if channel.link.blocked:
-            raise Trouble(Kind.BUSY, f"the broker takes nothing: {channel.link.blocked}") from None
-        raise
-
-
-async def _connect(broker: Broker) -> Channel:
+async def connect(broker: Broker) -> Channel:
     """A confirming channel to any of the brokers. Raises the last one's Trouble."""
     trouble: Trouble | None = None
-    for url in broker.urls:
+    for url in random.sample(broker.urls, len(broker.urls)):
         try:
             link = await Link.open(url, broker, "submit", os.environ)
             channel = await link.channel()
@@ -196,143 +237,11 @@ async def _connect(broker: Broker) -> Channel:
     raise trouble
 
 
-class Bulk:
-    """Many lines, WINDOW of them published ahead of their confirms.
-
-    Ids come out in the order of the input. A line that is itself wrong is left out and the
-    others go on; the first line that the broker does not confirm ends it. Either way
-    `missing` has the numbers of all lines that were read and not confirmed.
-    """
-
-    def __init__(self, args: argparse.Namespace, broker: Broker, order: Order) -> None:
-        self._args = args
-        self._broker = broker
-        self._order = order
-        self._channel: Channel | None = None
-        self._flight: deque[tuple[int, str, asyncio.Future[None]]] = deque()
-        self.read = 0
-        self.missing: list[int] = []
-        self.failure: WorkerdError | None = None
-
-    async def run(self) -> None:
-        try:
-            async for line in _lines(self._args):
-                self.read += 1
-                await self._take(line)
-                while self._flight and (self._flight[0][2].done() or len(self._flight) >= WINDOW):
-                    await self._land()
-            while self._flight:
-                await self._land()
-        except Trouble as trouble:
-            self.failure = trouble
-            await self._pick_up()
-        finally:
-            if self._channel:
-                self._channel.link.abort("done")
-
-    async def _take(self, line: bytes) -> None:
-        job_id = new_id()
-        message = replace(self._order.template, body=line, message_id=job_id)
-        try:
-            check_body(line, self._order, self._args.jsonl)
-            if self._args.dry_run:
-                _print_id(self._args, self._order.queue, job_id)
-                return
-            if self._channel is None:
-                self._channel = await self._connected()
-            confirm = self._channel.publish("", self._order.queue, message)
-        except (Refused, Unencodable) as wrong:
-            self.failure = wrong
-            self.missing.append(self.read)
-            sys.stderr.write(f"submit: line {self.read}: {wrong}\n")
-            return
-        except Trouble:
-            self.missing.append(self.read)
-            raise
-        self._flight.append((self.read, job_id, confirm))
-
-    async def _land(self) -> None:
-        """Wait for the oldest line in flight, but not without end."""
-        _, job_id, confirm = self._flight[0]
-        await asyncio.wait({confirm}, timeout=self._args.timeout)
-        if not confirm.done():
-            blocked = self._channel.link.blocked if self._channel else ""
-            if blocked:
-                raise Trouble(Kind.BUSY, f"the broker takes nothing: {blocked}")
-            raise Trouble(Kind.AWAY, "the broker did not confirm in time")
-        confirm.result()
-        self._flight.popleft()
-        _print_id(self._args, self._order.queue, job_id)
-
-    async def _pick_up(self) -> None:
-        """After a failure: what else was in flight may have been confirmed all the same."""
-        pending = [confirm for *_, confirm in self._flight if not confirm.done()]
-        if pending:
-            await asyncio.wait(pending, timeout=1.0)
-        for number, job_id, confirm in self._flight:
-            if confirm.done() and confirm.exception() is None:
-                _print_id(self._args, self._order.queue, job_id)
-            else:
-                self.missing.append(number)
-
-    async def _connected(self) -> Channel:
-        deadline = time.monotonic() + self._args.timeout
-        for delay in backoff(0.2, 2.0):
-            try:
-                return await _connect(self._broker)
-            except Trouble as trouble:
-                if trouble.kind is not Kind.AWAY or time.monotonic() + delay >= deadline:
-                    raise
-            await asyncio.sleep(delay)
-        raise AssertionError("backoff never ends")
-
-
-async def _lines(args: argparse.Namespace) -> AsyncIterator[bytes]:
-    """The lines of the input, as they come, without holding up the connection."""
-    if args.file in (None, "-"):
-        source = cast(BufferedReader, sys.stdin.buffer)
-    else:
-        source = open(args.file, "rb")  # noqa: SIM115 - open until the end
-    loop = asyncio.get_running_loop()
-    rest = b""
-    while chunk := await loop.run_in_executor(None, source.read1, 1 << 16):
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line
-    if rest:
-        yield rest
-
-
-def _submit_lines(args: argparse.Namespace, broker: Broker, order: Order) -> int:
-    if args.body is not None:
-        raise Refused(
-            EX_USAGE, "--lines and --jsonl read a file or standard input, not an argument"
-        )
-    bulk = Bulk(args, broker, order)
-    asyncio.run(bulk.run())
-    if bulk.failure is None:
-        return EX_OK
-    stopped = isinstance(bulk.failure, Trouble)
-    addresses = [*_ranges(sorted(bulk.missing)), *([f"{bulk.read + 1},$"] if stopped else [])]
-    if stopped:
-        sys.stderr.write(f"submit: {bulk.failure}\n")
-    sys.stderr.write(
-        f"submit: of {bulk.read} lines read, {len(bulk.missing)} were not confirmed. "
-        "To send them again, and those not read:\n"
-        f"submit: sed -n '{';'.join(address + 'p' for address in addresses)}'\n"
-    )
-    return exit_status(bulk.failure)
-
-
-def _ranges(numbers: list[int]) -> Iterator[str]:
-    """Line numbers as sed addresses: 3, 4, 5 and 9 become "3,5" and "9"."""
-    start = end = 0
-    for number in [*numbers, 0]:
-        if number != end + 1 or not end:
-            if end:
-                yield f"{start},{end}" if end > start else str(start)
-            start = number
-        end = number
+def late(channel: Channel) -> Trouble:
+    """Why a message was not confirmed in time."""
+    if channel.link.blocked:
+        return Trouble(Kind.BUSY, f"the broker takes nothing at present: {channel.link.blocked}")
+    return Trouble(Kind.AWAY, "the broker did not confirm in time")
 
 
 def exit_status(error: WorkerdError) -> int:
@@ -344,9 +253,8 @@ def exit_status(error: WorkerdError) -> int:
     if isinstance(error, Unroutable):
         return EX_CANTCREAT
     if isinstance(error, Trouble):
-        if error.code == 406 and "larger than" in str(error):
-            return EX_DATAERR
         return {
+            Kind.TOO_LARGE: EX_DATAERR,
             Kind.BUSY: EX_TEMPFAIL,
             Kind.REFUSED: EX_NOPERM,
             Kind.MISSING: EX_CANTCREAT,

@@ -16,5 +16,7 @@ async def first(*work: Awaitable[object], timeout: float | None = None) -> None:
     for task in pending:
         task.cancel()
     await asyncio.gather(*pending, return_exceptions=True)
-    for task in done:
-        task.result()
+    # Every one is asked, or asyncio would complain about those that nobody asked.
+    failures = [failure for task in done if (failure := task.exception())]
+    if failures:
+        raise failures[0]

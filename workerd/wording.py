@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 # What JSON leaves as it is although TOML forbids it, or although it could steer a terminal.
@@ -39,5 +38,7 @@ def found(value: object) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`, did you mean "concurrency"?`, or nothing when no known word is close."""
+    from difflib import get_close_matches  # rarely needed, and `submit` must start fast
+
     close = get_close_matches(word, list(known), n=1)
     return f", did you mean {toml(close[0])}?" if close else ""

@@ -207,6 +207,25 @@ class Broker:
     def delete_vhost(self, vhost: str) -> None:
         self.eval(f'rabbit_vhost:delete(<<"{vhost}">>, <<"tests">>)')
 
+    def add_user(
+        self,
+        name: str,
+        *,
+        configure: str = ".*",
+        write: str = ".*",
+        read: str = ".*",
+        vhost: str | None = "in use",
+    ) -> None:
+        """Add a user, whose name is its password, with these rights; none where `vhost` is None."""
+        auth = "rabbit_auth_backend_internal"
+        user = f'<<"{name}">>'
+        rights = ", ".join(f'<<"{pattern}">>' for pattern in (configure, write, read))
+        self.eval(f'catch {auth}:delete_user({user}, <<"tests">>)')
+        self.eval(f'{auth}:add_user({user}, {user}, <<"tests">>)')
+        if vhost is not None:
+            where = f'<<"{self.vhost}">>'
+            self.eval(f'{auth}:set_permissions({user}, {where}, {rights}, <<"tests">>)')
+
     def queues(self) -> dict[str, Depth]:
         """Every queue of the virtual host in use, counted now and not at the last statistics.
 

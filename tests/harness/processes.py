@@ -26,6 +26,7 @@ def spawn(
     *,
     env: Mapping[str, str],
     cwd: Path | None = None,
+    stdin: int | IO[bytes] = subprocess.DEVNULL,
     stdout: int | IO[bytes] = subprocess.DEVNULL,
     stderr: int | IO[bytes] | None = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
@@ -37,7 +38,7 @@ def spawn(
         ["setpriv", "--pdeathsig", "KILL", *command],
         env=env,
         cwd=cwd,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=stdout,
         stderr=stderr,
         start_new_session=True,

@@ -251,7 +251,9 @@ class Channel:
     def _on_confirm(self, frame: Any) -> None:
         method = frame.method
         last = method.delivery_tag
-        numbers = [n for n in self._confirms if n <= last] if method.multiple else [last]
+        # They were published in ascending order.
+        earlier = itertools.takewhile(lambda number: number <= last, self._confirms)
+        numbers = list(earlier) if method.multiple else [last]
         for number in numbers:
             future = self._confirms.pop(number, None)
             key, _ = self._ids.pop(number, ("", ""))

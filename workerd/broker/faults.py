@@ -65,6 +65,8 @@ def _by_code(code: int, text: str) -> Trouble:
     kind = _KINDS.get(code, Kind.AWAY)
     if code == 406 and "inequivalent arg" in text:
         kind = Kind.CONFLICT
+    elif code == 406 and "larger than configured max size" in text:
+        kind = Kind.TOO_LARGE
     elif code == 406 and "delivery acknowledgement" in text and "timed out" in text:
         kind = Kind.ACK_TIMEOUT
     return Trouble(kind, text, code)
