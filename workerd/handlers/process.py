@@ -46,14 +46,17 @@ class Process:
         self.cause = ""
         self._exited: asyncio.Future[int] = self._loop.create_future()
         self._timers: list[asyncio.TimerHandle] = []
-        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
-            stdin, self._stdin = _pipe(theirs, undo)
-            stdout, self._stdout = reversed(_pipe(undo, theirs))
-            stderr, self._stderr = reversed(_pipe(undo, theirs))
-            for fd in (self._stdin, self._stdout, self._stderr):
-                os.set_blocking(fd, False)
-            self.pid = _spawn(argv, environment, working_directory, (stdin, stdout, stderr))
-            undo.callback(_put_down, self.pid)
+        with contextlib.ExitStack() as undo:
+            with contextlib.ExitStack() as theirs:
+                stdin, self._stdin = _pipe(theirs, undo)
+                stdout, self._stdout = reversed(_pipe(undo, theirs))
+                stderr, self._stderr = reversed(_pipe(undo, theirs))
+                for fd in (self._stdin, self._stdout, self._stderr):
+                    os.set_blocking(fd, False)
+                self.pid = _spawn(argv, environment, working_directory, (stdin, stdout, stderr))
+                undo.callback(_put_down, self.pid)
+            # Only now, when the child's ends are closed: without a descriptor for it, the
+            # program would have begun and be killed, and run again.
             self._pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
         self._guardian = guardian
