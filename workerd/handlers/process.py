@@ -18,11 +18,7 @@ _CHUNK = 65536
 #: What may still be read after the child has ended; a grandchild could write for ever.
 _LAST_READ = 1 << 20
 
-_DEFAULT_SIGNALS = [
-    number
-    for number in signal.valid_signals()
-    if number not in (signal.SIGKILL, signal.SIGSTOP) and number < signal.SIGRTMIN
-]
+_DEFAULT_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
 class Process:
