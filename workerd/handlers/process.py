@@ -183,7 +183,11 @@ def _directory(path: str | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    home = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    try:
+        home = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    except PermissionError:
+        # Started as another user from a folder closed to this one: nothing is to be had there.
+        home = os.open("/", os.O_PATH | os.O_CLOEXEC)
     try:
         os.chdir(path)
         yield
