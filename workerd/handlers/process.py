@@ -29,8 +29,8 @@ class Process:
 
     def __init__(
         self,
-        argv: list[str | bytes],
-        environment: Mapping[str, str],
+        argv: list[bytes],
+        environment: Mapping[bytes, bytes],
         working_directory: str | None,
         body: bytes,
         on_stdout: Callable[[bytes], None],
@@ -155,8 +155,8 @@ def _put_down(pid: int) -> None:
 
 
 def _spawn(
-    argv: list[str | bytes],
-    environment: Mapping[str, str],
+    argv: list[bytes],
+    environment: Mapping[bytes, bytes],
     working_directory: str | None,
     stdio: tuple[int, int, int],
 ) -> int:
