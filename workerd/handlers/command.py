@@ -50,6 +50,7 @@ class CommandHandler:
             name.encode(): value.encode() for name, value in settings.environment.items()
         }
         self._directory = str(settings.working_directory) if settings.working_directory else None
+        self._search = os.get_exec_path({**environ, **settings.environment})
         self._output_lines = output_lines
         self._program = self._find()
 
@@ -129,8 +130,9 @@ class CommandHandler:
     def _find(self) -> bytes:
         """The program's path: looked up in the PATH that it will itself be given."""
         program = self._settings.command[0].encode()
-        path = self._environment.get(b"PATH")
-        return shutil.which(program, path=None if path is None else os.fsdecode(path)) or program
+        # As it will be looked up from its working directory.
+        places = (os.path.join(self._directory or "", place) for place in self._search)
+        return shutil.which(program, path=os.pathsep.join(places)) or program
 
     def _arguments(self, job: Job) -> list[bytes]:
         arguments = [self._program]
