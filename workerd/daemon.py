@@ -39,6 +39,7 @@ def run(
 
     Every problem of the configuration goes to the log, then the status is EX_CONFIG.
     """
+    service.shed_inheritance()
     try:
         settings = load(config, instance)
         _refuse_unsupported(settings)
