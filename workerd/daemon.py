@@ -44,6 +44,7 @@ def run(
     """
     # A reload may be asked for before it can be had.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    service.shed_inheritance()
     try:
         settings = _load(config, instance)
         lock = _lock(instance)

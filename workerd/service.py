@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
+import signal
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -81,6 +83,18 @@ def _directory(given: str | None, system: str, own: str) -> Path:
     if os.access(base if base.is_dir() else base.parent, os.W_OK):
         return base
     return Path(own, "workerd")
+
+
+def shed_inheritance() -> None:
+    """Undo what a careless starter leaves behind, for us and for the jobs."""
+    # A signal that is blocked could not stop us.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    # While it is ignored, the kernel reaps the jobs and nobody learns their exit status.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # An open file or socket of the starter's is no business of a job's.
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            os.set_inheritable(descriptor, descriptor <= 2)
 
 
 def forbid_dumps() -> None:

@@ -44,8 +44,13 @@ class CommandHandler:
         self._settings = settings
         self._guardian = guardian
         self._templates = [Template.parse(argument) for argument in settings.command]
-        self._environment = clean_environment(environ) | dict(settings.environment)
+        inherited = clean_environment(environ).items()
+        # What comes from a message or the configuration is UTF-8, in whatever locale we run.
+        self._environment = {os.fsencode(name): os.fsencode(value) for name, value in inherited} | {
+            name.encode(): value.encode() for name, value in settings.environment.items()
+        }
         self._directory = str(settings.working_directory) if settings.working_directory else None
+        self._search = os.get_exec_path({**environ, **settings.environment})
         self._output_lines = output_lines
         self._program = self._find()
 
@@ -122,18 +127,20 @@ class CommandHandler:
         text = f"cannot run {program}{where}: {error.strerror}"
         return Report(Outcome.UNAVAILABLE, "cannot-run", error=text)
 
-    def _find(self) -> str:
+    def _find(self) -> bytes:
         """The program's path: looked up in the PATH that it will itself be given."""
-        program = self._settings.command[0]
-        return shutil.which(program, path=self._environment.get("PATH")) or program
+        program = self._settings.command[0].encode()
+        # As it will be looked up from its working directory.
+        places = (os.path.join(self._directory or "", place) for place in self._search)
+        return shutil.which(program, path=os.pathsep.join(places)) or program
 
-    def _arguments(self, job: Job) -> list[str | bytes]:
-        arguments: list[str | bytes] = [self._program]
+    def _arguments(self, job: Job) -> list[bytes]:
+        arguments = [self._program]
         options_end = False
         values = _Values(job)
         for template in self._templates[1:]:
             argument = b"".join(
-                os.fsencode(part) if isinstance(part, str) else values.of(part)
+                part.encode() if isinstance(part, str) else values.of(part)
                 for part in template.parts
             )
             exposed = bool(template.parts) and isinstance(template.parts[0], Placeholder)
@@ -145,35 +152,45 @@ class CommandHandler:
             arguments.append(argument)
         return arguments
 
-    def _environment_for(self, job: Job) -> dict[str, str]:
+    def _environment_for(self, job: Job) -> dict[bytes, bytes]:
         message = job.message
         environment = self._environment | {
-            "WORKERD_JOB_ID": job.id,
-            "WORKERD_JOB_TYPE": job.type or "",
-            "WORKERD_QUEUE": job.queue,
-            "WORKERD_ATTEMPT": str(job.attempt),
-            "WORKERD_MAX_ATTEMPTS": str(self._settings.retry.attempts),
-            "WORKERD_REDELIVERED": "1" if job.redelivered else "0",
-            "WORKERD_CONTENT_TYPE": str(message.content_type or ""),
-            "WORKERD_CONTENT_ENCODING": str(message.content_encoding or ""),
+            b"WORKERD_JOB_ID": job.id.encode(),
+            b"WORKERD_JOB_TYPE": (job.type or "").encode(),
+            b"WORKERD_QUEUE": job.queue.encode(),
+            b"WORKERD_ATTEMPT": b"%d" % job.attempt,
+            b"WORKERD_MAX_ATTEMPTS": b"%d" % self._settings.retry.attempts,
+            b"WORKERD_REDELIVERED": b"1" if job.redelivered else b"0",
+            b"WORKERD_CONTENT_TYPE": str(message.content_type or "").encode(),
+            b"WORKERD_CONTENT_ENCODING": str(message.content_encoding or "").encode(),
         }
         if not message.headers:
             return environment
         room = _HEADERS_LIMIT
         for name, value in message.headers.items():
-            text = _as_text(value)
-            size = len(name) + len(text.encode("utf-8", "surrogatepass"))
+            text = _text_of(value)
+            size = len(name) + len(text)
             if (
                 isinstance(name, str)
-                and "\0" not in text
+                and b"\0" not in text
                 and size <= min(_HEADER_VALUE_LIMIT, room)
             ):
                 room -= size
-                environment["WORKERD_HEADER_" + re.sub("[^A-Z0-9_]", "_", name.upper())] = text
+                variable = "WORKERD_HEADER_" + re.sub("[^A-Z0-9_]", "_", name.upper())
+                environment[variable.encode()] = text
         parent = job.header("traceparent")
         if isinstance(parent, str) and "\0" not in parent and len(parent) <= _HEADER_VALUE_LIMIT:
-            environment["TRACEPARENT"] = parent
+            environment[b"TRACEPARENT"] = parent.encode()
         return environment
+
+
+def _text_of(value: object) -> bytes:
+    """A value as programs get it: text and bytes as they are, anything else as JSON."""
+    if isinstance(value, bytes):
+        return value
+    # A name in a header's table that is not UTF-8 is bytes, which JSON cannot have.
+    text = value if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True)
+    return text.encode()
 
 
 class _Values:
@@ -189,9 +206,10 @@ class _Values:
             case "body":
                 return job.body
             case "body.key":
-                return self._text(self._json(), placeholder.name, "the body has no key")
+                return _found(self._json(), placeholder.name, "bad-body", "the body has no key")
             case "header":
-                return self._text(dict(job.message.headers), placeholder.name, "there is no header")
+                headers = job.message.headers
+                return _found(headers, placeholder.name, "bad-header", "there is no header")
             case "id":
                 return job.id.encode()
             case "type":
@@ -212,22 +230,14 @@ class _Values:
             self._object = value
         return self._object
 
-    @staticmethod
-    def _text(values: Mapping[str, object], name: str, missing: str) -> bytes:
-        if name not in values:
-            raise BadJob("bad-body" if "body" in missing else "bad-header", f"{missing} {name!r}")
-        try:
-            return _as_text(values[name]).encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError:
-            raise BadJob("bad-body", f"the value of {name!r} is half a surrogate pair") from None
 
-
-def _as_text(value: object) -> str:
-    """Text as it is, bytes as os.fsdecode would have them, and anything else as JSON."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
-    # A name in a header's table that is not UTF-8 is bytes, which JSON cannot have.
-    return value if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True)
+def _found(values: Mapping[str, object], name: str, reason: str, missing: str) -> bytes:
+    if name not in values:
+        raise BadJob(reason, f"{missing} {name!r}")
+    try:
+        return _text_of(values[name])
+    except UnicodeEncodeError:
+        raise BadJob(reason, f"the value of {name!r} is half a surrogate pair") from None
 
 
 def _signal_name(number: int) -> str:

@@ -56,11 +56,10 @@ class Output:
             self._log(self._line)
         if self._rest and not self._rest.endswith(b"\n"):
             self._rest_lines += 1
-        last = (
-            self._rest.removesuffix(b"\n").split(b"\n")[-self._last :]
-            if self._rest and self._last
-            else []
-        )
+        kept = self._rest.removesuffix(b"\n").split(b"\n") if self._rest else []
+        if 1 < len(kept) < self._rest_lines:
+            del kept[0]  # its beginning is gone
+        last = kept[-self._last :] if self._last else []
         omitted = self._rest_lines - len(last)
         if omitted > 0:
             log.event("output omitted", self._level, stream=self._stream, lines=omitted)

@@ -18,11 +18,7 @@ _CHUNK = 65536
 #: What may still be read after the child has ended; a grandchild could write for ever.
 _LAST_READ = 1 << 20
 
-_DEFAULT_SIGNALS = [
-    number
-    for number in signal.valid_signals()
-    if number not in (signal.SIGKILL, signal.SIGSTOP) and number < signal.SIGRTMIN
-]
+_DEFAULT_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
 class Process:
@@ -33,8 +29,8 @@ class Process:
 
     def __init__(
         self,
-        argv: list[str | bytes],
-        environment: Mapping[str, str],
+        argv: list[bytes],
+        environment: Mapping[bytes, bytes],
         working_directory: str | None,
         body: bytes,
         on_stdout: Callable[[bytes], None],
@@ -46,14 +42,17 @@ class Process:
         self.cause = ""
         self._exited: asyncio.Future[int] = self._loop.create_future()
         self._timers: list[asyncio.TimerHandle] = []
-        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
-            stdin, self._stdin = _pipe(theirs, undo)
-            stdout, self._stdout = reversed(_pipe(undo, theirs))
-            stderr, self._stderr = reversed(_pipe(undo, theirs))
-            for fd in (self._stdin, self._stdout, self._stderr):
-                os.set_blocking(fd, False)
-            self.pid = _spawn(argv, environment, working_directory, (stdin, stdout, stderr))
-            undo.callback(_put_down, self.pid)
+        with contextlib.ExitStack() as undo:
+            with contextlib.ExitStack() as theirs:
+                stdin, self._stdin = _pipe(theirs, undo)
+                stdout, self._stdout = reversed(_pipe(undo, theirs))
+                stderr, self._stderr = reversed(_pipe(undo, theirs))
+                for fd in (self._stdin, self._stdout, self._stderr):
+                    os.set_blocking(fd, False)
+                self.pid = _spawn(argv, environment, working_directory, (stdin, stdout, stderr))
+                undo.callback(_put_down, self.pid)
+            # Only now, when the child's ends are closed: without a descriptor for it, the
+            # program would have begun and be killed, and run again.
             self._pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
         self._guardian = guardian
@@ -160,8 +159,8 @@ def _put_down(pid: int) -> None:
 
 
 def _spawn(
-    argv: list[str | bytes],
-    environment: Mapping[str, str],
+    argv: list[bytes],
+    environment: Mapping[bytes, bytes],
     working_directory: str | None,
     stdio: tuple[int, int, int],
 ) -> int:
@@ -188,7 +187,11 @@ def _directory(path: str | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    home = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    try:
+        home = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    except PermissionError:
+        # Started as another user from a folder closed to this one: nothing is to be had there.
+        home = os.open("/", os.O_PATH | os.O_CLOEXEC)
     try:
         os.chdir(path)
         yield
