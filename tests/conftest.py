@@ -19,13 +19,12 @@ sys.path[:0] = filter(
     None, [os.environ.get("WORKERD_TEST_PIKA"), str(Path(__file__).resolve().parents[1])]
 )
 
-from tests.harness import processes  # noqa: E402
+from tests.harness import processes, programs  # noqa: E402
 from tests.harness.amqp import Client  # noqa: E402
 from tests.harness.broker import Broker  # noqa: E402
 from tests.harness.daemon import Daemon  # noqa: E402
 from tests.harness.network import Network  # noqa: E402
 from tests.harness.oracle import Oracle  # noqa: E402
-from tests.harness.programs import Program  # noqa: E402
 from tests.harness.waiting import TIMEOUT, until  # noqa: E402
 
 VERSION = os.environ.get("WORKERD_TEST_RABBITMQ", "3.10")
@@ -213,20 +212,6 @@ def _left_behind() -> list[str]:
 
 
 @pytest.fixture
-def program() -> Iterator[Callable[..., Program]]:
-    """A function that starts a program; it takes what `Program` takes. Ended with the test."""
-    programs: list[Program] = []
-
-    def start(*command: str | Path, **options: Any) -> Program:
-        programs.append(Program(command, **options))
-        return programs[-1]
-
-    yield start
-    for each in programs:
-        each.close()
-
-
-@pytest.fixture
 def oracle(tmp_path: Path) -> Oracle:
     """The judge of what ran: `oracle.command()` is the handler, `oracle.check(ids)` the verdict."""
     folder = tmp_path / "oracle"
@@ -240,3 +225,17 @@ def network() -> Iterator[Network]:
     network = Network()
     yield network
     network.close()
+
+
+@pytest.fixture
+def program() -> Iterator[Callable[..., programs.Program]]:
+    """A function that starts a program; it takes what `Program` takes. Ended with the test."""
+    started: list[programs.Program] = []
+
+    def start(*command: str | Path, **options: Any) -> programs.Program:
+        started.append(programs.Program(command, **options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()

@@ -5,12 +5,11 @@ through its command line, its signals, its log, its notify socket and its queues
 
     waiting     the one scale of every time limit, and `until`
     processes   starting servers that cannot outlive the test run; finding what a daemon left behind
+    programs    any other program, such as `submit`
     broker      a private RabbitMQ, to be stopped, killed, frozen and started again
     trixie      a Debian 13 root folder, which holds the newer RabbitMQ
     amqp        publishing and reading as a test does
-    wire        messages byte by byte, for what pika cannot send or read
     daemon      the daemon, its log as a list of events, and its notify socket
-    programs    any other program, such as `submit`
     network     two network namespaces and the faults of the cable between them
     oracle      the judge: jobs write a journal, and it says what was lost or ran twice
 
