@@ -24,7 +24,6 @@ from workerd.submit import (
     EX_USAGE,
     Order,
     Refused,
-    complete,
     connect,
     exit_status,
     late,
@@ -33,7 +32,7 @@ from workerd.submit import (
     print_id,
     until_deadline,
 )
-from workerd.waiting import first
+from workerd.waiting import complete, first
 
 #: How far publishing may be ahead of the confirms: messages, and bytes of their bodies.
 WINDOW = 1000

@@ -13,6 +13,7 @@ from workerd import __version__
 from workerd.errors import SettingsError, WorkerdError
 
 EX_USAGE = 64
+EX_SOFTWARE = 70
 EX_IOERR = 74
 EX_CONFIG = 78
 

@@ -11,19 +11,22 @@ import os
 from collections.abc import Mapping
 
 from workerd import topology
-from workerd.broker import Channel, Link
+from workerd.broker import Link
 from workerd.errors import Kind, Trouble, Unroutable
 from workerd.job import Message
 from workerd.options import Queue, Settings
 from workerd.url import BrokerURL
+from workerd.waiting import complete
 
 #: No queue can have this name, so what is sent to it comes back.
 _NOWHERE = "workerd.check.nowhere"
+#: How many missing queues a line names.
+_NAMED = 3
 
 
 def check_broker(settings: Settings, environ: Mapping[str, str] = os.environ) -> list[str]:
     """Every problem at every configured broker, one line each."""
-    return asyncio.run(_check_all(settings, environ))
+    return complete(_check_all(settings, environ))
 
 
 async def _check_all(settings: Settings, environ: Mapping[str, str]) -> list[str]:
@@ -37,7 +40,7 @@ async def _check_one(settings: Settings, url: BrokerURL, environ: Mapping[str, s
     try:
         link = await Link.open(url, settings.broker, "workerd check", environ)
     except Trouble as trouble:
-        return [f"{url}: {trouble}{_login_remedy(trouble)}"]
+        return [f"{url}: {trouble}{_login_remedy(url, trouble)}"]
     problems = []
     try:
         problems += await _check_topology(link, "the delay levels", topology.delay_levels())
@@ -51,26 +54,26 @@ async def _check_one(settings: Settings, url: BrokerURL, environ: Mapping[str, s
     return [f"{url}: {problem}" for problem in problems]
 
 
+def _login_remedy(url: BrokerURL, trouble: Trouble) -> str:
+    if trouble.code == 403:
+        return "; check the user, and its password in broker.urls or broker.password_file"
+    if trouble.code == 530 and "not found" in str(trouble):
+        return f"; create it with rabbitmqctl add_vhost {url.vhost}"
+    if trouble.code == 530:
+        return f"; allow it with rabbitmqctl set_permissions -p {url.vhost} {url.user}"
+    return ""
+
+
 async def _check_queue(link: Link, queue: Queue) -> list[str]:
     problems = []
-    refusals: list[Trouble] = []
     if queue.declare != "wait":
-        # What exists with other arguments is used as it is.
-        refusals = await link.declare([topology.work_queue(queue)])
-    try:
-        channel = await link.channel()
-        ready, _ = await channel.count(queue.name)
-        # An empty queue is asked for a message, which needs the right to read it; from a
-        # full one a message would have to be taken and given back.
-        if ready == 0:
-            await channel.peek(queue.name)
-        await channel.close()
-    except Trouble as trouble:
-        missing = trouble.kind is Kind.MISSING
-        if not (missing and queue.declare == "wait"):
-            # That it is missing says less than why it could not be declared.
-            why = refusals[0] if missing and refusals else trouble
-            problems.append(f"queue {queue.name}: {why}")
+        what = f"queue {queue.name}"
+        problems += await _check_topology(link, what, [topology.work_queue(queue)])
+    if await _exists(link, queue.name):
+        try:
+            await (await link.channel()).ask_to_read(queue.name)
+        except Trouble as trouble:
+            problems.append(f"queue {queue.name}: {_refusal(trouble, 'read', queue.name)}")
     what = f"the dead letters and due jobs of {queue.name}"
     steps = [*topology.dead_letters(queue), *topology.due_jobs(queue)]
     return problems + await _check_topology(link, what, steps)
@@ -81,6 +84,7 @@ async def _check_topology(link: Link, what: str, steps: topology.Steps) -> list[
     problems = []
     steps = list(steps)
     for objection in await link.declare(steps):
+        # What exists with other arguments is used as it is.
         if objection.kind is Kind.CONFLICT:
             continue
         missing = [
@@ -89,9 +93,10 @@ async def _check_topology(link: Link, what: str, steps: topology.Steps) -> list[
             if isinstance(step, topology.DeclareQueue) and not await _exists(link, step.name)
         ]
         if missing:
+            names = ", ".join(missing[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
             problems.append(
-                f"{what}: {objection}; missing: {', '.join(missing)}; "
-                "declare them with an administrator's URL, or grant the right to configure them"
+                f"{what}: {objection}; missing: {names}; have an administrator declare them, "
+                "or grant the rights to configure, write and read them"
             )
     return problems
 
@@ -102,29 +107,26 @@ async def _exists(link: Link, queue: str) -> bool:
         await channel.count(queue)
         await channel.close()
     except Trouble as trouble:
-        if trouble.kind is Kind.AWAY:
+        if trouble.kind is not Kind.MISSING:
             raise
         return False
     return True
 
 
 async def _check_publishing(link: Link) -> list[str]:
-    channel: Channel = await link.channel()
+    channel = await link.channel()
     try:
         await channel.confirm()
         await channel.publish("", _NOWHERE, Message(message_id="check"))
     except Unroutable:
         await channel.close()
     except Trouble as trouble:
-        if trouble.kind is Kind.AWAY:
-            raise
-        return [f"publishing: {trouble}; grant the right to write to the exchange amq.default"]
+        return [f"publishing: {_refusal(trouble, 'write', 'amq.default')}"]
     return []
 
 
-def _login_remedy(trouble: Trouble) -> str:
-    if trouble.kind is not Kind.REFUSED:
-        return ""
-    return (
-        "; check the user, its password and its rights to the vhost (rabbitmqctl list_permissions)"
-    )
+def _refusal(trouble: Trouble, right: str, name: str) -> str:
+    """The broker's words, and what to do about them. Raises Trouble when it is away."""
+    if trouble.kind is Kind.AWAY:
+        raise trouble
+    return f"{trouble}; grant the right to {right} {name} with rabbitmqctl set_permissions"

@@ -11,16 +11,17 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 from workerd.broker import Channel, Link
 from workerd.errors import Kind, Trouble, Unencodable, Unroutable, WorkerdError
 from workerd.job import Message, is_reserved, new_id, portable_headers
 from workerd.retry import backoff
 from workerd.settings import Broker, Settings
+from workerd.waiting import complete
 from workerd.wording import did_you_mean
 
 # Exit statuses, of sysexits.h.
@@ -133,11 +134,6 @@ def submit(args: argparse.Namespace, settings: Settings) -> int:
         complete(_submit_one(settings.broker, wanted.queue, message, deadline))
     print_id(args, wanted.queue, str(message.message_id))
     return EX_OK
-
-
-def complete(work: Coroutine[Any, Any, T]) -> T:
-    """asyncio.run, which would also wait for a resolver that hangs in a thread."""
-    return asyncio.new_event_loop().run_until_complete(work)
 
 
 def print_id(args: argparse.Namespace, queue: str, job_id: str) -> None:

@@ -1,9 +1,12 @@
-"""Waiting for whichever comes first."""
+"""Waiting for whichever comes first, and running a loop until something is done."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 async def first(*work: Awaitable[object], timeout: float | None = None) -> None:
@@ -20,3 +23,8 @@ async def first(*work: Awaitable[object], timeout: float | None = None) -> None:
     failures = [failure for task in done if (failure := task.exception())]
     if failures:
         raise failures[0]
+
+
+def complete(work: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run, which would also wait for a resolver that hangs in a thread."""
+    return asyncio.new_event_loop().run_until_complete(work)
