@@ -97,6 +97,8 @@ def test_a_connection_into_a_black_hole_is_found_and_its_jobs_are_rejoined(
     with Client(distant.url, netns=network.broker_ns) as client:
         jobs = client.publish_jobs("jobs", ["a"])
         workerd.wait_event("start")
+        # Nothing is on its way, so only the heartbeat can tell.
+        workerd.wait_event("declared", what="delays")
 
         network.drop()
         workerd.wait_event("disconnected", timeout=FOUND_WITHIN)

@@ -61,6 +61,12 @@ class Client:
         self.close()
 
     def close(self) -> None:
+        if not self.connection.is_open:
+            return
+        # A frozen broker would never answer.
+        impl = self.connection._impl
+        lost = pika.exceptions.StreamLostError("no answer to close")
+        impl.ioloop.call_later(TIMEOUT / 4, lambda: impl._terminate_stream(lost))
         # A broker that was killed meanwhile has closed it already.
         with contextlib.suppress(pika.exceptions.AMQPError):
             self.connection.close()
