@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 CLOSE_TIMEOUT = 15.0
 #: The same after a second signal.
 HURRIED_CLOSE_TIMEOUT = 2.0
-#: Seconds for one last attempt to settle what ended while the broker was away.
+#: Seconds for a new connection to bring back what was running or ended without it.
 RECLAIM_TIMEOUT = 5.0
 #: Seconds beyond its grace that a job's process group may take to die of SIGKILL.
 KILL_TIMEOUT = 5.0
@@ -50,8 +50,7 @@ class Drain:
         # From here on nothing starts; what still arrives is held.
         ledger.drain()
         worker.status.show()
-        await self._before_deadline(self._return_unstarted())
-        # Each of the running jobs is settled as it ends.
+        # What has not started goes back; each of the running jobs is settled as it ends.
         await self._before_deadline(self._runs_end())
         # The late ones get SIGTERM, their grace, SIGKILL, and go back unharmed.
         self.interrupt.set_result(None)
@@ -67,14 +66,16 @@ class Drain:
     async def _reclaim(self) -> None:
         """Wait for redeliveries of what is still owed: one attempt to connect, a few seconds."""
         worker = self._worker
-        consumer, ledger = worker.consumer, worker.ledger
-        connected_for = asyncio.get_running_loop().time() - consumer.connected_at
-        if not ledger.owes() or (not consumer.outage and connected_for > RECLAIM_TIMEOUT):
+        consumer = worker.consumer
+        if not worker.ledger.owes():
+            return
+        if not consumer.outage:
+            await self._redelivered()
             return
         consumer.attempt_failed.clear()
         consumer.wake.set()
         await first(
-            worker.until(lambda: not ledger.owes()),
+            worker.until(lambda: not worker.ledger.owes()),
             consumer.attempt_failed.wait(),
             self._hurry.wait(),
             timeout=RECLAIM_TIMEOUT,
@@ -106,18 +107,29 @@ class Drain:
         self._worker.give_back_unstarted()
 
     async def _runs_end(self) -> None:
-        """Wait until no job runs.
+        """Wait until no job runs, and give back at once what has not started.
 
-        A connection made meanwhile, to settle them on, brings other jobs as well: once it
-        has served its purpose they go back too.
+        That is so for a connection made meanwhile as well: it is of use only to settle
+        those that run.
         """
         worker = self._worker
         ledger, consumer = worker.ledger, worker.consumer
         while ledger.running:
-            await worker.until(
-                lambda: not ledger.running or (bool(consumer.channels) and not ledger.owes())
-            )
-            await self._return_unstarted()
+            await worker.until(lambda: not ledger.running or bool(consumer.channels))
+            if consumer.channels:
+                await self._redelivered()
+                await self._return_unstarted()
+
+    async def _redelivered(self) -> None:
+        """Wait until a connection that is still new has brought back what is owed."""
+        worker = self._worker
+        ledger, consumer = worker.ledger, worker.consumer
+        age = asyncio.get_running_loop().time() - consumer.connected_at
+        await first(
+            worker.until(lambda: not ledger.owes() or bool(consumer.outage)),
+            self._hurry.wait(),
+            timeout=max(0.0, RECLAIM_TIMEOUT - age),
+        )
 
     async def _before_deadline(self, work: Awaitable[None]) -> None:
         """Wait for this work, but only until the deadline, or a second signal."""
