@@ -7,8 +7,8 @@ import contextlib
 import random
 import re
 import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import Any
 
 import pika
 import pika.exceptions
@@ -16,14 +16,12 @@ from pika.adapters.asyncio_connection import AsyncioConnection
 
 from workerd import __version__
 from workerd.broker.channel import Channel
-from workerd.broker.faults import diagnose, is_noise
+from workerd.broker.faults import diagnose
 from workerd.broker.timeouts import ANSWER_TIMEOUT, CONNECT_TIMEOUT
 from workerd.errors import Kind, SettingsError, Trouble
 from workerd.retry import backoff
 from workerd.settings import TLS, Broker, BrokerURL, password_for
 from workerd.topology import Step
-
-T = TypeVar("T")
 
 #: The first pause before a new attempt to connect, in seconds.
 FIRST_PAUSE = 0.2
@@ -151,17 +149,6 @@ class Link:
     def _closed(self, error: BaseException) -> None:
         if not self.ended.done():
             self.ended.set_result(diagnose(error))
-
-
-def run(work: Coroutine[Any, Any, T]) -> T:
-    """asyncio.run for a command: one that does not wait for a resolver that hangs in a thread."""
-    loop = asyncio.new_event_loop()
-    loop.set_exception_handler(
-        lambda loop, context: (
-            None if is_noise(context.get("exception")) else loop.default_exception_handler(context)
-        )
-    )
-    return loop.run_until_complete(work)
 
 
 async def links(
