@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from workerd.broker import Channel
 from workerd.errors import Trouble, Unencodable, WorkerdError
-from workerd.settings import Broker
+from workerd.settings import Broker, Settings
 from workerd.submit import (
     EX_DATAERR,
     EX_IOERR,
@@ -28,6 +28,7 @@ from workerd.submit import (
     exit_status,
     late,
     open_input,
+    order,
     print_id,
     until_deadline,
 )
@@ -42,15 +43,16 @@ _CLOSE_TIMEOUT = 1.0
 _CHUNK = 1 << 16
 
 
-def submit_lines(args: argparse.Namespace, broker: Broker, order: Order) -> int:
+def submit_lines(args: argparse.Namespace, settings: Settings) -> int:
     """Submit each line of the input; returns the exit status. Raises Refused."""
     if args.body is not None:
         text = "--lines and --jsonl read a file or standard input, not an argument"
         raise Refused(EX_USAGE, text)
     if args.id is not None:
         raise Refused(EX_USAGE, "--id names one job; with --lines and --jsonl each gets its own")
+    wanted = order(args, settings)
     source = open_input(args.file)
-    bulk = Bulk(args, broker, order, source.fileno())
+    bulk = Bulk(args, settings.broker, wanted, source.fileno())
     complete(bulk.run())
     if bulk.failure is None:
         return EX_OK

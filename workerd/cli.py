@@ -186,13 +186,18 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
 
 
 def _submit(args: argparse.Namespace) -> int:
-    from workerd import submit
     from workerd.settings import load
+    from workerd.submit import submit
 
     environ = dict(os.environ)
     if args.url:
         environ["WORKERD_BROKER_URL"] = _url(args.url)
-    return submit.run(args, load(args.config, args.instance, environ))
+    settings = load(args.config, args.instance, environ)
+    if args.lines or args.jsonl:
+        from workerd.bulk import submit_lines
+
+        return submit_lines(args, settings)
+    return submit(args, settings)
 
 
 def _url(text: str) -> str:
@@ -201,7 +206,7 @@ def _url(text: str) -> str:
 
     if text.startswith("@"):
         try:
-            return Path(text[1:]).read_text().strip()
+            return Path(text[1:]).read_text(errors="replace").strip()
         except OSError as error:
             raise Refused(EX_USAGE, f"--url {text}: {error.strerror}") from None
     try:

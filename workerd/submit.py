@@ -122,13 +122,12 @@ def _is_short_text(text: str) -> bool:
     return text.isprintable() and 0 < len(text.encode()) <= _SHORT
 
 
-def run(args: argparse.Namespace, settings: Settings) -> int:
-    """Carry out a `submit` command line; returns the exit status. Raises Refused, WorkerdError."""
-    wanted = order(args, settings)
-    if args.lines or args.jsonl:
-        from workerd.bulk import submit_lines
+def submit(args: argparse.Namespace, settings: Settings) -> int:
+    """Carry out a `submit` command line for one job; returns the exit status.
 
-        return submit_lines(args, settings.broker, wanted)
+    Raises Refused, and WorkerdError for trouble with the broker.
+    """
+    wanted = order(args, settings)
     deadline = time.monotonic() + args.timeout
     message = wanted.message(_read_body(args, wanted.max_body))
     if not args.dry_run:

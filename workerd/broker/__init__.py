@@ -9,11 +9,20 @@ import logging
 
 from workerd.broker.channel import Channel
 from workerd.broker.codec import Incoming
-from workerd.broker.faults import ack_timeout_in, diagnose
+from workerd.broker.faults import ack_timeout_in, diagnose, is_noise
 from workerd.broker.link import Link, links
 from workerd.broker.timeouts import CONFIRM_TIMEOUT
 
-__all__ = ["CONFIRM_TIMEOUT", "Channel", "Incoming", "Link", "ack_timeout_in", "diagnose", "links"]
+__all__ = [
+    "CONFIRM_TIMEOUT",
+    "Channel",
+    "Incoming",
+    "Link",
+    "ack_timeout_in",
+    "diagnose",
+    "is_noise",
+    "links",
+]
 
 # pika logs every failed attempt with a traceback; the same facts reach our log as events.
 logging.getLogger("pika").setLevel(logging.CRITICAL + 1)
