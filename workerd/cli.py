@@ -294,7 +294,7 @@ def _url(text: str) -> str:
 
     if text.startswith("@"):
         try:
-            return Path(text[1:]).read_text().strip()
+            return Path(text[1:]).read_text(errors="replace").strip()
         except OSError as error:
             raise Refused(EX_USAGE, f"--url {text}: {error.strerror}") from None
     try:

@@ -16,7 +16,7 @@ from pika.adapters.asyncio_connection import AsyncioConnection
 
 from workerd import __version__
 from workerd.broker.channel import Channel
-from workerd.broker.faults import diagnose
+from workerd.broker.faults import diagnose, is_noise
 from workerd.broker.timeouts import ANSWER_TIMEOUT, CONNECT_TIMEOUT
 from workerd.errors import Kind, SettingsError, Trouble
 from workerd.retry import backoff
@@ -57,6 +57,8 @@ class Link:
         ``rabbitmqctl list_connections`` shows.
         """
         loop = asyncio.get_running_loop()
+        if loop.get_exception_handler() is None:
+            loop.set_exception_handler(_show_unless_noise)
         opened: asyncio.Future[None] = loop.create_future()
         connection = _Connection(
             _parameters(url, broker, name, environ),
@@ -227,6 +229,11 @@ def _tls_options(url: BrokerURL, tls: TLS) -> pika.SSLOptions:
     if tls.cert_file:
         context.load_cert_chain(tls.cert_file, tls.key_file)
     return pika.SSLOptions(context, tls.server_name or url.host)
+
+
+def _show_unless_noise(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    if not is_noise(context.get("exception")):
+        loop.default_exception_handler(context)
 
 
 def _resolve(future: asyncio.Future[Any], value: Any) -> None:
