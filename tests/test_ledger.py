@@ -584,6 +584,7 @@ def test_an_id_that_never_changes_costs_no_more_than_others() -> None:
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(1800)  # a campaign computes for a minute; on a busy machine that takes a while
 @settings(max_examples=EXAMPLES, report_multiple_bugs=False)
 @given(st.binary(min_size=60, max_size=60))
 def test_no_job_is_lost_and_none_is_run_twice_for_nothing(steps: bytes) -> None:
