@@ -66,6 +66,53 @@ def test_a_job_that_was_cut_off_is_not_remembered_as_finished(
     assert not knows(remember(), SLEEP)
 
 
+def test_a_job_that_was_cut_off_is_forgotten_although_an_equal_one_had_finished(
+    remember: Callable[..., HostMemory],
+) -> None:
+    one = remember("1")
+    one.started(SLEEP, 1)
+    one.add(SLEEP, 1)
+    one.lost(1)
+    one.started(SLEEP, 2)
+    dies(one)
+    assert remember("2").elsewhere(SLEEP) is Elsewhere.UNKNOWN
+    assert not knows(remember("1"), SLEEP)
+
+
+def test_verdicts_of_a_killed_process_may_not_have_been_read(
+    remember: Callable[..., HostMemory],
+) -> None:
+    memory = remember()
+    memory.started(SLEEP, 1)
+    memory.add(SLEEP, 1)
+    dies(memory)
+    assert remember().take(SLEEP, lambda channel: channel == NEVER_SENT)
+
+
+def test_a_folder_that_could_not_be_made_at_the_start_is_used_later(
+    tmp_path: Path, troubles: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    state.write_text("in the way")
+    memory = HostMemory(state, "1", HOUR, troubles.append)
+    assert len(troubles) == 1
+    state.unlink()
+    monkeypatch.setattr(memory, "_retry_at", 0.0)
+    memory.add(SLEEP, 1)
+    assert troubles[1:] == [""]
+    assert HostMemory(state, "2", HOUR, troubles.append).elsewhere(SLEEP) is Elsewhere.ATTACHED
+
+
+def test_a_memory_that_has_no_lock_writes_nothing_when_it_grows_older(
+    remember: Callable[..., HostMemory], tmp_path: Path
+) -> None:
+    first, second = remember(), remember()
+    second.age()
+    second.add(RESIZE, 1)
+    assert len(list((tmp_path / "1").iterdir())) == 1
+    assert first.elsewhere(RESIZE) is Elsewhere.UNKNOWN
+
+
 def test_a_job_that_went_back_after_an_equal_one_had_finished_is_forgotten(
     remember: Callable[..., HostMemory],
 ) -> None:

@@ -16,7 +16,6 @@ import contextlib
 import errno
 import fcntl
 import itertools
-import math
 import os
 import struct
 import time
@@ -97,8 +96,7 @@ class HostMemory(Memory):
         self._running: dict[bytes, list[int]] = {}
         self._siblings: dict[str, History] = {}
         self._asked = False
-        if self._load():
-            self._begin_segment()
+        self._begin_segment()
 
     # What the ledger tells.
 
@@ -164,34 +162,40 @@ class HostMemory(Memory):
             if not runs:
                 del self._running[key]
 
-    def _load(self) -> bool:
-        """Remember what earlier processes of this instance have finished; False: cannot."""
+    def _load(self) -> None:
+        """Take the folder, and remember what earlier processes of this instance have finished.
+
+        Raises OSError.
+        """
         folder = self._state / self._instance
+        folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            folder.mkdir(mode=0o750, parents=True, exist_ok=True)
-            self._lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            _hold(self._lock)
-            self._segments = _segments(folder)
+            _hold(lock)
+            segments = _segments(folder)
             history = History(folder)
             history.catch_up()
-        except OSError as error:
-            self._fail(error)
-            self._retry_at = math.inf
-            return False
+        except OSError:
+            os.close(lock)
+            raise
+        self._lock = lock
+        self._segments = segments
+        history.end_process()
         oldest = time.time() - self._remember
         for key, verdicts in history.finished.items():
             for sent in verdicts:
                 if sent.when >= oldest:
                     self._put(key, NEVER_SENT if history.is_gone(sent) else ALL_CLOSED)
         super().age()
-        return True
 
     def _begin_segment(self) -> None:
         self.close()
-        numbers = [int(segment.name) for segment in self._segments]
-        path = self._state / self._instance / f"{max(numbers, default=0) + 1:08d}"
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
+            if self._lock < 0:
+                self._load()
+            numbers = [int(segment.name) for segment in self._segments]
+            path = self._state / self._instance / f"{max(numbers, default=0) + 1:08d}"
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._file = os.open(path, flags, 0o640)
         except OSError as error:
             self._fail(error)
@@ -276,7 +280,7 @@ class History:
         except OSError:
             return Elsewhere.UNKNOWN
         if not alive:
-            self._end_process()
+            self.end_process()
         verdicts = [sent for sent in self.finished.get(key, ()) if sent.when >= oldest]
         for sent in verdicts:
             if self.is_gone(sent):
@@ -309,7 +313,7 @@ class History:
         place = (self._process, channel)
         if kind == OPEN:
             if key != self._nonce:
-                self._end_process()
+                self.end_process()
                 self._nonce = key
                 self._process += 1
             self._running.clear()  # in a new segment, those that go on follow
@@ -338,8 +342,13 @@ class History:
             else:
                 self.finished.pop(key, None)
 
-    def _end_process(self) -> None:
-        """The process that wrote is no more, and its jobs with it; so are its open channels."""
+    def end_process(self) -> None:
+        """The process that wrote is no more, and its jobs with it; so are its open channels.
+
+        What it was running comes again: an equal job's verdict must not settle that.
+        """
+        for key in self._running:
+            self.finished.pop(key, None)
         self._running.clear()
         self._open.clear()
 
