@@ -295,9 +295,14 @@ def test_a_job_given_back_by_a_drain_runs_on_a_sibling_at_once(
     two.wait_event("consuming")
     one.signal(signal.SIGTERM)
     one.wait_event("interrupted", job_id="a")
+
+    def arrived() -> dict[str, Any]:
+        state = state_of(two)
+        return state if state["running"] + state["held"] else {}
+
+    assert until(arrived, "it comes to 2")["running"] == 1
     two.wait_event("start", job_id="a", redelivered=True)
     assert one.running
-    assert not state_of(two)["held"]
     oracle.release()
     assert one.wait_exit() == 0
     two.wait_event("done", job_id="a")
@@ -456,6 +461,8 @@ def test_a_damaged_journal_keeps_nobody_from_starting_and_loses_no_job(
     workers = [daemon(text, instance) for instance in ("1", "2")]
     until(lambda: "b" in done(*workers), "the other job")
     broker.await_depth("jobs")
+    for later in workers:
+        later.wait_event("consuming")
     oracle.check(jobs, allowed_duplicates=2)
     assert not [event for later in workers for event in later.events("memory not kept")]
 
