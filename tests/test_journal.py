@@ -67,6 +67,68 @@ def test_a_job_that_was_cut_off_is_not_remembered_as_finished(
     assert not knows(remember(), SLEEP)
 
 
+def test_a_job_that_was_cut_off_runs_again_although_an_equal_one_had_finished(
+    remember: Callable[..., HostMemory],
+) -> None:
+    one = remember("1")
+    one.started(SLEEP, 1)
+    one.settled(SLEEP, 1)
+    one.lost(1)
+    one.started(SLEEP, 2)
+    dies(one)
+    two = remember("2")
+    assert two.recall(SLEEP)
+    assert not two.recall(SLEEP)
+    assert two.elsewhere(SLEEP) is Elsewhere.FINISHED
+    assert not remember("1").recall(SLEEP)
+
+
+def test_verdicts_of_a_killed_process_may_not_have_been_read(
+    remember: Callable[..., HostMemory],
+) -> None:
+    memory = remember()
+    memory.started(SLEEP, 1)
+    memory.settled(SLEEP, 1)
+    dies(memory)
+    assert remember().take(SLEEP, lambda channel: channel == LOST_EARLIER)
+
+
+def test_a_folder_that_could_not_be_made_at_the_start_is_used_later(
+    tmp_path: Path, troubles: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    state.write_text("in the way")
+    memory = HostMemory(state, "1", HOUR, troubles.append)
+    assert len(troubles) == 1
+    state.unlink()
+    monkeypatch.setattr(memory, "_retry_at", 0.0)
+    memory.settled(SLEEP, 1)
+    assert troubles[1:] == [""]
+    assert HostMemory(state, "2", HOUR, troubles.append).elsewhere(SLEEP) is Elsewhere.ATTACHED
+
+
+def test_a_run_that_begins_as_the_disk_is_back_is_written_once(
+    remember: Callable[..., HostMemory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = remember("1"), remember("2")
+    one.close()
+    monkeypatch.setattr(one, "_retry_at", 0.0)
+    one.started(SLEEP, 1)
+    assert two.elsewhere(SLEEP) is Elsewhere.ATTACHED
+    one.returned(SLEEP, ran=True)
+    assert two.elsewhere(SLEEP) is Elsewhere.UNKNOWN
+
+
+def test_a_memory_that_has_no_lock_writes_nothing_when_it_grows_older(
+    remember: Callable[..., HostMemory], tmp_path: Path
+) -> None:
+    first, second = remember(), remember()
+    second.age()
+    second.settled(RESIZE, 1)
+    assert len(list((tmp_path / "1").iterdir())) == 1
+    assert first.elsewhere(RESIZE) is Elsewhere.UNKNOWN
+
+
 def test_a_job_that_went_back_runs_once_more_whatever_equal_one_has_finished(
     remember: Callable[..., HostMemory],
 ) -> None:

@@ -84,6 +84,8 @@ class History:
         #: How far each segment has been read.
         self._offsets: dict[Path, int] = {}
         self._nonce = b""
+        #: When the last record was written.
+        self._last = 0.0
         #: Counts the processes that wrote: each numbers its channels anew.
         self._process = 0
         self.finished: dict[bytes, list[Sent]] = {}
@@ -133,6 +135,7 @@ class History:
 
     def _take(self, kind: bytes, channel: int, key: bytes, when: float) -> None:
         place = (self._process, channel)
+        self._last = when
         if kind == START:
             self._running.setdefault(key, []).append(channel)
             if channel != NEVER_SENT:
@@ -177,6 +180,8 @@ class History:
         """The process that wrote is no more, and its jobs with it; so are its open channels."""
         for key, runs in self._running.items():
             self.cut_off[key] += len(runs)
+            # They went back, and must run, whatever equal ones have been finished.
+            self.returns.setdefault(key, []).extend([(self._last, 1)] * len(runs))
         self._running.clear()
         self._open.clear()
 

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import fcntl
 import itertools
-import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -171,14 +170,18 @@ class HostMemory(Memory):
         history = History(self._folder)
         try:
             self._folder.mkdir(mode=0o750, parents=True, exist_ok=True)
-            self._lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            _hold(self._lock)
-            self._segments = segments(self._folder)
-            history.catch_up()
+            lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                _hold(lock)
+                self._segments = segments(self._folder)
+                history.catch_up()
+            except OSError:
+                os.close(lock)
+                raise
         except OSError as error:
             self._fail(error)
-            self._retry_at = math.inf
             return
+        self._lock = lock
         history.end_process()
         records = list(self._take_over(history))
         self._begin_segment()
@@ -209,6 +212,8 @@ class HostMemory(Memory):
 
     def _begin_segment(self) -> None:
         self.close()
+        if self._lock < 0:
+            return  # somebody else's journal, or none
         numbers = [int(segment.name) for segment in self._segments]
         path = self._folder / f"{max(numbers, default=0) + 1:08d}"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -227,9 +232,9 @@ class HostMemory(Memory):
         if self._file < 0:
             if time.monotonic() < self._retry_at:
                 return
-            self._begin_segment()
-            if self._file < 0:
-                return
+            (self._open if self._lock < 0 else self._begin_segment)()
+            if kind == START:
+                return  # the new segment begins with all that runs
         self._write(encode(kind, channel, key, time.time()))
 
     def _write(self, records: bytes) -> bool:

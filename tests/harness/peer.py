@@ -1,8 +1,9 @@
 """A scripted AMQP 0-9-1 peer: a small broker of our own that does what no RabbitMQ at hand would.
 
-Its queues are lists in memory, everything may be declared, every publish is confirmed, and it sends
-no heartbeats. A test can let it forget to answer, and give it RabbitMQ 4.3's way with deliveries
-that are not acknowledged in time. It records what it is told to settle.
+Its queues are lists in memory, everything may be declared (the answer tells how many messages are
+ready), every publish is confirmed, and it sends no heartbeats. A test can let it forget to answer,
+and give it RabbitMQ 4.3's way with deliveries that are not acknowledged in time. It records what it
+is told to settle.
 """
 
 from __future__ import annotations
@@ -209,7 +210,10 @@ class Peer:
                 channel.cancelled = True
             answer = ANSWERS.get(type(method))
             if answer and not isinstance(method, self.mute):
-                connection.send(number, answer(method))
+                reply = answer(method)
+                if isinstance(method, pika.spec.Queue.Declare):
+                    reply.message_count = len(self.ready[method.queue])
+                connection.send(number, reply)
             self._deliver()
             self._moved.notify_all()
 
