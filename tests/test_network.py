@@ -198,9 +198,9 @@ def test_a_slow_network_that_loses_packets_is_no_outage(
 def test_a_broker_that_moved_is_found_at_its_new_address(
     network: Network, own_broker: StartBroker, daemon: StartDaemon, oracle: Oracle, names: Path
 ) -> None:
-    distant = own_broker(address="0.0.0.0", netns=network.broker_ns)  # noqa: S104 - in a namespace
+    distant = own_broker(address="0.0.0.0", netns=network.broker_ns)
     names.write_text(f"{BROKER_ADDRESS} rabbit.test\n")
-    url = distant.url.replace("0.0.0.0", "rabbit.test")  # noqa: S104
+    url = distant.url.replace("0.0.0.0", "rabbit.test")
     workerd = daemon(
         config(url, oracle.command(), broker=HEARTBEAT),
         command=with_names(names, "127.0.0.1"),

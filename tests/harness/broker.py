@@ -117,7 +117,7 @@ class Broker:
         with (self.folder / "console.log").open("ab") as console:
             self._process = processes.spawn(
                 self._enter([f"{self._home}/sbin/rabbitmq-server"]),
-                env={**environment, **(self.clock.env(self._inside) if self.clock else {})},
+                env={**environment, **(self.clock.program(self._inside) if self.clock else {})},
                 stdout=console,
                 stderr=console,
             )

@@ -5,6 +5,7 @@ The daemon has it at its usual place, in a mount namespace of its own. Needs roo
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import socket
@@ -12,7 +13,8 @@ import struct
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .processes import MissingTool
@@ -80,17 +82,23 @@ class Journald:
 
     def find(self, event: str, **fields: str) -> list[Entry]:
         """The entries with this event name and these fields (`job_id` for WORKERD_JOB_ID)."""
-        wanted = {"WORKERD_EVENT": event}
-        wanted.update({f"WORKERD_{name.upper()}": value for name, value in fields.items()})
+        wanted = _wanted(event, fields)
         with self._came:
             return [entry for entry in self.entries if wanted.items() <= entry.items()]
 
     def wait(self, event: str, **fields: str) -> Entry:
         """Wait for the first such entry."""
+        wanted = _wanted(event, fields)
+        looked_at = 0
+        deadline = time.monotonic() + TIMEOUT
         with self._came:
-            if not self._came.wait_for(lambda: self.find(event, **fields), TIMEOUT):
-                raise AssertionError(f"no {event!r} {fields} in the journal in {TIMEOUT:g} s")
-        return self.find(event, **fields)[0]
+            while True:
+                for entry in itertools.islice(self.entries, looked_at, None):
+                    if wanted.items() <= entry.items():
+                        return entry
+                looked_at = len(self.entries)
+                if not self._came.wait(deadline - time.monotonic()):
+                    raise AssertionError(f"no {wanted} in the journal in {TIMEOUT:g} s")
 
     def _read(self, listener: socket.socket) -> None:
         while datagram := listener.recv(1 << 20):
@@ -98,6 +106,11 @@ class Journald:
                 self.entries.append(_parse(datagram))
                 self._came.notify_all()
             self._reads.wait()
+
+
+def _wanted(event: str, fields: Mapping[str, str]) -> Entry:
+    named = {f"WORKERD_{name.upper()}": value for name, value in fields.items()}
+    return {"WORKERD_EVENT": event, **named}
 
 
 def _parse(datagram: bytes) -> Entry:
