@@ -13,6 +13,7 @@ from typing import Any
 import pika
 import pika.exceptions
 from pika.adapters.asyncio_connection import AsyncioConnection
+from pika.adapters.utils import connection_workflow
 
 from workerd import __version__
 from workerd.broker.channel import Channel
@@ -184,6 +185,23 @@ async def links(
         wake.clear()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(wake.wait(), delay)
+
+
+class _Connector(connection_workflow.AMQPConnector):  # type: ignore[misc]
+    """pika's attempt to reach one address, which fails like any other when it gets no socket.
+
+    pika (1.2.0 to 1.4.4) lets that error out of a callback of the event loop, and the attempt
+    would never end.
+    """
+
+    def start(self, addr_record: Any, conn_params: Any, on_done: Callable[[Any], None]) -> None:
+        try:
+            super().start(addr_record, conn_params, on_done)
+        except OSError as error:
+            on_done(connection_workflow.AMQPConnectorSocketConnectError(error))
+
+
+connection_workflow.AMQPConnector = _Connector
 
 
 def _parameters(
