@@ -52,7 +52,9 @@ class Process:
             stderr, self._stderr = reversed(_pipe(undo, theirs))
             for fd in (self._stdin, self._stdout, self._stderr):
                 os.set_blocking(fd, False)
-            self.pid = _spawn(argv, environment, working_directory, (stdin, stdout, stderr))
+            # Without a descriptor for its pidfd it would have to be killed, and run again.
+            with _reserved_descriptor():
+                self.pid = _spawn(argv, environment, working_directory, (stdin, stdout, stderr))
             undo.callback(_put_down, self.pid)
             self._pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
@@ -152,6 +154,16 @@ def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[i
     reader.callback(os.close, read)
     writer.callback(os.close, write)
     return read, write
+
+
+@contextlib.contextmanager
+def _reserved_descriptor() -> Iterator[None]:
+    """Have one descriptor that is free afterwards. Raises OSError when there is none."""
+    reserved = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield
+    finally:
+        os.close(reserved)
 
 
 def _put_down(pid: int) -> None:
