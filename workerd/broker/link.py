@@ -232,9 +232,16 @@ def _parameters(
 
 
 def _context(tls: TLS) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=str(tls.ca_file) if tls.ca_file else None)
-    if tls.cert_file:
-        context.load_cert_chain(tls.cert_file, tls.key_file)
+    """Raises OSError, which says in which file the fault is."""
+    files = [tls.ca_file]
+    try:
+        context = ssl.create_default_context(cafile=str(tls.ca_file) if tls.ca_file else None)
+        if tls.cert_file:
+            files = [tls.cert_file, tls.key_file]
+            context.load_cert_chain(tls.cert_file, tls.key_file)
+    except OSError as error:
+        names = " or ".join(str(file) for file in files if file)
+        raise OSError(f"{names}: {error.strerror}") from error
     return context
 
 
