@@ -24,6 +24,7 @@ from tests.harness import processes  # noqa: E402
 from tests.harness.amqp import Client  # noqa: E402
 from tests.harness.broker import Broker  # noqa: E402
 from tests.harness.daemon import Daemon  # noqa: E402
+from tests.harness.journald import Journald  # noqa: E402
 from tests.harness.network import Network  # noqa: E402
 from tests.harness.oracle import Oracle  # noqa: E402
 from tests.harness.programs import Program  # noqa: E402
@@ -120,6 +121,7 @@ class SharedBroker:
             self.close()
         else:
             broker.clear_memory_alarm()
+            broker.clear_disk_alarm()
 
     def close(self) -> None:
         if self._broker is not None:
@@ -259,3 +261,11 @@ def network() -> Iterator[Network]:
     network = Network()
     yield network
     network.close()
+
+
+@pytest.fixture
+def journald() -> Iterator[Journald]:
+    """A journal of the test's own, not yet started."""
+    journald = Journald()
+    yield journald
+    journald.close()

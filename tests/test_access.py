@@ -27,10 +27,17 @@ class User:
         self.url = broker.url.replace("guest:guest", self.name)
         self.password = password
         self._broker = broker
-        broker.eval(
-            f'rabbit_auth_backend_internal:add_user(<<"{self.name}">>, <<"right">>, <<"tests">>)'
-        )
+        self.create("right")
         self.write("right")
+
+    def create(self, password: str) -> None:
+        self._call("add_user", password)
+
+    def delete(self) -> None:
+        self._call("delete_user")
+
+    def change_password(self, password: str) -> None:
+        self._call("change_password", password)
 
     def write(self, password: str) -> None:
         """Write the password file of the daemon."""
@@ -38,11 +45,15 @@ class User:
         self.password.chmod(0o600)
 
     def permit(self, configure: str = ".*", write: str = ".*", read: str = ".*") -> None:
-        rights = ", ".join(f'<<"{right}">>' for right in (configure, write, read))
-        self._broker.eval(
-            "rabbit_auth_backend_internal:set_permissions("
-            f'<<"{self.name}">>, <<"{self._broker.vhost}">>, {rights}, <<"tests">>)'
-        )
+        self._call("set_permissions", self._broker.vhost, configure, write, read)
+
+    def forbid(self) -> None:
+        """Take away every right in the virtual host, the one to enter it as well."""
+        self._call("clear_permissions", self._broker.vhost)
+
+    def _call(self, function: str, *arguments: str) -> None:
+        terms = ", ".join(f'<<"{each}">>' for each in (self.name, *arguments, "tests"))
+        self._broker.eval(f"rabbit_auth_backend_internal:{function}({terms})")
 
 
 @pytest.fixture
@@ -181,3 +192,133 @@ def test_a_virtual_host_that_is_deleted_and_made_again_is_worked_in_again(
     # RabbitMQ deletes the queues first.
     assert set(warnings(workerd)) <= {"consumer cancelled", "queue paused", "disconnected"}
     assert len(workerd.events("disconnected")) == 1
+
+
+def test_permissions_that_are_revoked_while_consuming_are_waited_for(
+    broker: Broker, client: Client, daemon: StartDaemon, oracle: Oracle, user: User
+) -> None:
+    user.permit()
+    settings = {"password_file": str(user.password), "reconnect_max": "400ms"}
+    workerd = daemon(config(user.url, oracle.command(), broker=settings))
+    workerd.wait_ready()
+    oracle.hold("a")
+    jobs = client.publish_jobs("jobs", ["a"])
+    workerd.wait_event("start")
+
+    user.forbid()
+    broker.close_all_connections()
+    refused = workerd.wait_event("unreachable", count=3)
+    assert f"access to vhost '{broker.vhost}' refused" in refused["text"]
+    # Slowly, from the first attempt on, and told once.
+    assert {entry["retry_in"] for entry in workerd.events("unreachable")} == {0.4}
+    assert set(warnings(workerd)) <= {"disconnected", "publisher disconnected"}
+    assert len(workerd.events("disconnected")) == 1
+
+    user.permit()
+    workerd.wait_event("rejoined")
+    oracle.release()
+    workerd.wait_event("done")
+    broker.await_depth("jobs")
+    oracle.check(jobs)
+
+
+def test_a_queue_that_is_forbidden_while_it_is_consumed_is_waited_for_and_the_other_goes_on(
+    broker: Broker, client: Client, daemon: StartDaemon, oracle: Oracle, user: User
+) -> None:
+    user.permit()
+    settings = {"password_file": str(user.password)}
+    workerd = daemon(config(user.url, oracle.command(), queues=TWO_QUEUES, broker=settings))
+    workerd.wait_event("declared", what="delays")
+    for queue in TWO_QUEUES:
+        workerd.wait_event("consuming", queue=queue)
+    oracle.hold("a")
+    jobs = client.publish_jobs("jobs", ["a"])
+    workerd.wait_event("start", job_id="a")
+
+    user.permit(read="^(?!jobs$)")
+    broker.close_all_connections()
+    paused = workerd.wait_event("queue paused", queue="jobs")
+    assert "ACCESS_REFUSED" in paused["text"]
+    with Client(broker.url) as later:
+        jobs += later.publish_jobs("others", ["b"])
+    workerd.wait_event("done", job_id="b")
+
+    user.permit()
+    workerd.wait_event("rejoined", job_id="a")
+    oracle.release()
+    workerd.wait_event("done", job_id="a")
+    broker.await_depth("jobs")
+    oracle.check(jobs)
+    assert len(workerd.events("queue paused")) == 1
+
+
+def test_a_dead_letter_that_may_not_be_written_keeps_its_job_until_it_may(
+    broker: Broker, client: Client, daemon: StartDaemon, oracle: Oracle, user: User
+) -> None:
+    user.permit()
+    settings = {"password_file": str(user.password)}
+    workerd = daemon(config(user.url, oracle.command(status=1), broker=settings))
+    workerd.wait_event("declared", what="delays")
+    workerd.wait_ready()
+    # The default exchange has this name where rights are concerned.
+    user.permit(write="^(?!amq[.]default$)")
+    jobs = client.publish_jobs("jobs", ["a"])
+    refused = workerd.wait_event("dead letter refused")
+    assert "ACCESS_REFUSED" in refused["text"]
+    broker.await_depth("jobs", unacked=1)
+
+    user.permit()
+    workerd.wait_event("dead letter")
+    broker.await_depth("jobs")
+    assert [letter.id for letter in client.look("jobs.dead")] == jobs
+    oracle.check(jobs, dead=jobs)
+    assert warnings(workerd).count("dead letter refused") == 1
+
+
+def test_a_rotated_password_is_used_at_the_next_attempt(
+    broker: Broker, client: Client, daemon: StartDaemon, oracle: Oracle, user: User
+) -> None:
+    user.permit()
+    settings = {"password_file": str(user.password), "reconnect_max": "400ms"}
+    workerd = daemon(config(user.url, oracle.command(), broker=settings))
+    workerd.wait_ready()
+    oracle.hold("a")
+    jobs = client.publish_jobs("jobs", ["a"])
+    workerd.wait_event("start")
+
+    user.change_password("new")
+    broker.close_all_connections()
+    refused = workerd.wait_event("unreachable", count=2)
+    assert refused["text"].startswith("ACCESS_REFUSED - ")
+    assert refused["retry_in"] == 0.4
+    user.write("new")
+    workerd.wait_event("rejoined")
+    oracle.release()
+    workerd.wait_event("done")
+    broker.await_depth("jobs")
+    oracle.check(jobs)
+
+
+def test_a_user_that_is_deleted_and_made_again_is_let_in_again(
+    broker: Broker, client: Client, daemon: StartDaemon, oracle: Oracle, user: User
+) -> None:
+    user.permit()
+    settings = {"password_file": str(user.password), "reconnect_max": "400ms"}
+    workerd = daemon(config(user.url, oracle.command(), broker=settings))
+    workerd.wait_ready()
+    oracle.hold("a")
+    jobs = client.publish_jobs("jobs", ["a"])
+    workerd.wait_event("start")
+
+    # RabbitMQ ends the connections of a deleted user by itself.
+    user.delete()
+    workerd.wait_event("disconnected")
+    assert workerd.wait_event("unreachable")["text"].startswith("ACCESS_REFUSED - ")
+    user.create("another")
+    user.permit()
+    user.write("another")
+    workerd.wait_event("rejoined")
+    oracle.release()
+    workerd.wait_event("done")
+    broker.await_depth("jobs")
+    oracle.check(jobs)

@@ -175,3 +175,52 @@ def test_a_resolver_that_hangs_blocks_neither_the_loop_nor_a_stop(
     workerd.signal(signal.SIGTERM)
     assert workerd.wait_exit() == 0
     assert time.monotonic() - stopped < TIMEOUT / 4
+
+
+def test_a_slow_network_that_loses_packets_is_no_outage(
+    network: Network, distant: Broker, daemon: StartDaemon, oracle: Oracle
+) -> None:
+    settings = config(distant.url, oracle.command(), broker={"heartbeat": "10s"})
+    workerd = daemon(settings, netns=network.daemon_ns)
+    # The declarations take a round trip each, and there are many.
+    workerd.wait_event("declared", what="delays")
+    workerd.wait_ready()
+    with Client(distant.url, netns=network.broker_ns) as client:
+        # Two seconds for the jobs alone.
+        network.impair(loss=0.1, rate="256kbit")
+        jobs = client.publish_jobs("jobs", map(str, range(40)), os.urandom(1500))
+        workerd.wait_event("done", count=len(jobs), timeout=3 * TIMEOUT)
+        distant.await_depth("jobs")
+        assert workerd.stop() == 0
+    oracle.check(jobs)
+    assert not workerd.events("disconnected")
+    assert not workerd.events("close timed out")
+
+
+def test_a_broker_that_moved_is_found_at_its_new_address(
+    network: Network, own_broker: StartBroker, daemon: StartDaemon, oracle: Oracle, names: Path
+) -> None:
+    distant = own_broker(address="0.0.0.0", netns=network.broker_ns)
+    names.write_text(f"{BROKER_ADDRESS} rabbit.test\n")
+    url = distant.url.replace("0.0.0.0", "rabbit.test")
+    workerd = daemon(
+        config(url, oracle.command(), broker=HEARTBEAT),
+        command=with_names(names, "127.0.0.1"),
+        netns=network.daemon_ns,
+    )
+    workerd.wait_ready()
+    oracle.hold("a")
+    with Client(distant.url, netns=network.broker_ns) as client:
+        jobs = client.publish_jobs("jobs", ["a"])
+        workerd.wait_event("start")
+
+        network.move_broker("192.168.213.3")
+        network.kill_sockets()
+        workerd.wait_event("disconnected")
+        names.write_text("192.168.213.3 rabbit.test\n")
+        workerd.wait_event("rejoined")
+
+    oracle.release()
+    workerd.wait_event("done")
+    distant.await_depth("jobs")
+    oracle.check(jobs)

@@ -16,6 +16,7 @@ from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
 from tests.harness.peer import Peer
 from tests.harness.waiting import TIMEOUT
+from tests.harness.wire import Wire
 
 StartDaemon = Callable[..., Daemon]
 
@@ -275,3 +276,29 @@ def test_a_broker_that_stops_answering_but_keeps_the_connection_is_given_up(
     workerd.wait_event("done")
     oracle.check(jobs)
     peer.close()
+
+
+def test_an_outage_since_the_boot_is_sat_out_quietly_with_bounded_pauses(
+    broker: Broker, client: Client, wire: Wire, daemon: StartDaemon, oracle: Oracle
+) -> None:
+    jobs = client.publish_jobs(client.declare("jobs", x_queue_type="classic"), ["a"])
+    wire.cut()
+    longest = 0.3
+    settings = {"reconnect_max": f"{longest * 1000:.0f}ms"}
+    workerd = daemon(
+        config(wire.url, oracle.command(), broker=settings, worker={"ready_wait": "500ms"})
+    )
+    workerd.wait_ready()
+    workerd.wait_event("unreachable", count=20)
+    # At the limit, and told to a tenth of a second.
+    pauses = [entry["retry_in"] for entry in workerd.events("unreachable")][5:]
+    assert min(pauses) >= longest / 2 - 0.05
+    assert max(pauses) <= longest + 0.05
+    # What an operator sees of an hour is what he sees of a second.
+    told = [entry["event"] for entry in workerd.log if entry["level"] != "debug"]
+    assert told == ["starting", "unreachable", "ready"]
+
+    wire.mend()
+    workerd.wait_event("done")
+    broker.await_depth("jobs")
+    oracle.check(jobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -173,6 +174,58 @@ def open_for_writing(fifo: Path) -> int | None:
         return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
         return None
+
+
+def test_the_watchdog_is_not_fed_while_the_daemon_is_stopped_and_is_once_it_goes_on(
+    broker: Broker, client: Client, daemon: Start, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    worker = daemon(config(broker.url, gated(gate, ["true"])), env={"WATCHDOG_USEC": "600000"})
+    worker.wait_ready()
+    client.publish("jobs", message_id="one")
+    worker.wait_event("start")
+    until(lambda: beats(worker), "the first beat")
+
+    worker.signal(signal.SIGSTOP)
+    until(lambda: state_of(worker) == "T", "it is stopped")
+    silent_from = time.monotonic()
+    with pytest.raises(AssertionError, match="beat"):
+        until(lambda: beats(worker)[-1] > silent_from + 0.1, "a beat", timeout=1.2)
+
+    resumed = time.monotonic()
+    worker.signal(signal.SIGCONT)
+    until(lambda: beats(worker)[-1] > resumed, "another beat")
+    gate.touch()
+    worker.wait_event("done", job_id="one")
+    assert not worker.events("disconnected")
+
+
+def state_of(worker: Daemon) -> str:
+    return Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_the_watchdog_is_fed_while_jobs_flood_their_output_and_swallow_their_input(
+    broker: Broker, client: Client, daemon: Start
+) -> None:
+    flood = "head -c 30000000 /dev/zero >&2 & yes | head -c 30000000; cat >/dev/null; wait"
+    limit = 3.0
+    worker = daemon(
+        config(
+            broker.url,
+            ["sh", "-c", flood],
+            handler={"max_body": "8MiB"},
+            queues={"jobs": {"concurrency": 2}},
+        ),
+        env={"WATCHDOG_USEC": str(int(limit * 1_000_000))},
+    )
+    worker.wait_ready()
+    until(lambda: beats(worker), "the first beat")
+    for number in range(4):
+        client.publish("jobs", os.urandom(5_000_000), message_id=str(number))
+    worker.wait_event("done", count=4)
+    ended = time.monotonic()
+    until(lambda: beats(worker)[-1] > ended, "a beat after the end")
+    assert max(b - a for a, b in itertools.pairwise(beats(worker))) < limit
 
 
 # The notify socket

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from workerd import __version__, broker, log, service
+from workerd import __version__, broker, journal, log, service
 from workerd.broker import Link
 from workerd.check import unsupported, untrusted_programs
 from workerd.consumer import OnOutage
@@ -26,7 +26,6 @@ from workerd.errors import SettingsError
 from workerd.handlers.command import CommandHandler
 from workerd.handlers.guardian import Guardian
 from workerd.job import Place
-from workerd.journal import HostMemory
 from workerd.reload import Reload
 from workerd.settings import Settings, load
 from workerd.worker import Worker
@@ -57,12 +56,17 @@ def run(
         _exit(EX_CONFIG)
     # Here, so that it holds for the guardian too: a job runs as the same user.
     service.forbid_dumps()
+    # The guardian has a share in it: as long as it lives, the jobs of a killed daemon may live,
+    # and no other instance may start them.
+    memory_lock = -1
+    with contextlib.suppress(OSError):  # it will be told when the memory is opened
+        memory_lock = journal.hold(service.state_directory() / instance)
     # Before the first thread, and before anything that it would have to close.
     guardian = Guardian(lock)
     _begin_log(settings, instance)
     try:
         # Not asyncio.run, which waits for a resolver that hangs in a thread.
-        serving = _serve(settings, config, instance, guardian)
+        serving = _serve(settings, config, instance, guardian, memory_lock)
         status = asyncio.new_event_loop().run_until_complete(serving)
     except Exception:  # noqa: BLE001 - a bug: tell it and end
         log.error("bug", traceback=traceback.format_exc())
@@ -81,7 +85,9 @@ def _exit(status: int, pidfile: str | None = None) -> NoReturn:
     os._exit(status)
 
 
-async def _serve(settings: Settings, config: Path | None, instance: str, guardian: Guardian) -> int:
+async def _serve(
+    settings: Settings, config: Path | None, instance: str, guardian: Guardian, memory_lock: int
+) -> int:
     """Work until the drain is over; returns the exit status."""
     files = ", ".join(map(str, settings.files))
     log.event("starting", version=__version__, pid=os.getpid(), files=files)
@@ -91,8 +97,12 @@ async def _serve(settings: Settings, config: Path | None, instance: str, guardia
         name = f"workerd@{instance} {place.host} {purpose}"
         return broker.links(lambda: worker.settings.broker, name, os.environ, on_outage, wake)
 
-    memory = HostMemory(
-        service.state_directory(), instance, settings.worker.remember, _memory_trouble
+    memory = journal.HostMemory(
+        service.state_directory(),
+        instance,
+        settings.worker.remember,
+        _memory_trouble,
+        lock=memory_lock,
     )
     systemd = service.Systemd()
     handlers = _handlers(settings, guardian)

@@ -38,6 +38,9 @@ from workerd.memory import ALL_CLOSED, LOST_EARLIER, NEVER_SENT, Elsewhere, Memo
 
 _NO_KEY = bytes(16)
 
+#: How often, and after how many seconds, the lock of a journal is tried again.
+HOLD_ATTEMPTS = 100
+HOLD_PAUSE = 0.01
 #: Seconds until a disk that refused to be written is tried again.
 RETRY = 60.0
 
@@ -46,7 +49,8 @@ class HostMemory(Memory):
     """The memory of an instance, on disk, and a look into those of its siblings.
 
     ``on_trouble`` is told, once, when the disk cannot be written (the memory is then in this
-    process alone) and, with "", when it can be again. ``remember`` is in seconds.
+    process alone) and, with "", when it can be again. ``remember`` is in seconds, ``lock``
+    what `hold` has returned, where that was done before.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class HostMemory(Memory):
         remember: float,
         on_trouble: Callable[[str], None],
         size: int = 100_000,
+        lock: int = -1,
     ) -> None:
         super().__init__(size)
         self.remember = remember
@@ -65,6 +70,7 @@ class HostMemory(Memory):
         self._troubled = False
         self._file = -1
         self._lock = -1
+        self._given_lock = lock
         self._retry_at = 0.0
         self._segments: list[Path] = []
         self._nonce = os.urandom(16)
@@ -169,15 +175,9 @@ class HostMemory(Memory):
         """Remember what earlier processes of this instance knew, and begin to write."""
         history = History(self._folder)
         try:
-            self._folder.mkdir(mode=0o750, parents=True, exist_ok=True)
-            lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                _hold(lock)
-                self._segments = segments(self._folder)
-                history.catch_up()
-            except OSError:
-                os.close(lock)
-                raise
+            lock = hold(self._folder) if self._given_lock < 0 else self._given_lock
+            self._segments = segments(self._folder)
+            history.catch_up()
         except OSError as error:
             self._fail(error)
             return
@@ -273,14 +273,24 @@ class HostMemory(Memory):
                 del self._running[key]
 
 
-def _hold(lock: int) -> None:
-    """Take the lock for good. A sibling that looks whether it is held has it for an instant."""
+def hold(folder: Path) -> int:
+    """Take the lock on a journal's folder; the descriptor holds it until it is closed.
+
+    Whoever inherits the descriptor holds the lock too. Raises OSError when the folder cannot
+    be made, and BlockingIOError when the lock is another's.
+    """
+    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     for attempt in itertools.count():
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if attempt == 50:
+            # For an instant a sibling has it that looks whether it is held, and the guardian
+            # of a killed process until it has killed the jobs.
+            if attempt == HOLD_ATTEMPTS:
+                os.close(lock)
                 raise
-            time.sleep(0.01)
+            time.sleep(HOLD_PAUSE)
         else:
-            return
+            break
+    return lock

@@ -14,6 +14,8 @@ through its command line, its signals, its log, its notify socket and its queues
     network     two network namespaces and the faults of the cable between them
     octets      messages byte by byte, as no well-behaved client would send them
     wire        a TCP relay to the broker that can be slow, held and cut
+    clock       a wall clock that jumps
+    journald    the journal's socket, which can be missing, frozen and refused
     oracle      the judge: jobs write a journal, and it says what was lost or ran twice
 
 Start at `broker.Broker` and `daemon.Daemon`; the fixtures are in `tests/conftest.py`.

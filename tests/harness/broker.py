@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import network, processes, trixie
+from .clock import Clock
 from .processes import MissingTool
 from .waiting import SCALE, TIMEOUT, until
 
@@ -47,7 +48,8 @@ class Broker:
     `version` is the beginning of a release number; the server is taken from this machine, or from
     the Debian 13 root of `trixie`. `config` holds settings of the `rabbit` application as Erlang
     terms, such as `{"max_message_size": "1000000"}`. `netns` names the network namespace it runs
-    in, and `address` the address it listens on there.
+    in, and `address` the address it listens on there. `tls` are its `ssl_options`, as an Erlang
+    term: then `amqps_port` speaks TLS. With `own_clock` its wall clock can jump: `clock`.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class Broker:
         consumer_timeout_ms: int | None = None,
         address: str = "127.0.0.1",
         netns: str | None = None,
+        tls: str | None = None,
+        own_clock: bool = False,
     ) -> None:
         self.version = version
         self.folder = folder
@@ -75,11 +79,16 @@ class Broker:
             # The timeout is looked at once per tick, which is a minute by default.
             self._config["channel_tick_interval"] = "1000"
         self._cookie = secrets.token_hex(16)
-        self.port, self._dist_port, self._epmd_port = _free_ports(3)
+        ports = _free_ports(4)
+        self.port, self.amqps_port, self._dist_port, self._epmd_port = ports
+        if tls is not None:
+            self._config["ssl_listeners"] = f"[{{{json.dumps(address)}, {self.amqps_port}}}]"
+            self._config["ssl_options"] = tls
         self._epmd: subprocess.Popen[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._frozen = False
         self._write_folder()
+        self.clock = Clock(folder) if own_clock else None
 
     @property
     def url(self) -> str:
@@ -108,7 +117,7 @@ class Broker:
         with (self.folder / "console.log").open("ab") as console:
             self._process = processes.spawn(
                 self._enter([f"{self._home}/sbin/rabbitmq-server"]),
-                env=environment,
+                env={**environment, **(self.clock.program(self._inside) if self.clock else {})},
                 stdout=console,
                 stderr=console,
             )
@@ -298,7 +307,14 @@ class Broker:
 
     def raise_memory_alarm(self) -> None:
         """Let the server block publishers; when this returns, every connection knows."""
-        self.eval("vm_memory_monitor:set_vm_memory_high_watermark(0.0)")
+        self._raise_alarm("vm_memory_monitor:set_vm_memory_high_watermark(0.0)")
+
+    def raise_disk_alarm(self) -> None:
+        """The same for want of disk space."""
+        self._raise_alarm(f"rabbit_disk_monitor:set_disk_free_limit({10**15})")
+
+    def _raise_alarm(self, expression: str) -> None:
+        self.eval(expression)
 
         def known() -> bool:
             states = self.eval(
@@ -311,6 +327,9 @@ class Broker:
 
     def clear_memory_alarm(self) -> None:
         self.eval("vm_memory_monitor:set_vm_memory_high_watermark(0.4)")
+
+    def clear_disk_alarm(self) -> None:
+        self.eval(f"rabbit_disk_monitor:set_disk_free_limit({50 * 10**6})")
 
     # How it is run
 

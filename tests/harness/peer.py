@@ -114,6 +114,8 @@ class Peer:
         self.closed: list[int] = []
         self.errors: list[str] = []
         self.accepted = 0
+        # The serial numbers of the certificates by which clients proved who they are.
+        self.client_certificates: list[str] = []
         self._paused = False
         self.ready: dict[str, deque[Letter]] = defaultdict(deque)
         self.channels: list[Channel] = []
@@ -138,10 +140,14 @@ class Peer:
         # Wakes the thread that accepts; closing the socket would not.
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        for connection in self._connections:
-            connection.drop()
+        self.drop_connections()
         for thread in self._threads:
             thread.join(TIMEOUT)
+
+    def drop_connections(self) -> None:
+        """End every connection; new ones are welcome."""
+        for connection in self._connections:
+            connection.drop()
 
     def publish(self, queue: str, *ids: str) -> list[str]:
         """Put messages into a queue; whoever consumes it gets them."""
@@ -358,7 +364,10 @@ class Connection:
             # A client that does not trust us, or that is dropped, is no error.
             with contextlib.suppress(OSError):
                 if self._tls is not None:
-                    self._socket = self._tls.wrap_socket(self._socket, server_side=True)
+                    secured = self._tls.wrap_socket(self._socket, server_side=True)
+                    self._socket = secured
+                    if certificate := secured.getpeercert():
+                        self._peer.client_certificates.append(str(certificate["serialNumber"]))
                 self._converse()
         finally:
             self._peer.lost(self)

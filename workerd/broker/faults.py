@@ -43,6 +43,13 @@ def diagnose(error: BaseException) -> Trouble:
         return _by_code(int(quoted[1]), quoted[2])
     if isinstance(error, ssl.SSLCertVerificationError):
         return Trouble(Kind.REFUSED, f"TLS: {error.verify_message}")
+    # The peer's opinion of our certificate comes when the handshake is over for us, and pika
+    # keeps only the repr: "SSLError(1, '[SSL: TLSV1_ALERT_UNKNOWN_CA] tlsv1 alert unknown ca (…".
+    alert = re.search(r"SSLError\(\d+, '\[SSL: \w+\] \w+ alert (.*?) \(_ssl", text)
+    if alert:
+        return Trouble(Kind.REFUSED, f"TLS: the broker says: {alert[1]}")
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return Trouble(Kind.AWAY, f"TLS: {error.reason.replace('_', ' ').lower()}")
     if isinstance(error, pika.exceptions.ProbableAuthenticationError):
         return Trouble(Kind.AWAY, "the broker hung up during the login")
     if isinstance(error, socket.gaierror):

@@ -13,6 +13,7 @@ from typing import Any
 import pika
 import pika.exceptions
 from pika.adapters.asyncio_connection import AsyncioConnection
+from pika.adapters.utils import connection_workflow
 
 from workerd import __version__
 from workerd.broker.channel import Channel
@@ -196,6 +197,23 @@ async def links(
             await asyncio.wait_for(wake.wait(), delay)
 
 
+class _Connector(connection_workflow.AMQPConnector):  # type: ignore[misc]
+    """pika's attempt to reach one address, which fails like any other when it gets no socket.
+
+    pika (1.2.0 to 1.4.4) lets that error out of a callback of the event loop, and the attempt
+    would never end.
+    """
+
+    def start(self, addr_record: Any, conn_params: Any, on_done: Callable[[Any], None]) -> None:
+        try:
+            super().start(addr_record, conn_params, on_done)
+        except OSError as error:
+            on_done(connection_workflow.AMQPConnectorSocketConnectError(error))
+
+
+connection_workflow.AMQPConnector = _Connector
+
+
 def _parameters(
     url: BrokerURL, broker: Broker, name: str, environ: Mapping[str, str]
 ) -> pika.ConnectionParameters:
@@ -225,9 +243,16 @@ def _parameters(
 
 
 def _tls_options(url: BrokerURL, tls: TLS) -> pika.SSLOptions:
-    context = ssl.create_default_context(cafile=str(tls.ca_file) if tls.ca_file else None)
-    if tls.cert_file:
-        context.load_cert_chain(tls.cert_file, tls.key_file)
+    """Raises OSError, which says in which file the fault is."""
+    files = [tls.ca_file]
+    try:
+        context = ssl.create_default_context(cafile=str(tls.ca_file) if tls.ca_file else None)
+        if tls.cert_file:
+            files = [tls.cert_file, tls.key_file]
+            context.load_cert_chain(tls.cert_file, tls.key_file)
+    except OSError as error:
+        names = " or ".join(str(file) for file in files if file)
+        raise OSError(f"{names}: {error.strerror}") from error
     return pika.SSLOptions(context, tls.server_name or url.host)
 
 

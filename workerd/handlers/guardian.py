@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import struct
+
+#: How long a job may take to die of SIGKILL, in milliseconds.
+LAST_MILLISECONDS = 1000
 
 _ENTRY = struct.Struct("=i")
 
@@ -65,6 +69,12 @@ def _watch(pipe: int) -> None:
     while data := os.read(pipe, _ENTRY.size * 1024):
         for (entry,) in _ENTRY.iter_unpack(data):
             (groups.add if entry > 0 else groups.discard)(abs(entry))
+    dying = select.poll()
     for group in groups:
         with contextlib.suppress(ProcessLookupError):
+            dying.register(os.pidfd_open(group), select.POLLIN)
             os.killpg(group, signal.SIGKILL)
+    # Whoever waits for the memory's lock, which ends with this process, may start them again.
+    for _ in groups:
+        for descriptor, _event in dying.poll(LAST_MILLISECONDS):
+            dying.unregister(descriptor)
