@@ -109,13 +109,13 @@ def test_two_instances_run_each_of_many_jobs_once_although_the_broker_is_killed(
 
 
 def run_on_one_and_bring_to_two(
-    broker: Broker, client: Client, daemon: Start, text: str
+    broker: Broker, client: Client, daemon: Start, oracle: Oracle, text: str
 ) -> tuple[Daemon, Daemon]:
     """Job "a", which must be held, runs on 1; the broker delivers it once more, to 2."""
     one = daemon(text, "1")
     one.wait_event("consuming")
     client.publish_jobs("jobs", ["a"])
-    one.wait_event("start", job_id="a")
+    until(lambda: "start a " in oracle.journal, "a job at work")
     two = daemon(text, "2")
     two.wait_event("consuming")
     close_connections(broker, "1")
@@ -131,7 +131,7 @@ def test_a_redelivery_of_what_a_sibling_runs_waits_without_a_slot_and_is_settled
     queue = {**queue, "concurrency": 1, "prefetch": 2}
     text = config(broker.url, oracle.command(), queues={"jobs": queue})
     oracle.hold("a")
-    one, two = run_on_one_and_bring_to_two(broker, client, daemon, text)
+    one, two = run_on_one_and_bring_to_two(broker, client, daemon, oracle, text)
 
     # 1 can take two of them behind "a", and nobody else has a slot but 2.
     others = client.publish_jobs("jobs", [f"other-{number}" for number in range(5)])
@@ -152,7 +152,7 @@ def test_a_redelivery_is_run_when_the_sibling_that_ran_it_is_killed(
 ) -> None:
     oracle.hold("a")
     text = config(broker.url, oracle.command())
-    one, two = run_on_one_and_bring_to_two(broker, client, daemon, text)
+    one, two = run_on_one_and_bring_to_two(broker, client, daemon, oracle, text)
     one.kill()
     two.wait_event("start", job_id="a", redelivered=True)
     oracle.release()
@@ -170,12 +170,14 @@ def test_a_killed_instance_costs_only_the_jobs_that_it_was_running_another_run(
     workers = [daemon(text, instance) for instance in ("1", "2")]
     for worker in workers:
         worker.wait_event("consuming")
-    # Where both have stopped, what was finished and what was cut off is certain.
-    middle = [f"job-{number:03}" for number in range(50, 58)]
+    # Held, they fill both instances: at such a standstill it is certain what was cut off.
+    middle = [f"job-{number:03}" for number in range(50, 66)]
     oracle.hold(*middle)
     ids = client.publish_jobs("jobs", [f"job-{number:03}" for number in range(100)])
-    until(lambda: len(done(*workers)) >= 50, "the first half")
-    until(lambda: all(state_of(worker)["running"] == 4 for worker in workers), "a standstill")
+    full = {"running": 4, "waiting": 4}.items()
+    until(lambda: all(full <= state_of(worker).items() for worker in workers), "a standstill")
+    running = [f"start {name} " for name in middle]
+    until(lambda: sum(start in oracle.journal for start in running) == 8, "eight jobs at work")
     finished = set(done(*workers))
     one, two = workers
     two.kill()
@@ -236,7 +238,7 @@ def test_a_sibling_holds_a_failed_job_until_its_dead_letter_is_confirmed(
 ) -> None:
     oracle.hold("a")
     text = config(broker.url, oracle.command(status=1))
-    one, two = run_on_one_and_bring_to_two(broker, client, daemon, text)
+    one, two = run_on_one_and_bring_to_two(broker, client, daemon, oracle, text)
     client.await_topology()
     client.channel.queue_delete("jobs.dead")
     oracle.release()
