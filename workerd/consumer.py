@@ -132,7 +132,7 @@ class Consumer:
             async with asyncio.timeout(timeout):
                 for channel in list(channels):
                     await channel.close()
-        except TimeoutError:
+        except (TimeoutError, Trouble):
             log.warning("close timed out", seconds=timeout)
         if self._link:
             await self._link.close(timeout=2.0)

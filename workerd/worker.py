@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -266,10 +267,8 @@ class Worker:
 
     @staticmethod
     async def _close_channel(channel: Channel) -> None:
-        try:
+        with contextlib.suppress(Trouble):
             await channel.close()
-        except TimeoutError:
-            channel.link.abort("channel close was not answered")
 
     async def _grow_older(self) -> None:
         """Forget finished jobs once they have been remembered for ``remember``."""

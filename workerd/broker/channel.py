@@ -183,8 +183,11 @@ class Channel:
         """Close, and wait for the answer: the proof that the broker has read our acks."""
         if self.open:
             self._channel.close()
-        async with asyncio.timeout(ANSWER_TIMEOUT):
-            await asyncio.shield(self.ended)
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                await asyncio.shield(self.ended)
+        except TimeoutError:
+            raise self._unanswered() from None
 
     async def _ask(self, request: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -199,13 +202,17 @@ class Channel:
             async with asyncio.timeout(ANSWER_TIMEOUT):
                 return await answer
         except TimeoutError:
-            text = f"no answer within {ANSWER_TIMEOUT:.0f} s"
-            self.link.abort(text)
-            raise Trouble(Kind.AWAY, text) from None
+            raise self._unanswered() from None
         except pika.exceptions.AMQPError as error:
             raise diagnose(error) from error
         finally:
             self._requests.discard(answer)
+
+    def _unanswered(self) -> Trouble:
+        """Give up the connection: a request was not answered in time."""
+        text = f"no answer within {ANSWER_TIMEOUT:.0f} s"
+        self.link.abort(text)
+        return Trouble(Kind.AWAY, text)
 
     def _closed(self, _channel: Any, reason: BaseException) -> None:
         trouble = diagnose(reason)
