@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pika.spec
 import pytest
@@ -15,7 +16,7 @@ from tests.harness.config import config
 from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
 from tests.harness.peer import Peer
-from tests.harness.waiting import TIMEOUT
+from tests.harness.waiting import TIMEOUT, until
 from tests.harness.wire import Wire
 
 StartDaemon = Callable[..., Daemon]
@@ -154,6 +155,8 @@ def test_connections_closed_by_an_administrator_disturb_no_job(
     queues = {"jobs": {"concurrency": 2, "prefetch": 4}}
     workerd = daemon(config(broker.url, oracle.command(), queues=queues))
     workerd.wait_ready()
+    workerd.wait_event("declared", what="delays")
+    descriptors = workerd.fds()
     oracle.hold("a", "b")
     jobs = client.publish_jobs("jobs", ["a", "b", "c", "d"])
     workerd.wait_event("start", count=2)
@@ -166,6 +169,7 @@ def test_connections_closed_by_an_administrator_disturb_no_job(
 
     broker.await_depth("jobs")
     oracle.check(jobs)
+    until(lambda: workerd.fds() <= descriptors, "no descriptor left open")
     assert warnings(workerd) == ["disconnected"] * 3
     assert "maintenance tonight" in workerd.events("disconnected")[0]["text"]
 
@@ -176,7 +180,10 @@ def test_without_a_broker_it_is_ready_waits_longer_each_time_and_warns_once(
     settings = {"reconnect_max": "800ms"}
     workerd = daemon(config(nobody, ["true"], broker=settings, worker={"ready_wait": "500ms"}))
     workerd.wait_ready()
+    descriptors = workerd.fds()
     assert workerd.wait_event("unreachable", count=6)["level"] == "debug"
+    # Each of two connections may be in the middle of an attempt.
+    assert workerd.fds() <= descriptors + 4
 
     tried = [entry["retry_in"] for entry in workerd.events("unreachable")]
     # Each pause is drawn from the upper half of its step, and told to a tenth of a second.
@@ -263,10 +270,11 @@ def test_a_stop_does_not_wait_for_a_peer_that_never_answers(daemon: StartDaemon)
     peer.close()
 
 
+@pytest.mark.parametrize("unanswered", [pika.spec.Queue.Declare, pika.spec.Channel.Close])
 def test_a_broker_that_stops_answering_but_keeps_the_connection_is_given_up(
-    daemon: StartDaemon, oracle: Oracle
+    daemon: StartDaemon, oracle: Oracle, unanswered: Any
 ) -> None:
-    peer = Peer(mute=(pika.spec.Queue.Declare,))
+    peer = Peer(mute=(unanswered,))
     workerd = daemon(config(peer.url, oracle.command(), worker={"ready_wait": "500ms"}))
     workerd.wait_ready()
     lost = workerd.wait_event("disconnected", timeout=15 + TIMEOUT / 4)
