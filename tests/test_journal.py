@@ -41,6 +41,12 @@ def dies(memory: HostMemory) -> None:
     os.close(memory._lock)
 
 
+def looking(memory: HostMemory) -> HostMemory:
+    """The memory, after a look at the others."""
+    memory.look()
+    return memory
+
+
 def knows(memory: HostMemory, key: bytes) -> bool:
     return memory.take(key, lambda _channel: True)
 
@@ -77,10 +83,10 @@ def test_a_job_that_was_cut_off_runs_again_although_an_equal_one_had_finished(
     one.started(SLEEP, 2)
     dies(one)
     two = remember("2")
-    assert two.recall(SLEEP)
-    assert not two.recall(SLEEP)
-    assert two.elsewhere(SLEEP) is Elsewhere.FINISHED
-    assert not remember("1").recall(SLEEP)
+    assert looking(two).recall(SLEEP)
+    assert not looking(two).recall(SLEEP)
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.FINISHED
+    assert not looking(remember("1")).recall(SLEEP)
 
 
 def test_verdicts_of_a_killed_process_may_not_have_been_read(
@@ -104,7 +110,10 @@ def test_a_folder_that_could_not_be_made_at_the_start_is_used_later(
     monkeypatch.setattr(memory, "_retry_at", 0.0)
     memory.settled(SLEEP, 1)
     assert troubles[1:] == [""]
-    assert HostMemory(state, "2", HOUR, troubles.append).elsewhere(SLEEP) is Elsewhere.ATTACHED
+    assert (
+        looking(HostMemory(state, "2", HOUR, troubles.append)).elsewhere(SLEEP)
+        is Elsewhere.ATTACHED
+    )
 
 
 def test_a_run_that_begins_as_the_disk_is_back_is_written_once(
@@ -114,9 +123,9 @@ def test_a_run_that_begins_as_the_disk_is_back_is_written_once(
     one.close()
     monkeypatch.setattr(one, "_retry_at", 0.0)
     one.started(SLEEP, 1)
-    assert two.elsewhere(SLEEP) is Elsewhere.ATTACHED
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.ATTACHED
     one.returned(SLEEP, ran=True)
-    assert two.elsewhere(SLEEP) is Elsewhere.UNKNOWN
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.UNKNOWN
 
 
 def test_a_memory_that_has_no_lock_writes_nothing_when_it_grows_older(
@@ -126,7 +135,7 @@ def test_a_memory_that_has_no_lock_writes_nothing_when_it_grows_older(
     second.age()
     second.settled(RESIZE, 1)
     assert len(list((tmp_path / "1").iterdir())) == 1
-    assert first.elsewhere(RESIZE) is Elsewhere.UNKNOWN
+    assert looking(first).elsewhere(RESIZE) is Elsewhere.UNKNOWN
 
 
 def test_a_job_that_went_back_runs_once_more_whatever_equal_one_has_finished(
@@ -137,7 +146,7 @@ def test_a_job_that_went_back_runs_once_more_whatever_equal_one_has_finished(
     memory.settled(SLEEP, 1)
     dies(memory)
     memory = remember()
-    assert [memory.recall(SLEEP) for _ in range(2)] == [True, False]
+    assert [looking(memory).recall(SLEEP) for _ in range(2)] == [True, False]
     assert knows(memory, SLEEP)
 
 
@@ -146,11 +155,11 @@ def test_a_job_that_one_instance_gave_back_and_another_took_up_is_known_to_both(
 ) -> None:
     one, two = remember("1"), remember("2")
     one.returned(SLEEP, ran=False)
-    assert two.recall(SLEEP)
-    assert not one.recall(SLEEP)
+    assert looking(two).recall(SLEEP)
+    assert not looking(one).recall(SLEEP)
     dies(two)
-    assert not one.recall(SLEEP)
-    assert not remember("2").recall(SLEEP)
+    assert not looking(one).recall(SLEEP)
+    assert not looking(remember("2")).recall(SLEEP)
 
 
 def test_runs_that_ended_with_their_daemon_are_counted_until_the_job_has_its_verdict(
@@ -161,15 +170,15 @@ def test_runs_that_ended_with_their_daemon_are_counted_until_the_job_has_its_ver
         memory.started(SLEEP, 1)
         dies(memory)
     other = remember("2")
-    assert other.cut_off(SLEEP) == 2
+    assert looking(other).cut_off(SLEEP) == 2
     memory = remember()
-    assert memory.cut_off(SLEEP) == 2
+    assert looking(memory).cut_off(SLEEP) == 2
     memory.started(SLEEP, 1)
     memory.returned(SLEEP, ran=True)
-    assert memory.cut_off(SLEEP) == 2
+    assert looking(memory).cut_off(SLEEP) == 2
     memory.settled(SLEEP, 1)
-    assert memory.cut_off(SLEEP) == 0
-    assert other.cut_off(SLEEP) == 0
+    assert looking(memory).cut_off(SLEEP) == 0
+    assert looking(other).cut_off(SLEEP) == 0
 
 
 def test_a_start_leaves_one_segment_however_many_there_were(
@@ -246,7 +255,7 @@ def test_old_segments_are_removed_and_running_jobs_are_carried_on(
     assert len(list((tmp_path / "1").iterdir())) == memory.GENERATIONS
     assert len(memory) <= 40
     memory.lost(1)
-    assert remember("2").elsewhere(SLEEP) is Elsewhere.ORPHANED
+    assert looking(remember("2")).elsewhere(SLEEP) is Elsewhere.ORPHANED
 
 
 def test_two_processes_never_write_one_journal(
@@ -269,11 +278,11 @@ def test_a_job_that_another_instance_has_finished_is_found_once_its_channel_is_l
 ) -> None:
     one, two = remember("1"), remember("2")
     one.started(SLEEP, 1)
-    assert two.elsewhere(SLEEP) is Elsewhere.ATTACHED
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.ATTACHED
     one.settled(SLEEP, 1)
-    assert two.elsewhere(SLEEP) is Elsewhere.ATTACHED
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.ATTACHED
     one.lost(1)
-    assert two.elsewhere(SLEEP) is Elsewhere.FINISHED
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.FINISHED
 
 
 def test_a_verdict_of_another_instance_settles_one_delivery(
@@ -282,8 +291,8 @@ def test_a_verdict_of_another_instance_settles_one_delivery(
     one, two = remember("1"), remember("2")
     one.settled(SLEEP, 1)
     one.lost(1)
-    assert two.elsewhere(SLEEP) is Elsewhere.FINISHED
-    assert two.elsewhere(SLEEP) is Elsewhere.UNKNOWN
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.FINISHED
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.UNKNOWN
 
 
 def test_a_job_that_another_instance_runs_without_its_channel_is_waited_for(
@@ -292,9 +301,9 @@ def test_a_job_that_another_instance_runs_without_its_channel_is_waited_for(
     one, two = remember("1"), remember("2")
     one.started(SLEEP, 1)
     one.lost(1)
-    assert two.elsewhere(SLEEP) is Elsewhere.ORPHANED
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.ORPHANED
     one.settled(SLEEP, NEVER_SENT)
-    assert two.elsewhere(SLEEP) is Elsewhere.FINISHED
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.FINISHED
 
 
 def test_a_job_that_another_instance_gave_back_is_not_waited_for(
@@ -304,7 +313,7 @@ def test_a_job_that_another_instance_gave_back_is_not_waited_for(
     one.started(SLEEP, 1)
     one.lost(1)
     one.returned(SLEEP, ran=True)
-    assert two.elsewhere(SLEEP) is Elsewhere.UNKNOWN
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.UNKNOWN
 
 
 def test_a_dead_instance_runs_nothing_and_what_it_finished_counts(
@@ -314,8 +323,8 @@ def test_a_dead_instance_runs_nothing_and_what_it_finished_counts(
     one.started(SLEEP, 1)
     one.settled(RESIZE, 1)
     dies(one)
-    assert two.elsewhere(SLEEP) is Elsewhere.UNKNOWN
-    assert two.elsewhere(RESIZE) is Elsewhere.FINISHED
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.UNKNOWN
+    assert looking(two).elsewhere(RESIZE) is Elsewhere.FINISHED
 
 
 def test_what_another_instance_finished_long_ago_does_not_count(
@@ -324,7 +333,7 @@ def test_what_another_instance_finished_long_ago_does_not_count(
     one = remember("1")
     one.settled(SLEEP, 1)
     dies(one)
-    assert remember("2", seconds=0.0).elsewhere(SLEEP) is Elsewhere.UNKNOWN
+    assert looking(remember("2", seconds=0.0)).elsewhere(SLEEP) is Elsewhere.UNKNOWN
 
 
 def test_the_lock_of_an_instance_ends_with_its_process(tmp_path: Path) -> None:
@@ -343,10 +352,10 @@ def test_the_lock_of_an_instance_ends_with_its_process(tmp_path: Path) -> None:
         assert other.stdout is not None
         assert other.stdout.readline() == b"ready\n"
         here = HostMemory(tmp_path, "2", HOUR, print)
-        assert here.elsewhere(bytes(16)) is Elsewhere.ORPHANED
+        assert looking(here).elsewhere(bytes(16)) is Elsewhere.ORPHANED
         other.kill()
         other.wait()
-        assert here.elsewhere(bytes(16)) is Elsewhere.UNKNOWN
+        assert looking(here).elsewhere(bytes(16)) is Elsewhere.UNKNOWN
 
 
 # A disk that cannot be written.

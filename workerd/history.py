@@ -21,6 +21,8 @@ from workerd.memory import ALL_CLOSED, NEVER_SENT, Elsewhere
 
 #: A process begins, or goes on in a new segment. The key tells processes apart.
 OPEN = b"O"
+#: A delivery is in hand, and its job cannot start yet.
+WAIT = b"W"
 #: A run begins; its delivery came on this channel.
 START = b"S"
 #: A run has ended with a verdict, sent on this channel or one of `memory`'s stand-ins.
@@ -94,30 +96,36 @@ class History:
         self.cut_off: Counter[bytes] = Counter()
         #: The channels that brought the running jobs.
         self._running: dict[bytes, list[int]] = {}
+        #: How many jobs of each key are in hand and have not started.
+        self._waiting: Counter[bytes] = Counter()
         #: Channels on which nothing can have been lost: those that are open, and those that
         #: were closed in an orderly way, until another one is lost.
         self._open: set[tuple[int, int]] = set()
         self._closed: set[tuple[int, int]] = set()
 
-    def ask(self, key: bytes, oldest: float) -> Elsewhere:
-        """What it knows of a job; a verdict from before ``oldest`` (seconds since 1970) is none."""
-        if key not in self.finished and key not in self._running:
-            return Elsewhere.UNKNOWN
-        verdicts = [sent for sent in self.finished.get(key, ()) if sent.when >= oldest]
-        for sent in verdicts:
-            if self.is_gone(sent):
-                # Used up: another redelivery of an equal job needs a verdict of its own.
-                self.finished[key].remove(sent)
-                return Elsewhere.FINISHED
+    def ask(self, key: bytes, oldest: float, lost_at: float) -> Elsewhere:
+        """What it knows of a job; a verdict from before ``oldest`` is none.
+
+        ``lost_at`` is when we last lost a channel, which may have been a broker that forgot
+        what it had read before. Both are in seconds since 1970.
+        """
         running = self._running.get(key, [])
         if any((self._process, channel) not in self._open for channel in running):
             return Elsewhere.ORPHANED
+        verdicts = [sent for sent in self.finished.get(key, ()) if sent.when >= oldest]
+        for sent in verdicts:
+            if self.is_gone(sent, lost_at):
+                # Used up: another redelivery of an equal job needs a verdict of its own.
+                self.finished[key].remove(sent)
+                return Elsewhere.FINISHED
         return Elsewhere.ATTACHED if running or verdicts else Elsewhere.UNKNOWN
 
-    def is_gone(self, sent: Sent) -> bool:
+    def is_gone(self, sent: Sent, lost_at: float = 0.0) -> bool:
         """Whether the channel of a verdict was lost since, and perhaps the verdict with it."""
         channel = (sent.process, sent.channel)
-        return channel not in self._open and channel not in self._closed
+        if channel in self._closed:
+            return sent.when < lost_at
+        return channel not in self._open
 
     def catch_up(self) -> None:
         """Read what has been written since. Raises OSError."""
@@ -130,13 +138,16 @@ class History:
             self._offsets[segment] = read + len(data)
             for record in decode(data):
                 self._take(*record)
-        if self._running and not is_held(self._folder):
+        if (self._running or self._waiting or self._open) and not is_held(self._folder):
             self.end_process()
 
     def _take(self, kind: bytes, channel: int, key: bytes, when: float) -> None:
         place = (self._process, channel)
         self._last = when
-        if kind == START:
+        if kind == WAIT:
+            self._waiting[key] += 1
+        elif kind == START:
+            self._end_wait(key)
             self._running.setdefault(key, []).append(channel)
             if channel != NEVER_SENT:
                 self._open.add(place)
@@ -153,6 +164,8 @@ class History:
                 elif channel == ALL_CLOSED:
                     self._closed.add(place)
         elif kind in (RETURNED, RECALLED):
+            if kind == RETURNED:
+                self._end_wait(key)
             self.returns.setdefault(key, []).append((when, 1 if kind == RETURNED else -1))
         elif kind == LOST:
             self._open.discard(place)
@@ -167,7 +180,15 @@ class History:
             self._nonce = key
             self._process += 1
         elif kind == OPEN:
-            self._running.clear()  # in a new segment, those that go on follow
+            # In a new segment, those that are in hand follow.
+            self._running.clear()
+            self._waiting.clear()
+
+    def _end_wait(self, key: bytes) -> None:
+        if key in self._waiting:
+            self._waiting[key] -= 1
+            if not self._waiting[key]:
+                del self._waiting[key]
 
     def _end_run(self, key: bytes) -> None:
         runs = self._running.get(key)
@@ -180,9 +201,12 @@ class History:
         """The process that wrote is no more, and its jobs with it; so are its open channels."""
         for key, runs in self._running.items():
             self.cut_off[key] += len(runs)
-            # They went back, and must run, whatever equal ones have been finished.
-            self.returns.setdefault(key, []).extend([(self._last, 1)] * len(runs))
+            self._waiting[key] += len(runs)
+        # What was in hand went back, and must run, whatever equal ones have been finished.
+        for key, count in self._waiting.items():
+            self.returns.setdefault(key, []).extend([(self._last, 1)] * count)
         self._running.clear()
+        self._waiting.clear()
         self._open.clear()
 
 

@@ -28,6 +28,7 @@ from workerd.history import (
     RECALLED,
     RETURNED,
     START,
+    WAIT,
     History,
     Returns,
     encode,
@@ -80,13 +81,25 @@ class HostMemory(Memory):
         self._returns: dict[bytes, Returns] = {}
         #: How many runs of each key were cut off by the end of an earlier process.
         self._cut_off: dict[bytes, int] = {}
+        #: How many jobs of each key are in hand and have not started.
+        self._waiting: dict[bytes, int] = {}
+        #: When a channel was last lost, in seconds since 1970.
+        self._lost_at = 0.0
+        #: The other instances that have ever run on this host, by name.
         self._siblings: dict[str, History] = {}
+        #: Those among them that could be read at the last look.
+        self._readable: list[History] = []
         self._asked = False
         self._open()
 
     # What the ledger tells.
 
+    def waits(self, key: bytes) -> None:
+        self._waiting[key] = self._waiting.get(key, 0) + 1
+        self._append(WAIT, NEVER_SENT, key)
+
     def started(self, key: bytes, channel: int) -> None:
+        self._end_wait(key)
         self._running.setdefault(key, []).append(channel)
         self._append(START, channel, key)
 
@@ -103,11 +116,11 @@ class HostMemory(Memory):
 
     def returned(self, key: bytes, ran: bool) -> None:
         self._returns.setdefault(key, []).append((time.time(), 1))
-        if ran:
-            self._end_run(key)
+        (self._end_run if ran else self._end_wait)(key)
         self._append(BACK if ran else RETURNED, NEVER_SENT, key)
 
     def lost(self, channel: int) -> None:
+        self._lost_at = time.time()
         for channels in self._running.values():
             channels[:] = [NEVER_SENT if each == channel else each for each in channels]
         self._append(LOST, channel, _NO_KEY)
@@ -121,6 +134,7 @@ class HostMemory(Memory):
         self._returns = {k: each for k, each in self._returns.items() if each[-1][0] >= oldest}
         self._begin_segment()
         if not self._asked:
+            self._readable.clear()
             self._siblings.clear()  # they take memory, and outages are rare
         self._asked = False
         while len(self._segments) > self.GENERATIONS:
@@ -129,8 +143,22 @@ class HostMemory(Memory):
 
     # What the ledger asks. The answers are for redeliveries alone, which are rare.
 
+    def look(self) -> None:
+        self._asked = True
+        names: list[str] = []
+        with contextlib.suppress(OSError):
+            names = os.listdir(self._state)
+        self._readable.clear()
+        for name in names:
+            folder = self._state / name
+            if folder != self._folder:
+                history = self._siblings.setdefault(name, History(folder))
+                with contextlib.suppress(OSError):
+                    history.catch_up()
+                    self._readable.append(history)
+
     def recall(self, key: bytes) -> bool:
-        known = [each.returns.get(key, ()) for each in self._look_around()]
+        known = [each.returns.get(key, ()) for each in self._readable]
         if outstanding(itertools.chain(self._returns.get(key, ()), *known)) == 0:
             return False
         self._returns.setdefault(key, []).append((time.time(), -1))
@@ -140,8 +168,8 @@ class HostMemory(Memory):
     def elsewhere(self, key: bytes) -> Elsewhere:
         oldest = time.time() - self.remember
         best = Elsewhere.UNKNOWN
-        for sibling in self._look_around():
-            answer = sibling.ask(key, oldest)
+        for sibling in self._readable:
+            answer = sibling.ask(key, oldest, self._lost_at)
             if answer is Elsewhere.FINISHED:
                 return answer
             best = max(best, answer, key=lambda each: each.value)
@@ -149,25 +177,7 @@ class HostMemory(Memory):
 
     def cut_off(self, key: bytes) -> int:
         """How many runs of a job ended with the daemon that had started them."""
-        return self._cut_off.get(key, 0) + sum(
-            sibling.cut_off[key] for sibling in self._look_around()
-        )
-
-    def _look_around(self) -> Iterable[History]:
-        """The other instances that have ever run on this host, as far as they can be read."""
-        self._asked = True
-        names: list[str] = []
-        with contextlib.suppress(OSError):
-            names = os.listdir(self._state)
-        found = []
-        for name in names:
-            folder = self._state / name
-            if folder != self._folder:
-                history = self._siblings.setdefault(name, History(folder))
-                with contextlib.suppress(OSError):
-                    history.catch_up()
-                    found.append(history)
-        return found
+        return self._cut_off.get(key, 0) + sum(each.cut_off[key] for each in self._readable)
 
     # The disk.
 
@@ -227,14 +237,17 @@ class HostMemory(Memory):
         for key, channels in self._running.items():
             for channel in channels:
                 self._append(START, channel, key)
+        for key, count in self._waiting.items():
+            for _ in range(count):
+                self._append(WAIT, NEVER_SENT, key)
 
     def _append(self, kind: bytes, channel: int, key: bytes) -> None:
         if self._file < 0:
             if time.monotonic() < self._retry_at:
                 return
             (self._open if self._lock < 0 else self._begin_segment)()
-            if kind == START:
-                return  # the new segment begins with all that runs
+            if kind in (START, WAIT):
+                return  # the new segment begins with all that is in hand
         self._write(encode(kind, channel, key, time.time()))
 
     def _write(self, records: bytes) -> bool:
@@ -264,6 +277,11 @@ class HostMemory(Memory):
         if not self._troubled:
             self._troubled = True
             self._on_trouble(str(error))
+
+    def _end_wait(self, key: bytes) -> None:
+        count = self._waiting.pop(key, 0)
+        if count > 1:
+            self._waiting[key] = count - 1
 
     def _end_run(self, key: bytes) -> None:
         runs = self._running.get(key)

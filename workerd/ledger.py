@@ -108,6 +108,7 @@ class Ledger:
         job = delivery.job
         assert delivery.channel in self._live, "a delivery came on a channel that is gone"
         if job.redelivered:
+            self.memory.look()
             orphan = self._adopt(job.key)
             if orphan is not None:
                 orphan.delivery = delivery
@@ -116,12 +117,21 @@ class Ledger:
                 if self._remembers(job.key):
                     return self._settle_again(delivery)
                 return self._consult(delivery, 0.0)
+        return self._line_up(delivery)
+
+    def _line_up(self, delivery: Delivery) -> Run | None:
+        """Let it wait for a slot; returns the run of the one that gets one, if there is one."""
+        job = delivery.job
         self._waiting[job.queue].append(delivery)
-        return self.next(job.queue)
+        run = self.next(job.queue)
+        if job.named and (run is None or run.delivery is not delivery):
+            self.memory.waits(job.key)
+        return run
 
     def look_again(self, now: float) -> list[Run | Settle]:
         """What has become of the deliveries that are held; ``now`` is monotonic."""
         decisions = []
+        self.memory.look()
         for delivery in self.held.copy():
             self.held.remove(delivery)
             decision = self._consult(delivery, now - delivery.received)
@@ -139,8 +149,7 @@ class Ledger:
         ):
             self.held.append(delivery)
             return None
-        self._waiting[delivery.job.queue].append(delivery)
-        return self.next(delivery.job.queue)
+        return self._line_up(delivery)
 
     def _settle_again(self, delivery: Delivery) -> Settle:
         self.memory.settled(delivery.job.key, delivery.channel)

@@ -46,6 +46,9 @@ class Memory:
 
     # What the ledger tells.
 
+    def waits(self, key: bytes) -> None:
+        """A delivery is in hand, and its job cannot start yet."""
+
     def started(self, key: bytes, channel: int) -> None:
         """A run is about to begin, for a delivery of this channel."""
 
@@ -75,6 +78,9 @@ class Memory:
         self._returned.appendleft({})
 
     # What the ledger asks.
+
+    def look(self) -> None:
+        """Learn what others have told since; to be called before the questions below."""
 
     def recall(self, key: bytes) -> bool:
         """Whether a redelivery is of a job that went back, and must run; true once for each."""
