@@ -429,6 +429,12 @@ def test_the_url_comes_from_the_option_then_the_variable_then_the_configuration(
     assert client.ready("default") == 3
 
 
+def test_another_broker_is_tried_when_one_is_down(submit: Submit, broker: Broker) -> None:
+    urls = f"amqp://guest@127.0.0.1:1, {broker.url}"
+    results = [submit("sleep", "4", env={"WORKERD_BROKER_URL": urls}) for _ in range(3)]
+    assert [result.status for result in results] == [0, 0, 0]
+
+
 def test_a_bad_url_in_the_variable_is_78_and_is_not_shown(nowhere: Path) -> None:
     command = [*SUBMIT, "--config", str(nowhere), "sleep", "4"]
     result = run(command, env={"WORKERD_BROKER_URL": "amqp://user:secret@host:port"})
