@@ -200,6 +200,7 @@ def test_permissions_that_are_revoked_while_consuming_are_waited_for(
     user.permit()
     settings = {"password_file": str(user.password), "reconnect_max": "400ms"}
     workerd = daemon(config(user.url, oracle.command(), broker=settings))
+    workerd.wait_event("declared", what="delays")
     workerd.wait_ready()
     oracle.hold("a")
     jobs = client.publish_jobs("jobs", ["a"])

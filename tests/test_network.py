@@ -20,6 +20,7 @@ from tests.harness.network import BROKER_ADDRESS, Network
 from tests.harness.oracle import Oracle
 from tests.harness.processes import MissingTool
 from tests.harness.waiting import TIMEOUT, until
+from tests.harness.wire import Wire
 
 StartBroker = Callable[..., Broker]
 StartDaemon = Callable[..., Daemon]
@@ -195,6 +196,24 @@ def test_a_slow_network_that_loses_packets_is_no_outage(
     oracle.check(jobs)
     assert not workerd.events("disconnected")
     assert not workerd.events("close timed out")
+
+
+def test_a_broker_that_is_far_away_is_no_outage(
+    broker: Broker, client: Client, wire: Wire, daemon: StartDaemon, oracle: Oracle
+) -> None:
+    workerd = daemon(config(wire.url, oracle.command(), broker=HEARTBEAT))
+    workerd.wait_event("declared", what="delays")
+    workerd.wait_ready()
+    wire.delay = 1.0
+    jobs = client.publish_jobs("jobs", ["a", "b"])
+    workerd.wait_event("done", count=2)
+    broker.await_depth("jobs")
+    assert not workerd.events("disconnected")
+    # Cancel and channel close are answered late, and waited for.
+    assert workerd.stop() == 0
+    oracle.check(jobs)
+    for trouble in ("cancel failed", "close failed", "close timed out"):
+        assert not workerd.events(trouble)
 
 
 def test_a_broker_that_moved_is_found_at_its_new_address(

