@@ -7,6 +7,8 @@ cache := $(CURDIR)/.cache
 # Tests mostly wait, so more of them than processors fit side by side.
 jobs ?= 3
 pytest := $(python) -m pytest -n $(jobs)
+# Multiplies every time limit of the tests; only a test that fails ever waits so long.
+export WORKERD_TEST_SCALE ?= 3
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
