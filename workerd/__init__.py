@@ -15,13 +15,14 @@ below them:
     status      what an operator is told
     consumer    the consuming connection, a channel for each queue
     publisher   confirmed publishing, on a connection of its own
-    journal     the ledger's memory on disk, and those of the other instances
+    journal     the ledger's memory on disk, and those of the other instances; history: reading it
     reload      the configuration read again
     service     systemd, and detaching without it
     handlers    what runs the jobs: a process for each
     broker      RabbitMQ, through pika
 
     ledger      the core: which jobs run, and which delivery each will settle
+    memory      what the ledger remembers of jobs that are over
     retry       from an outcome to a verdict
     job         messages, jobs, outcomes, dead letters
     topology    every queue and exchange, and their arguments

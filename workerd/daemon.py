@@ -127,6 +127,7 @@ async def _serve(
 
     def apply(new: Settings) -> None:
         _begin_log(new, instance)
+        memory.remember = new.worker.remember
         worker.reload(new, _handlers(new, guardian))
 
     reload = Reload(worker, systemd, lambda: _load(config, instance), apply)
