@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from workerd import __version__
+from workerd.dead_command import add_dead
 from workerd.errors import SettingsError, WorkerdError
 
 EX_USAGE = 64
@@ -82,6 +83,24 @@ examples:
 """
 
 
+SETUP = """\
+Declare all queues and exchanges of the configuration, as an administrator: then
+the workers need no right to configure. Messages are neither read nor sent."""
+SETUP_EPILOG = """\
+What exists with other arguments is told, and used as it is.
+
+exit status:
+  0   all of it is there
+  64  usage
+  69  no broker answered
+  77  some of it may not be declared, or the login was refused
+  78  bad configuration
+
+examples:
+  workerd setup --url @admin-url       a file with the administrator's URL
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, with the usage error of sysexits.h and an epilog that stays as it is."""
 
@@ -107,6 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_run(commands.add_parser("run", help="run the daemon"))
     _add_check(commands.add_parser("check", help="check the configuration, and the broker"))
     _add_submit(commands.add_parser("submit", help="send a job, or one for each line of a file"))
+    add_dead(
+        commands.add_parser("dead", help="failed jobs: look, send back"), _add_common, _seconds
+    )
+    _add_setup(commands.add_parser("setup", help="declare all queues, as an administrator"))
     return _carry_out(parser.parse_args(arguments))
 
 
@@ -129,7 +152,8 @@ def _carry_out(args: argparse.Namespace) -> int:
     except WorkerdError as error:
         from workerd.submit import exit_status
 
-        sys.stderr.write(f"submit: {error}\n")
+        name = "submit" if args.carry_out is _submit else "workerd"
+        sys.stderr.write(f"{name}: {error}\n")
         return exit_status(error)
     except BrokenPipeError:
         # Whoever read our output has gone; there is nobody to tell.
@@ -264,10 +288,15 @@ def _submit(args: argparse.Namespace) -> int:
     from workerd import submit
     from workerd.settings import load
 
+    return submit.run(args, load(args.config, args.instance, _environ(args)))
+
+
+def _environ(args: argparse.Namespace) -> dict[str, str]:
+    """The environment, with --url in it."""
     environ = dict(os.environ)
     if args.url:
         environ["WORKERD_BROKER_URL"] = _url(args.url)
-    return submit.run(args, load(args.config, args.instance, environ))
+    return environ
 
 
 def _url(text: str) -> str:
@@ -289,3 +318,21 @@ def _url(text: str) -> str:
             "--url: a password shows in ps; use --url @FILE or the variable WORKERD_BROKER_URL",
         )
     return text
+
+
+def _add_setup(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = SETUP, SETUP_EPILOG
+    _add_common(parser)
+    parser.add_argument(
+        "--url", metavar="URL", help="the broker, without a password; @FILE: what is in FILE"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.set_defaults(carry_out=_setup)
+
+
+def _setup(args: argparse.Namespace) -> int:
+    from workerd.settings import load
+    from workerd.setup import setup
+
+    environ = _environ(args)
+    return setup(load(args.config, args.instance, environ), environ, args.json)
