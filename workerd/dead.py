@@ -1,11 +1,13 @@
 """Dead letters at the broker: looked at without wear, sent back, dropped.
 
-What keeps letters as they are, found by experiment on RabbitMQ 3.10 and 4.0: one consumer
-takes them all, and its channel is closed without settling them. Then the broker itself
-returns them, in order. It does so as well when a looker is killed, or loses its connection.
-Returned by nack, one by one or together, they are shuffled: 3.10 gathers the nacks that come
-fast and takes those together in any order, and a consumer that is not cancelled gets at once
-again what it returns.
+What keeps letters in order, found by experiment on RabbitMQ 3.10 and 4.0: one consumer takes
+all of them, and its channel is closed without settling them. Then the broker itself returns
+them, in order; so it does when a looker is killed or loses its connection. What shuffles them:
+
+- returning them by nack, one by one or together: 3.10 gathers the nacks that come fast and
+  takes those together in any order, and a consumer that is not cancelled gets at once again
+  what it returns;
+- taking only some: what was returned before, and returns again, lines up behind the others.
 
 Each look counts as a return. A queue that workerd has declared allows a million; any other
 quorum queue of RabbitMQ 4 drops a letter at its 21st. So letters that have come back often
@@ -36,8 +38,6 @@ from workerd.submit import EX_TEMPFAIL, Refused
 
 #: The most that AMQP lets a consumer hold. Never 0: a quorum queue would stop after 2,000.
 HOLD = 65_535
-#: Letters in hand when each is settled soon, so that large ones do not fill the memory.
-FEW = 500
 #: Copies published ahead of their confirms.
 WINDOW = 100
 #: Letters that have come back so often are renewed; a lower limit of the queue makes it fewer.
@@ -75,18 +75,17 @@ class Box:
     others are back in their places when `close` returns.
     """
 
-    def __init__(self, link: Link, name: str, wanted: Filter, hold: int) -> None:
+    def __init__(self, link: Link, name: str, wanted: Filter) -> None:
         self.name = name
         self._link = link
         self._wanted = wanted
-        self._hold = hold
         self._now = time.time()
         #: How many there were at the beginning; what comes later is left alone.
         self.total = 0
         self.seen = 0
         #: How many were seen and are not wanted, or stay for another reason.
         self.kept = 0
-        self._wanted_so_far = 0
+        self._found_so_far = 0
         self._acked = 0
         #: How many were wanted and stay all the same.
         self.stuck = 0
@@ -104,12 +103,10 @@ class Box:
         if consumers:
             await channel.close()
             raise self._taken()
-        if self._wanted.limit is not None and self._wanted.takes_every:
-            self._hold = min(self._hold, self._wanted.limit)
         if not self.total:
             return
         self._channel = channel
-        await channel.consume(self.name, self._hold, "workerd-dead", self._take, self._lost)
+        await channel.consume(self.name, HOLD, "workerd-dead", self._take, self._lost)
         other = await self._link.channel()
         _, consumers = await other.count(self.name)
         await other.close()
@@ -127,11 +124,14 @@ class Box:
     def _take(self, _channel: Channel, incoming: Incoming) -> None:
         letter = Letter(incoming.message, incoming.tag)
         self.returns = max(self.returns, letter.returns)
-        if self._enough:
-            return
         self.seen += 1
-        if self._wanted.takes(letter, self._now):
-            self._wanted_so_far += 1
+        limit = self._wanted.limit
+        if (
+            self.seen <= self.total
+            and (limit is None or self._found_so_far < limit)
+            and self._wanted.takes(letter, self._now)
+        ):
+            self._found_so_far += 1
             self._found.append(letter)
         else:
             self.kept += 1
@@ -141,25 +141,19 @@ class Box:
         self._arrived.set()
 
     @property
-    def _enough(self) -> bool:
-        """Whether all were seen that can be, or as many found as are wanted."""
-        limit = self._wanted.limit
-        full = self.kept >= self._hold
-        return (
-            self.seen >= self.total or full or (limit is not None and self._wanted_so_far >= limit)
-        )
+    def unseen(self) -> int:
+        """How many letters nobody looked at."""
+        return max(0, self.total - self.seen)
 
     @property
-    def unseen(self) -> int:
-        """How many letters nobody looked at, although they might be wanted."""
-        limit = self._wanted.limit
-        found_all = limit is not None and self._wanted_so_far >= limit
-        return 0 if found_all else self.total - self.seen
+    def _more_to_come(self) -> bool:
+        # Not even when enough are found: it is all or none, see above.
+        return self.seen < self.total and self.kept < HOLD
 
     async def letters(self) -> AsyncIterator[Letter]:
         """The wanted letters, in order. Raises Trouble when the connection is lost."""
         channel = self._channel
-        while channel is not None and (self._found or not self._enough):
+        while channel is not None and (self._found or self._more_to_come):
             if self._found:
                 yield self._found.popleft()
                 continue
@@ -229,15 +223,13 @@ class Progress:
 
 
 @contextlib.asynccontextmanager
-async def opened(
-    broker: Broker, queue: str, wanted: Filter, hold: int = HOLD
-) -> AsyncIterator[Box]:
+async def opened(broker: Broker, queue: str, wanted: Filter) -> AsyncIterator[Box]:
     """Look at the wanted letters of a work queue; afterwards they are as fresh as needed."""
     link = await connect(broker)
     try:
         name = topology.dead(queue)
         limit = await _delivery_limit(link, queue)
-        box = Box(link, name, wanted, hold)
+        box = Box(link, name, wanted)
         await box.open()
         try:
             yield box
@@ -285,7 +277,7 @@ def _limit_told(text: str, version: tuple[int, ...]) -> int:
 
 async def _renew(broker: Broker, link: Link, name: str, limit: int) -> None:
     """Publish all letters anew, so that their returns are counted from 0."""
-    box = Box(link, name, Filter(), FEW)
+    box = Box(link, name, Filter())
     try:
         await box.open()
         try:
@@ -374,8 +366,7 @@ async def requeue(
             tell(f"letter {letter.id or '-'}: headers that cannot be sent: {', '.join(dropped)}")
         return message
 
-    # Where all go there is no need to hold many.
-    async with opened(broker, queue, wanted, FEW if wanted.takes_every else HOLD) as box:
+    async with opened(broker, queue, wanted) as box:
         await _move(broker, box, queue, copy, moved)
         return box.stuck
 
