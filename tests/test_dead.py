@@ -557,3 +557,29 @@ def test_letters_cannot_be_read_without_the_right_to(
 def test_no_broker_is_told(workerd: Workerd) -> None:
     workerd.file.write_text(config("amqp://guest@127.0.0.1:1", ["true"]))
     assert "refused" in workerd("list", "jobs", status=69).stderr
+
+
+def test_a_failed_job_waits_while_the_dead_letter_queue_is_missing_or_full(
+    broker: Broker, client: Client, daemon: Callable[..., Daemon], workerd: Workerd
+) -> None:
+    client.declare("jobs.dead", x_max_length=1, x_overflow="reject-publish")
+    running = daemon(config(broker.url, ["false"]))
+    running.wait_event("declared", what="delays")
+    client.publish_jobs("jobs", ["a"])
+    running.wait_event("dead letter", job_id="a")
+    client.publish_jobs("jobs", ["b"])
+    refused = running.wait_event("dead letter refused", job_id="b")
+    assert "jobs.dead is full" in refused["text"]
+    broker.await_depth("jobs", unacked=1)
+    assert workerd("drop", "jobs", "--all", "--yes").stdout == "a\n"
+    running.wait_event("dead letter", job_id="b")
+
+    client.channel.queue_delete("jobs.dead")
+    client.publish_jobs("jobs", ["c"])
+    refused = running.wait_event("dead letter refused", job_id="c")
+    assert "no queue 'jobs.dead'" in refused["text"]
+    broker.await_depth("jobs", unacked=1)
+    client.declare("jobs.dead", **OWN)
+    running.wait_event("dead letter", job_id="c")
+    broker.await_depth("jobs")
+    assert workerd.listed() == ["c"]
