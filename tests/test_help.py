@@ -10,7 +10,8 @@ import pytest
 from tests.harness.trixie import CHECKOUT
 from workerd import cli, submit
 
-COMMANDS = ("", "run", "check", "submit")
+COMMANDS = ("", "run", "check", "submit", "setup", "dead")
+COMMANDS += tuple(f"dead {name}" for name in ("list", "show", "requeue", "drop", "export"))
 
 
 @pytest.fixture(params=COMMANDS, ids=lambda name: name or "workerd")
@@ -21,7 +22,7 @@ def shown(
 ) -> str:
     """The help of a command."""
     monkeypatch.setenv("COLUMNS", "80")
-    words = [request.param] if request.param else []
+    words = request.param.split()
     with pytest.raises(SystemExit) as ended:
         cli.main([*words, "--help"])
     assert ended.value.code == 0

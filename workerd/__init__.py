@@ -9,6 +9,8 @@ below them:
     submit      `submit`: one job or many, confirmed by the broker
     check       `workerd check`: what is wrong without a broker; connect: at the broker
     show        `workerd check --show`
+    dead        dead letters at the broker; letters: what they say; dead_command: the command line
+    setup       `workerd setup`: everything declared by an administrator
 
     worker      the shell around the ledger: starts runs, settles deliveries
     drain       how a worker comes to rest

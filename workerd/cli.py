@@ -84,6 +84,24 @@ examples:
 """
 
 
+SETUP = """\
+Declare all queues and exchanges of the configuration, as an administrator: then
+the workers need no right to configure. Messages are neither read nor sent."""
+SETUP_EPILOG = """\
+What exists with other arguments is told, and used as it is.
+
+exit status:
+  0   all of it is there
+  64  usage
+  69  no broker answered
+  77  some of it may not be declared, or the login was refused
+  78  bad configuration
+
+examples:
+  workerd setup --url @admin-url       a file with the administrator's URL
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, with the usage error of sysexits.h and an epilog that stays as it is."""
 
@@ -97,6 +115,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `workerd`; ends the process."""
+    from workerd.dead_command import add_dead  # `submit` need not wait for it
+
     parser = _Parser(
         prog="workerd",
         description="A worker daemon for RabbitMQ: runs a command for each message of its queues.",
@@ -109,6 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     _add_run(commands.add_parser("run", help="run the daemon"))
     _add_check(commands.add_parser("check", help="check the configuration, and the broker"))
     _add_submit(commands.add_parser("submit", help="send a job, or one for each line of a file"))
+    add_dead(
+        commands.add_parser("dead", help="failed jobs: look, send back"), _add_common, _seconds
+    )
+    _add_setup(commands.add_parser("setup", help="declare all queues, as an administrator"))
     _end(_carry_out(parser.parse_args(arguments)))
 
 
@@ -131,7 +155,8 @@ def _carry_out(args: argparse.Namespace) -> int:
     except WorkerdError as error:
         from workerd.submit import exit_status
 
-        sys.stderr.write(f"submit: {error}\n")
+        name = "submit" if args.carry_out is _submit else "workerd"
+        sys.stderr.write(f"{name}: {error}\n")
         return exit_status(error)
     except BrokenPipeError:
         return EX_IOERR
@@ -277,15 +302,20 @@ def _submit(args: argparse.Namespace) -> int:
     from workerd.settings import load
     from workerd.submit import submit
 
-    environ = dict(os.environ)
-    if args.url:
-        environ["WORKERD_BROKER_URL"] = _url(args.url)
-    settings = load(args.config, args.instance, environ)
+    settings = load(args.config, args.instance, _environ(args))
     if args.lines or args.jsonl:
         from workerd.bulk import submit_lines
 
         return submit_lines(args, settings)
     return submit(args, settings)
+
+
+def _environ(args: argparse.Namespace) -> dict[str, str]:
+    """The environment, with --url in it."""
+    environ = dict(os.environ)
+    if args.url:
+        environ["WORKERD_BROKER_URL"] = _url(args.url)
+    return environ
 
 
 def _url(text: str) -> str:
@@ -307,3 +337,21 @@ def _url(text: str) -> str:
             "--url: a password shows in ps; use --url @FILE or the variable WORKERD_BROKER_URL",
         )
     return text
+
+
+def _add_setup(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = SETUP, SETUP_EPILOG
+    _add_common(parser)
+    parser.add_argument(
+        "--url", metavar="URL", help="the broker, without a password; @FILE: what is in FILE"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.set_defaults(carry_out=_setup)
+
+
+def _setup(args: argparse.Namespace) -> int:
+    from workerd.settings import load
+    from workerd.setup import setup
+
+    environ = _environ(args)
+    return setup(load(args.config, args.instance, environ), environ, args.json)

@@ -87,6 +87,13 @@ class Channel:
                     routing_key=pattern,
                 )
 
+    async def find(self, step: DeclareQueue | DeclareExchange) -> None:
+        """Raises Trouble(MISSING) unless a queue or exchange of this name is there."""
+        if isinstance(step, DeclareQueue):
+            await self.count(step.name)
+        else:
+            await self._ask(self._channel.exchange_declare, exchange=step.name, passive=True)
+
     async def count(self, queue: str) -> tuple[int, int]:
         """The ready messages and the consumers of a queue that must exist."""
         answer = await self._ask(self._channel.queue_declare, queue=queue, passive=True)
