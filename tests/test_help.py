@@ -10,7 +10,7 @@ import pytest
 from tests.harness.trixie import CHECKOUT
 from workerd import cli, submit
 
-COMMANDS = ("", "run", "check", "submit", "setup", "dead")
+COMMANDS: tuple[str, ...] = ("", "run", "check", "submit", "setup", "dead")
 COMMANDS += tuple(f"dead {name}" for name in ("list", "show", "requeue", "drop", "export"))
 
 

@@ -27,4 +27,8 @@ async def first(*work: Awaitable[object], timeout: float | None = None) -> None:
 
 def complete(work: Coroutine[Any, Any, T]) -> T:
     """asyncio.run, which would also wait for a resolver that hangs in a thread."""
-    return asyncio.new_event_loop().run_until_complete(work)
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(work)
+    finally:
+        loop.close()
