@@ -192,7 +192,9 @@ def test_a_broker_that_hangs_in_the_middle_is_waited_for_until_the_timeout_or_a_
     status: int,
 ) -> None:
     lines = numbered(5)
-    job = program(*submit, "--lines", "--timeout", f"{TIMEOUT:g}s" if number else "0.5s")
+    # Whoever runs the tests in the background has made them ignore SIGINT.
+    command = ["env", "--default-signal=INT", *submit]
+    job = program(*command, "--lines", "--timeout", f"{2 * TIMEOUT:g}s" if number else "0.5s")
     job.write(text(lines[:2]))
     ids = job.wait_lines(2)
     broker.freeze()
@@ -205,6 +207,17 @@ def test_a_broker_that_hangs_in_the_middle_is_waited_for_until_the_timeout_or_a_
     assert result.status == status
     assert result.stdout.splitlines() == ids
     assert resent(result, lines) == lines[2:]
+
+
+def test_a_signal_that_was_to_be_ignored_is_ignored(submit: list[str], program: Start) -> None:
+    job = program("env", "--ignore-signal=HUP", *submit, "--lines")
+    job.write(b"1\n")
+    job.wait_lines(1)
+    job.signal(signal.SIGHUP)
+    job.write(b"2\n")
+    job.wait_lines(2)
+    job.close_input()
+    assert job.wait().status == 0
 
 
 def test_a_failure_is_told_while_the_producer_keeps_the_input_open(

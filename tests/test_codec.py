@@ -11,7 +11,7 @@ from typing import Any
 import pika
 import pika.spec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.harness.octets import array, field, long_string, packed, table
@@ -92,6 +92,7 @@ def test_every_type_of_field_is_decoded(value: bytes, expected: object) -> None:
     assert type(headers["h"]) in (type(expected), Timestamp)
 
 
+@settings(max_examples=50)
 @given(st.dictionaries(NAMES, VALUES, max_size=6))
 def test_headers_survive_being_sent(headers: dict[Any, Any]) -> None:
     assert sent(Message(headers=headers)).headers == headers
