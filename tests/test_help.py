@@ -7,8 +7,8 @@ import pytest
 
 from workerd import cli, submit
 
-COMMANDS = ("", "run", "check", "submit", "setup", "dead")
-COMMANDS += tuple(f"dead {name}" for name in ("list", "show", "requeue", "drop", "export"))
+DEAD = ("list", "show", "requeue", "drop", "export")
+COMMANDS = ("", "run", "check", "submit", "setup", "dead", *(f"dead {name}" for name in DEAD))
 
 
 @pytest.fixture(params=COMMANDS, ids=lambda name: name or "workerd")
