@@ -10,8 +10,8 @@ import pytest
 from tests.harness.trixie import CHECKOUT
 from workerd import cli, submit
 
-COMMANDS: tuple[str, ...] = ("", "run", "check", "submit", "setup", "dead")
-COMMANDS += tuple(f"dead {name}" for name in ("list", "show", "requeue", "drop", "export"))
+DEAD = ("list", "show", "requeue", "drop", "export")
+COMMANDS = ("", "run", "check", "submit", "setup", "dead", *(f"dead {name}" for name in DEAD))
 
 
 @pytest.fixture(params=COMMANDS, ids=lambda name: name or "workerd")

@@ -44,6 +44,8 @@ WINDOW = 100
 WORN = 10
 #: The delivery limit that RabbitMQ 4 gives to a quorum queue which was declared without one.
 DEFAULT_LIMIT = 20
+#: In place of a limit: what workerd's own queues have, or more.
+PLENTY = 1_000_000
 #: Seconds without a letter after which no more is expected.
 IDLE = 5.0
 #: Seconds that the broker may take to put the letters back.
@@ -254,7 +256,7 @@ async def _delivery_limit(link: Link, queue: str) -> int:
     await channel.close()
     # It is there, so this declares nothing: the broker compares.
     objections = await link.declare(topology.dead_letters(Queue(queue)))
-    limit = _limit_told(str(objections[0]), link.version) if objections else topology.DELIVERY_LIMIT
+    limit = _limit_told(str(objections[0]), link.version) if objections else PLENTY
     if limit == 0:
         raise Refused(
             EX_TEMPFAIL,
@@ -271,7 +273,7 @@ def _limit_told(text: str, version: tuple[int, ...]) -> int:
         return DEFAULT_LIMIT
     # Below 0: RabbitMQ 4 has no limit then, earlier ones drop at once.
     if int(found[1]) < 0:
-        return topology.DELIVERY_LIMIT if version >= (4,) else 0
+        return PLENTY if version >= (4,) else 0
     return int(found[1])
 
 

@@ -17,10 +17,10 @@ MAX_DELAY = 2**LEVELS - 1
 DUE = "workerd.due"
 UNROUTABLE = "workerd.unroutable"
 
-#: Never -1: RabbitMQ 3.10 would drop a message at its first return. Never absent: 4.x
-#: would drop it at the 21st.
-DELIVERY_LIMIT = 1_000_000
-_QUORUM: dict[str, object] = {"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT}
+# Never -1: RabbitMQ 3.10 would drop a message at its first return. Never absent: 4.x
+# would drop it at the 21st.
+_DELIVERY_LIMIT = 1_000_000
+_QUORUM: dict[str, object] = {"x-queue-type": "quorum", "x-delivery-limit": _DELIVERY_LIMIT}
 # At-least-once dead-lettering needs reject-publish; without it RabbitMQ falls back silently.
 _AT_LEAST_ONCE: dict[str, object] = {
     "x-dead-letter-strategy": "at-least-once",
