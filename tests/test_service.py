@@ -367,7 +367,7 @@ def test_an_instance_can_be_started_again_when_its_daemon_was_killed_under_a_job
 def test_a_bug_is_logged_and_the_status_is_70(daemon: Start, tmp_path: Path) -> None:
     path = tmp_path / "workerd-1.toml"
     # Enough descriptors to begin with, too few for an event loop.
-    command = ["prlimit", "--nofile=6", sys.executable, "-m", "workerd", "run", "--config", path]
+    command = ["prlimit", "--nofile=7", sys.executable, "-m", "workerd", "run", "--config", path]
     worker = daemon(config(NOWHERE, ["true"]), command=command)
     assert worker.wait_exit() == 70
     (bug,) = worker.events("bug", level="error")

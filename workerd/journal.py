@@ -39,9 +39,9 @@ from workerd.memory import ALL_CLOSED, LOST_EARLIER, NEVER_SENT, Elsewhere, Memo
 
 _NO_KEY = bytes(16)
 
-#: How often, and after how many seconds, the lock of a journal is tried again.
-HOLD_ATTEMPTS = 100
-HOLD_PAUSE = 0.01
+#: Seconds that a start waits for the lock of a journal: for an instant a sibling has it that
+#: looks whether it is held, and the guardian of a killed process until it has killed the jobs.
+PATIENCE = 2.0
 #: Seconds until a disk that refused to be written is tried again.
 RETRY = 60.0
 
@@ -132,7 +132,7 @@ class HostMemory(Memory):
         super().age()
         oldest = time.time() - self.remember
         self._returns = {k: each for k, each in self._returns.items() if each[-1][0] >= oldest}
-        self._begin_segment()
+        (self._open if self._lock < 0 else self._begin_segment)()
         if not self._asked:
             self._readable.clear()
             self._siblings.clear()  # they take memory, and outages are rare
@@ -185,7 +185,8 @@ class HostMemory(Memory):
         """Remember what earlier processes of this instance knew, and begin to write."""
         history = History(self._folder)
         try:
-            lock = hold(self._folder) if self._given_lock < 0 else self._given_lock
+            # Not in the event loop is there time to wait for it.
+            lock = hold(self._folder, 0.0) if self._given_lock < 0 else self._given_lock
             self._segments = segments(self._folder)
             history.catch_up()
         except OSError as error:
@@ -291,24 +292,22 @@ class HostMemory(Memory):
                 del self._running[key]
 
 
-def hold(folder: Path) -> int:
+def hold(folder: Path, patience: float = PATIENCE) -> int:
     """Take the lock on a journal's folder; the descriptor holds it until it is closed.
 
     Whoever inherits the descriptor holds the lock too. Raises OSError when the folder cannot
-    be made, and BlockingIOError when the lock is another's.
+    be made, and BlockingIOError when the lock is another's for longer than ``patience`` seconds.
     """
+    deadline = time.monotonic() + patience
     folder.mkdir(mode=0o750, parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    for attempt in itertools.count():
+    while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            # For an instant a sibling has it that looks whether it is held, and the guardian
-            # of a killed process until it has killed the jobs.
-            if attempt == HOLD_ATTEMPTS:
+            if time.monotonic() >= deadline:
                 os.close(lock)
                 raise
-            time.sleep(HOLD_PAUSE)
+            time.sleep(0.01)
         else:
-            break
-    return lock
+            return lock
