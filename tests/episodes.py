@@ -387,6 +387,8 @@ class Episode:
 
     def kill(self, forgotten: int) -> None:
         """The broker is killed; it comes back without having seen the last acks."""
+        if not self.wires:
+            return  # a worker without any channel does not hear of it
         for wire in list(self.wires.values()):
             self._close(wire, EVERYTHING)
         undone = self.acked[max(0, len(self.acked) - forgotten) :]
