@@ -13,7 +13,7 @@ import pytest
 from tests.harness.trixie import CHECKOUT
 from workerd.history import END, RECORD, START, decode, encode
 from workerd.journal import HostMemory
-from workerd.memory import ALL_CLOSED, LOST_EARLIER, NEVER_SENT, Elsewhere
+from workerd.memory import ALL_CLOSED, GONE, NEVER_SENT, Elsewhere
 
 HOUR = 3600.0
 SLEEP = bytes(range(16))
@@ -96,7 +96,7 @@ def test_verdicts_of_a_killed_process_may_not_have_been_read(
     memory.started(SLEEP, 1)
     memory.settled(SLEEP, 1)
     dies(memory)
-    assert remember().take(SLEEP, lambda channel: channel == LOST_EARLIER)
+    assert remember().take(SLEEP, lambda channel: channel == GONE)
 
 
 def test_a_folder_that_could_not_be_made_at_the_start_is_used_later(
@@ -218,7 +218,7 @@ def test_verdicts_of_channels_that_were_closed_in_order_are_told_apart(
     dies(memory)
     memory = remember()
     assert memory.take(SLEEP, lambda channel: channel == ALL_CLOSED)
-    assert memory.take(RESIZE, lambda channel: channel == LOST_EARLIER)
+    assert memory.take(RESIZE, lambda channel: channel == GONE)
 
 
 @pytest.mark.parametrize("size", range(3 * RECORD + 1))

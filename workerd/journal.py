@@ -35,7 +35,7 @@ from workerd.history import (
     outstanding,
     segments,
 )
-from workerd.memory import ALL_CLOSED, LOST_EARLIER, NEVER_SENT, Elsewhere, Memory
+from workerd.memory import ALL_CLOSED, GONE, NEVER_SENT, Elsewhere, Memory
 
 _NO_KEY = bytes(16)
 
@@ -209,7 +209,7 @@ class HostMemory(Memory):
         for key, verdicts in history.finished.items():
             for sent in verdicts:
                 if sent.when >= oldest:
-                    channel = LOST_EARLIER if history.is_gone(sent) else ALL_CLOSED
+                    channel = GONE if history.is_gone(sent) else ALL_CLOSED
                     self._put(key, channel)
                     yield encode(END, channel, key, sent.when)
         for key, returns in history.returns.items():

@@ -39,7 +39,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from workerd.job import Delivery, Job
-from workerd.memory import ALL_CLOSED, NEVER_SENT, Elsewhere, Memory
+from workerd.memory import ALL_CLOSED, GONE, NEVER_SENT, Elsewhere, Memory
 from workerd.retry import Verdict
 
 #: Seconds that another instance has to notice the loss of a channel whose job came to us.
@@ -149,6 +149,8 @@ class Ledger:
         ):
             self.held.append(delivery)
             return None
+        if waited:
+            self.memory.recall(delivery.job.key)  # if its run there went back, here it is
         return self._line_up(delivery)
 
     def _settle_again(self, delivery: Delivery) -> Settle:
@@ -176,8 +178,7 @@ class Ledger:
         if not verdict.remembered:
             self.memory.returned(run.job.key, ran=True)
         elif run.job.named:
-            sent_on = run.delivery.channel if run.delivery else NEVER_SENT
-            self.memory.settled(run.job.key, sent_on)
+            self.memory.settled(run.job.key, self._sent_on(run.delivery))
         else:
             self.memory.forgotten(run.job.key)
         return Settle(run.delivery, verdict) if run.delivery else None
@@ -218,6 +219,7 @@ class Ledger:
         a redelivery on another channel. Returns the waiting ones, to be given back.
         """
         self._live.discard(channel)
+        self.memory.lost(channel)
         for run in self.running:
             if run.delivery and run.delivery.channel == channel:
                 self._orphan(run)
@@ -284,6 +286,12 @@ class Ledger:
         return self.memory.take(key, lambda sent_on: sent_on == NEVER_SENT) or (
             self.memory.take(key, self._may_be_lost)
         )
+
+    def _sent_on(self, delivery: Delivery | None) -> int:
+        """The channel of a verdict over this delivery, as it is remembered."""
+        if delivery is None:
+            return NEVER_SENT
+        return delivery.channel if delivery.channel in self._live else GONE
 
     def _may_be_lost(self, sent_on: int) -> bool:
         """Whether a verdict sent on this channel may not have arrived."""

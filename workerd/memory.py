@@ -13,8 +13,9 @@ from collections.abc import Callable
 NEVER_SENT = 0
 #: In place of a channel: an earlier process of this instance sent it and closed all in order.
 ALL_CLOSED = -1
-#: In place of a channel: an earlier process of this instance sent it on one that is gone.
-LOST_EARLIER = -2
+#: In place of a channel: it was sent on one that was retired, or that an earlier process of
+#: this instance has lost.
+GONE = -2
 
 
 class Elsewhere(enum.Enum):

@@ -1,0 +1,358 @@
+"""Random episodes for the memory of a host: two instances, their journals, and a model broker.
+
+Every message has an id of its own, so the judgement is simple: each is run to its end, never
+twice at once, and again only after a run that went back, or was cut off with its instance.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from workerd.job import Delivery, Message, decode
+from workerd.journal import HostMemory
+from workerd.ledger import PATIENCE, Ledger, Rejoined, Run, Settle
+from workerd.retry import Verdict
+
+CONCURRENCY = 2
+PREFETCH = 3
+EVERYTHING = 1000
+INSTANCES = ("1", "2")
+SOME = (0, 1, EVERYTHING)
+
+
+@dataclass(eq=False)
+class Wire:
+    """A channel, and the settlements under way on it."""
+
+    serial: int
+    received: dict[int, float] = field(default_factory=dict)
+    #: What the broker waits to have settled, and what we have not settled, by tag.
+    unacked: dict[int, int] = field(default_factory=dict)
+    unsettled: dict[int, int] = field(default_factory=dict)
+    under_way: list[tuple[int, Verdict]] = field(default_factory=list)
+
+
+class Instance:
+    """One process after another of one instance."""
+
+    def __init__(self, name: str, state: Path) -> None:
+        self.name = name
+        self.state = state
+        self.alive = False
+
+    def start(self) -> None:
+        self.alive = True
+        self.memory = HostMemory(self.state, self.name, 3600.0, pytest.fail)
+        self.ledger = Ledger({"queue": CONCURRENCY}, self.memory)
+        self.wires: dict[int, Wire] = {}
+        self.consuming: Wire | None = None
+        self.serials = 0
+        #: What each run has to settle, None when that was lost, and the message that it is of.
+        self.runs: dict[Run, tuple[int, Delivery | None]] = {}
+
+    def end(self) -> None:
+        """What the kernel does when a process ends."""
+        self.alive = False
+        self.memory.close()
+        os.close(self.memory._lock)
+
+
+class Host:
+    """A broker and the instances of a host; a message is a number."""
+
+    def __init__(self, state: Path) -> None:
+        self.story: list[str] = []
+        self.ready: list[int] = []
+        self.redelivered: set[int] = set()
+        self.settled: set[int] = set()
+        self.acked: list[int] = []
+        self.messages = 0
+        self.clock = 0.0
+        self.starts: Counter[int] = Counter()
+        #: Runs that went back, or were cut off.
+        self.vain: Counter[int] = Counter()
+        self.done: set[int] = set()
+        self.instances = [Instance(name, state) for name in INSTANCES]
+        for instance in self.instances:
+            instance.start()
+
+    def close(self) -> None:
+        for instance in self.instances:
+            if instance.alive:
+                instance.end()
+
+    def publish(self) -> None:
+        self.ready.append(self.messages)
+        self.messages += 1
+
+    # One instance.
+
+    def start(self, instance: Instance) -> None:
+        if not instance.alive:
+            self.story.append(f"{instance.name} starts")
+            instance.start()
+
+    def deliver(self, instance: Instance, count: int) -> None:
+        if not instance.alive:
+            return
+        wire = instance.consuming or self._connect(instance)
+        for message in self.ready[: min(count, PREFETCH - len(wire.unacked))]:
+            self.ready.remove(message)
+            tag = len(wire.received) + 1
+            wire.received[tag] = self.clock
+            wire.unacked[tag] = wire.unsettled[tag] = message
+            flag = message in self.redelivered
+            job = decode(Message(message_id=str(message)), "queue", flag)
+            delivery = Delivery(wire.serial, tag, self.clock, job)
+            again = ", redelivered" if flag else ""
+            self.story.append(f"#{message} delivered to {instance.name}/{wire.serial}{again}")
+            self._act(instance, instance.ledger.delivered(delivery), delivery)
+
+    def _connect(self, instance: Instance) -> Wire:
+        instance.serials += 1
+        wire = instance.consuming = Wire(instance.serials)
+        instance.wires[wire.serial] = wire
+        instance.ledger.opened(wire.serial)
+        return wire
+
+    def _act(
+        self,
+        instance: Instance,
+        decision: Run | Settle | Rejoined | None,
+        delivery: Delivery | None = None,
+    ) -> None:
+        match decision:
+            case Rejoined(run):
+                self.story.append("  rejoined")
+                instance.runs[run] = (instance.runs[run][0], delivery)
+            case Settle(settled):
+                message = instance.wires[settled.channel].unsettled[settled.tag]
+                self.story.append(f"  #{message} settled from memory")
+                assert message in self.done, "settled without having been run"
+                self._settle(instance, decision)
+            case Run():
+                assert decision.delivery
+                wire = instance.wires[decision.delivery.channel]
+                message = wire.unsettled[decision.delivery.tag]
+                self.story.append(f"  #{message} started by {instance.name}")
+                running = [each[0] for other in self._living() for each in other.runs.values()]
+                assert message not in running, "twice at once"
+                instance.runs[decision] = (message, decision.delivery)
+                self.starts[message] += 1
+                assert self.starts[message] <= 1 + self.vain[message], "again for nothing"
+
+    def look_again(self, instance: Instance) -> None:
+        if instance.alive:
+            self.clock += PATIENCE / 4
+            for decision in instance.ledger.look_again(self.clock):
+                self._act(instance, decision)
+
+    def finish(self, instance: Instance, which: int, verdict: Verdict) -> None:
+        if not instance.alive or not instance.runs:
+            return
+        run = list(instance.runs)[which % len(instance.runs)]
+        message, delivery = instance.runs.pop(run)
+        self.story.append(f"#{message} ends in {instance.name}: {verdict.value}")
+        if verdict in (Verdict.DONE, Verdict.DEAD):
+            self.done.add(message)
+        else:
+            self.vain[message] += 1
+        order = instance.ledger.finished(run, verdict)
+        assert order == (Settle(delivery, verdict) if delivery else None)
+        if order:
+            self._settle(instance, order)
+        self._act(instance, instance.ledger.next("queue"))
+
+    def _settle(self, instance: Instance, order: Settle) -> None:
+        wire = instance.wires[order.delivery.channel]
+        del wire.unsettled[order.delivery.tag]
+        wire.under_way.append((order.delivery.tag, order.verdict))
+
+    def stop(self, instance: Instance) -> None:
+        """An orderly stop; one job is waited for, and the others are interrupted."""
+        if not instance.alive:
+            return
+        self.story.append(f"{instance.name} stops")
+        instance.ledger.drain()
+        for delivery in instance.ledger.unstarted():
+            self._settle(instance, Settle(delivery, Verdict.RETURN))
+        self.finish(instance, 0, Verdict.DONE)
+        while instance.runs:
+            self.finish(instance, 0, Verdict.RETURN)
+        for wire in list(instance.wires.values()):
+            self._close(instance, wire, EVERYTHING, instance.ledger.closed)
+        instance.end()
+
+    def die(self, instance: Instance, acks_read: int) -> None:
+        if not instance.alive:
+            return
+        self.story.append(f"{instance.name} is killed")
+        for message, _ in instance.runs.values():
+            self.vain[message] += 1
+        instance.end()
+        for wire in list(instance.wires.values()):
+            self._close(instance, wire, acks_read, lambda _channel: None)
+
+    # Its channels.
+
+    def lose(self, instance: Instance, acks_read: int) -> None:
+        if instance.alive and instance.consuming:
+            self._close(instance, instance.consuming, acks_read, instance.ledger.lost)
+
+    def retire(self, instance: Instance, taken_back: int, believed: int) -> None:
+        """The broker cancels a consumer and takes its oldest deliveries back."""
+        wire = instance.consuming if instance.alive else None
+        if wire is None:
+            return
+        self.story.append(f"{instance.name}/{wire.serial} retired, {taken_back} taken back")
+        instance.consuming = None
+        received = [wire.received[tag] for tag in wire.unacked]
+        self._requeue([wire.unacked.pop(tag) for tag in list(wire.unacked)[:taken_back]])
+        # Deliveries of one instant are taken back together.
+        stale_before = ([-1.0, *received][: believed + 1])[-1] + 0.1
+        self._drop(instance, wire, stale_before)
+        for delivery in instance.ledger.retired(wire.serial, stale_before):
+            self._settle(instance, Settle(delivery, Verdict.RETURN))
+
+    def detach(self, instance: Instance) -> None:
+        """A reload: the instance cancels its consumer and begins another."""
+        wire = instance.consuming if instance.alive else None
+        if wire is None:
+            return
+        self.story.append(f"{instance.name}/{wire.serial} detached")
+        for delivery in instance.ledger.detached(wire.serial):
+            self._settle(instance, Settle(delivery, Verdict.RETURN))
+        self._connect(instance)
+
+    def tidy(self, instance: Instance) -> None:
+        """Channels that consume no more are closed when nothing is left to settle on them."""
+        for wire in list(instance.wires.values()) if instance.alive else ():
+            if wire is not instance.consuming and not instance.ledger.holds(wire.serial):
+                self._close(instance, wire, EVERYTHING, instance.ledger.closed)
+
+    def _close(
+        self, instance: Instance, wire: Wire, acks_read: int, tell: Callable[[int], None]
+    ) -> None:
+        lost = len(wire.under_way[acks_read:])
+        self.story.append(f"{instance.name}/{wire.serial} ends; {lost} acks lost")
+        self._read(wire, acks_read)
+        del instance.wires[wire.serial]
+        if instance.consuming is wire:
+            instance.consuming = None
+        self._requeue(list(wire.unacked.values()))
+        self._drop(instance, wire, self.clock + 1)
+        tell(wire.serial)
+
+    def _drop(self, instance: Instance, wire: Wire, received_before: float) -> None:
+        """These deliveries of a channel can never be settled."""
+        gone = {tag for tag, when in wire.received.items() if when < received_before}
+        for run, (message, delivery) in instance.runs.items():
+            if delivery and delivery.channel == wire.serial and delivery.tag in gone:
+                instance.runs[run] = (message, None)
+        for tag in gone:
+            wire.unsettled.pop(tag, None)
+
+    # The broker.
+
+    def _living(self) -> list[Instance]:
+        return [instance for instance in self.instances if instance.alive]
+
+    def read(self, instance: Instance, count: int) -> None:
+        for wire in instance.wires.values() if instance.alive else ():
+            self._read(wire, count)
+
+    def _read(self, wire: Wire, count: int) -> None:
+        for tag, verdict in wire.under_way[:count]:
+            message = wire.unacked.pop(tag, None)
+            if message is None:
+                continue  # taken back before
+            if verdict is Verdict.RETURN:
+                self._requeue([message])
+                continue
+            self.settled.add(message)
+            if verdict is not Verdict.REJECT:
+                self.acked.append(message)
+        del wire.under_way[:count]
+
+    def _requeue(self, messages: list[int]) -> None:
+        self.redelivered |= set(messages)
+        self.ready[:0] = messages
+
+    def kill(self, forgotten: int) -> None:
+        """The broker is killed; it comes back without having seen the last acks."""
+        if not all(instance.alive and instance.wires for instance in self.instances):
+            return  # an instance without any channel does not hear of it
+        self.story.append("broker killed")
+        for instance in self.instances:
+            for wire in list(instance.wires.values()):
+                self._close(instance, wire, EVERYTHING, instance.ledger.lost)
+        undone = self.acked[max(0, len(self.acked) - forgotten) :]
+        self.acked.clear()
+        self.settled -= set(undone)
+        self._requeue(undone)
+
+    def conclude(self) -> None:
+        """All troubles are over: whatever is left comes to its end."""
+        self.story.append("everything comes to its end")
+        for _ in range(3 * self.messages + 3):
+            for instance in self.instances:
+                self.start(instance)
+                self.deliver(instance, EVERYTHING)
+                for _ in range(6):
+                    self.look_again(instance)
+                while instance.runs:
+                    self.finish(instance, 0, Verdict.DONE)
+                self.read(instance, EVERYTHING)
+                self.tidy(instance)
+        assert self.settled == set(range(self.messages)), "a message is lost"
+        assert not any(instance.ledger.held for instance in self.instances)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that may happen next; does nothing without an action."""
+
+    action: Callable[..., None] | None
+    arguments: tuple[object, ...] = ()
+    instance: int | None = None
+
+    def __call__(self, host: Host) -> None:
+        if self.action and self.instance is None:
+            self.action(host, *self.arguments)
+        elif self.action and self.instance is not None:
+            self.action(host, host.instances[self.instance], *self.arguments)
+
+
+def _each(action: Callable[..., None], *choices: Iterable[object], weight: int = 1) -> list[Step]:
+    return [
+        Step(action, arguments, instance)
+        for instance in range(len(INSTANCES))
+        for arguments in product(*choices)
+    ] * weight
+
+
+#: All of them, the likelier ones more than once.
+STEPS = [
+    Step(None),
+    *[Step(Host.publish)] * 6,
+    *(Step(Host.kill, (forgotten,)) for forgotten in SOME),
+    *_each(Host.deliver, (1, 3), weight=5),
+    *_each(Host.look_again, weight=4),
+    *_each(Host.finish, range(2), Verdict),
+    *_each(Host.finish, range(2), [Verdict.DONE], weight=3),
+    *_each(Host.read, (1, EVERYTHING), weight=2),
+    *_each(Host.lose, SOME),
+    *_each(Host.die, SOME),
+    *_each(Host.start, weight=3),
+    *_each(Host.stop),
+    *_each(Host.retire, SOME, SOME),
+    *_each(Host.detach, weight=2),
+    *_each(Host.tidy, weight=3),
+]
