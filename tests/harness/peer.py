@@ -9,6 +9,7 @@ is told to settle.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import ssl
 import threading
@@ -364,14 +365,31 @@ class Connection:
             # A client that does not trust us, or that is dropped, is no error.
             with contextlib.suppress(OSError):
                 if self._tls is not None:
-                    secured = self._tls.wrap_socket(self._socket, server_side=True)
+                    secured = self._tls.wrap_socket(
+                        self._socket, server_side=True, do_handshake_on_connect=False
+                    )
                     self._socket = secured
+                    self._shake_hands(secured)
                     if certificate := secured.getpeercert():
                         self._peer.client_certificates.append(str(certificate["serialNumber"]))
                 self._converse()
         finally:
             self._peer.lost(self)
             self._socket.close()
+
+    def _shake_hands(self, secured: ssl.SSLSocket) -> None:
+        plain = socket.socket(fileno=os.dup(secured.fileno()))
+        try:
+            secured.do_handshake()
+        except ssl.SSLError:
+            # To close with something unread would take back the alert that says why.
+            plain.settimeout(TIMEOUT / 10)
+            plain.shutdown(socket.SHUT_WR)
+            while plain.recv(4096):
+                pass
+            raise
+        finally:
+            plain.close()
 
     def _converse(self) -> None:
         unread = b""
