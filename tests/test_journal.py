@@ -116,6 +116,39 @@ def test_a_folder_that_could_not_be_made_at_the_start_is_used_later(
     )
 
 
+def test_a_journal_that_could_not_be_read_at_the_start_is_used_later(
+    remember: Callable[..., HostMemory],
+    tmp_path: Path,
+    troubles: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_the_way = tmp_path / "1" / "00000001"
+    in_the_way.mkdir(parents=True)
+    memory = remember()
+    assert len(troubles) == 1
+    in_the_way.rmdir()
+    monkeypatch.setattr(memory, "_retry_at", 0.0)
+    memory.settled(SLEEP, 1)
+    assert troubles[1:] == [""]
+    dies(memory)
+    assert knows(remember(), SLEEP)
+
+
+@pytest.mark.parametrize("name", ["²", "notes", "1~", "-1"])
+def test_what_is_no_segment_is_let_be(
+    name: str, remember: Callable[..., HostMemory], tmp_path: Path, troubles: list[str]
+) -> None:
+    stranger = tmp_path / "1" / name
+    stranger.parent.mkdir()
+    stranger.write_text("something else")
+    memory = remember()
+    memory.settled(SLEEP, 1)
+    dies(memory)
+    assert knows(remember(), SLEEP)
+    assert stranger.read_text() == "something else"
+    assert troubles == []
+
+
 def test_a_run_that_begins_as_the_disk_is_back_is_written_once(
     remember: Callable[..., HostMemory], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import struct
 import zlib
 from collections import Counter
@@ -44,6 +45,7 @@ CUT_OFF = b"X"
 
 _BODY = struct.Struct("<cxxxi16sd")
 _SUM = struct.Struct("<I")
+_SEGMENT = re.compile("[0-9]+")
 #: The size of a record in bytes.
 RECORD = _BODY.size + _SUM.size
 
@@ -220,7 +222,7 @@ def outstanding(returns: Iterable[tuple[float, int]]) -> int:
 
 def segments(folder: Path) -> list[Path]:
     """The segments of a journal, oldest first. Raises OSError."""
-    return sorted(folder / name for name in os.listdir(folder) if name.isdigit())
+    return sorted(folder / name for name in os.listdir(folder) if _SEGMENT.fullmatch(name))
 
 
 def _read(segment: Path, offset: int) -> bytes:

@@ -70,8 +70,9 @@ class HostMemory(Memory):
         self._on_trouble = on_trouble
         self._troubled = False
         self._file = -1
+        #: The lock, once it is ours; and the same, once all has been read and we may write.
+        self._held = lock
         self._lock = -1
-        self._given_lock = lock
         self._retry_at = 0.0
         self._segments: list[Path] = []
         self._nonce = os.urandom(16)
@@ -185,14 +186,15 @@ class HostMemory(Memory):
         """Remember what earlier processes of this instance knew, and begin to write."""
         history = History(self._folder)
         try:
-            # Not in the event loop is there time to wait for it.
-            lock = hold(self._folder, 0.0) if self._given_lock < 0 else self._given_lock
+            if self._held < 0:
+                # Without patience: this may be the event loop.
+                self._held = hold(self._folder, 0.0)
             self._segments = segments(self._folder)
             history.catch_up()
         except OSError as error:
             self._fail(error)
             return
-        self._lock = lock
+        self._lock = self._held
         history.end_process()
         records = list(self._take_over(history))
         self._begin_segment()
