@@ -27,6 +27,7 @@ from tests.harness.daemon import Daemon  # noqa: E402
 from tests.harness.journald import Journald  # noqa: E402
 from tests.harness.network import Network  # noqa: E402
 from tests.harness.oracle import Oracle  # noqa: E402
+from tests.harness.peer import Peer  # noqa: E402
 from tests.harness.programs import Program  # noqa: E402
 from tests.harness.waiting import TIMEOUT, until  # noqa: E402
 from tests.harness.wire import Wire  # noqa: E402
@@ -175,6 +176,20 @@ def client(broker: Broker) -> Iterator[Client]:
     """A connection to the virtual host of the test."""
     with Client(broker.url) as client:
         yield client
+
+
+@pytest.fixture
+def peer() -> Iterator[Callable[..., Peer]]:
+    """A function that starts a scripted AMQP peer; it takes what `Peer` takes."""
+    peers: list[Peer] = []
+
+    def start(**options: Any) -> Peer:
+        peers.append(Peer(**options))
+        return peers[-1]
+
+    yield start
+    for started in peers:
+        started.close()
 
 
 @pytest.fixture

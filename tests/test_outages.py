@@ -230,6 +230,8 @@ def test_a_broker_that_freezes_is_found_by_the_heartbeat_and_rejoined_when_it_th
     oracle.hold("a")
     jobs = client.publish_jobs("jobs", ["a"])
     workerd.wait_event("start")
+    # Nothing is being asked, so only the heartbeat can tell.
+    workerd.wait_event("declared", what="delays")
 
     broker.freeze()
     lost = workerd.wait_event("disconnected", timeout=FOUND_WITHIN)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pika.spec
 import pytest
 
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
 from tests.harness.config import config
 from tests.harness.daemon import Daemon
+from tests.harness.peer import Peer
 
 StartDaemon = Callable[..., Daemon]
 
@@ -131,6 +133,19 @@ def test_the_whole_topology_is_there_after_the_first_start(
         expected.add((name, "exchange", below(level), f"{stars}0.#"))
     assert bindings(broker) == expected
     assert [entry["queue"] for entry in workerd.events(level="warning")] == ["theirs"]
+
+
+def test_due_jobs_are_bound_to_nothing_while_the_delay_levels_are_not_declared(
+    peer: Callable[..., Peer], daemon: StartDaemon
+) -> None:
+    broker = peer(mute=(pika.spec.Exchange.Declare,))
+    # Consuming does not wait for the levels, which never come here.
+    daemon(config(broker.url, ["true"])).wait_event("consuming")
+    broker.until(
+        lambda: any(isinstance(asked, pika.spec.Exchange.Declare) for asked in broker.asked),
+        "an exchange declared",
+    )
+    assert not [asked for asked in broker.asked if isinstance(asked, pika.spec.Queue.Bind)]
 
 
 def test_a_second_start_finds_the_topology_as_it_declares_it(

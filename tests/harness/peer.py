@@ -96,8 +96,9 @@ class Peer:
     `ack_timeout` in seconds it does as RabbitMQ 4.3: it cancels the consumer that holds a delivery
     for longer, and takes back that delivery alone. `tls` makes it speak TLS.
 
-    What it saw: `settled`, in order; the serial numbers of the channels that the client `closed`;
-    and the `errors` for which RabbitMQ would have closed a channel or the connection.
+    What it saw: every method in `asked`, what was `settled`, in order; the serial numbers of the
+    channels that the client `closed`; and the `errors` for which RabbitMQ would have closed a
+    channel or the connection.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Peer:
         self.silent = silent
         self.mute = mute
         self.ack_timeout = ack_timeout
+        self.asked: list[Any] = []
         self.settled: list[Settled] = []
         self.closed: list[int] = []
         self.errors: list[str] = []
@@ -190,6 +192,7 @@ class Peer:
     def handle(self, connection: Connection, number: int, method: Any) -> None:
         """Deal with one method."""
         with self._moved:
+            self.asked.append(method)
             channel = connection.channels.get(number)
             if isinstance(method, pika.spec.Channel.Open):
                 self._serials += 1
