@@ -27,8 +27,9 @@ from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import TIMEOUT, until
 from workerd.dead import opened
 from workerd.job import UNREADABLE, Message
-from workerd.letters import Filter, Irreplaceable, Letter, everything, renewed, replayed, row, sheet
+from workerd.letters import Filter, Irreplaceable, Letter, renewed, replayed
 from workerd.settings import load
+from workerd.sheets import everything, row, sheet
 
 NOW = 1_800_000_000.0
 OWN = {"x_queue_type": "quorum", "x_delivery_limit": 1_000_000}

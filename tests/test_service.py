@@ -351,7 +351,8 @@ def test_an_instance_can_be_started_again_when_its_daemon_was_killed_under_a_job
     broker: Broker, client: Client, daemon: Start, tmp_path: Path
 ) -> None:
     # At its first run the job leaves a process of another session behind, which no one finds.
-    script = '[ -e "$0" ] || (setsid sleep 300 & touch "$0"; wait)'
+    stray = """setsid sh -c 'touch "$0"; exec sleep 300' "$0" & wait"""
+    script = f'[ -e "$0" ] || ({stray})'
     text = config(broker.url, ["sh", "-c", script, tmp_path / "ran"])
     killed = daemon(text)
     killed.wait_ready()

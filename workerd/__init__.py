@@ -9,13 +9,14 @@ below them:
     submit      `submit`: one job or many, confirmed by the broker
     check       `workerd check`: what is wrong without a broker; connect: at the broker
     show        `workerd check --show`
-    dead        dead letters at the broker; letters: what they say; dead_command: the command line
+    dead        dead letters sent back and dropped; dead_command: its command line
+    letterbox   dead letters looked at; letters: what they say; sheets: how they are shown
     setup       `workerd setup`: everything declared by an administrator
 
     worker      the shell around the ledger: starts runs, settles deliveries
     drain       how a worker comes to rest
     status      what an operator is told
-    consumer    the consuming connection, a channel for each queue
+    consumer    the consuming connection, a channel for each queue; declarations: the queues
     publisher   confirmed publishing, on a connection of its own
     journal     the ledger's memory on disk, and those of the other instances; history: reading it
     reload      the configuration read again

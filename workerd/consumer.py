@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
-from workerd import log, topology
+from workerd import log
 from workerd.broker import Channel, Incoming, Link, ack_timeout_in
+from workerd.declarations import Declarations
 from workerd.errors import Kind, Trouble
 from workerd.options import Queue, Settings
 from workerd.retry import backoff
@@ -75,8 +76,7 @@ class Consumer:
         self.channels: dict[str, Channel] = {}
         #: What keeps a queue from being consumed, in the broker's words.
         self.paused: dict[str, str] = {}
-        #: Queues for which the broker moves a rejected message to the dead letters.
-        self.dead_letters: set[str] = set()
+        self.declarations = Declarations()
         self.ack_timeout = settings.broker.ack_timeout
         self.consuming = asyncio.Event()
         #: What keeps it from being connected, for the status line; "" while it is.
@@ -89,7 +89,6 @@ class Consumer:
         #: Whether the present outage has been logged.
         self._down = False
         self._link: Link | None = None
-        self._warned: set[str] = set()
 
     @property
     def broker(self) -> str:
@@ -109,7 +108,8 @@ class Consumer:
             async with asyncio.TaskGroup() as self._tasks:
                 for name in self._queues:
                     self._begin(link, name)
-                self._tasks.create_task(self._declare_delays(link), name="declare")
+                declaring = self.declarations.delays(link, self._queues.values())
+                self._tasks.create_task(declaring, name="declare")
                 # Queues may be added for as long as the connection lives.
                 await asyncio.wait({link.ended})
             self._link = None
@@ -124,7 +124,7 @@ class Consumer:
         for name, queue in self._queues.items():
             if name not in self._changes:
                 self._begin(self._link, name)
-                self._tasks.create_task(self._declare_due(self._link, queue))
+                self._tasks.create_task(self.declarations.due(self._link, queue))
         for name, changed in self._changes.items():
             old, new = before.get(name), self._queues.get(name)
             if old is None or new is None or _on_the_wire(old) != _on_the_wire(new):
@@ -183,7 +183,7 @@ class Consumer:
             changed.clear()
             try:
                 if declared is None or _on_the_wire(declared) != _on_the_wire(queue):
-                    refusal = await self._declare_queue(link, queue)
+                    refusal = await self.declarations.queue(link, queue)
                 channel = await self._open(link, queue)
             except Trouble as trouble:
                 if link.ended.done() or not self._receiver.wanted:
@@ -254,7 +254,7 @@ class Consumer:
             self._receiver.detached(channel)
 
     async def _open(self, link: Link, queue: Queue) -> Channel:
-        """A new channel that consumes the queue. It never makes the queue: see `_declare_queue`."""
+        """A new channel that consumes the queue. It never makes it: see `Declarations.queue`."""
         channel = await link.channel()
         await channel.count(queue.name)
         self._receiver.opened(channel)
@@ -291,54 +291,6 @@ class Consumer:
             log.warning("queue paused", queue=queue.name, text=str(trouble))
         self.paused[queue.name] = text
         self._receiver.changed()
-
-    async def _declare_queue(self, link: Link, queue: Queue) -> Trouble | None:
-        """Declare a work queue and its dead letters; returns the broker's objection to the former.
-
-        Done until the queue has been there on this connection. One that is deleted while it
-        is consumed is not made again behind the back of the administrator who deleted it.
-        """
-        objections: list[Trouble] = []
-        if queue.declare != "wait":
-            objections = await self._declare(
-                link, f"queue {queue.name}", [topology.work_queue(queue)]
-            )
-        # A classic queue loses a message whose dead letters are full or missing.
-        if queue.declare == "create" and queue.type == "quorum" and not objections:
-            self.dead_letters.add(queue.name)
-        else:
-            self.dead_letters.discard(queue.name)
-        await self._declare(link, f"dead letters of {queue.name}", topology.dead_letters(queue))
-        return objections[0] if objections else None
-
-    async def _declare_delays(self, link: Link) -> None:
-        """Declare the delay levels, and what leads from them to each queue."""
-        await self._declare(link, "delays", topology.delay_levels())
-        for queue in self._queues.values():
-            await self._declare_due(link, queue)
-        if not link.ended.done():
-            log.debug("declared", what="delays")
-
-    async def _declare_due(self, link: Link, queue: Queue) -> None:
-        await self._declare(link, f"due jobs of {queue.name}", topology.due_jobs(queue))
-
-    async def _declare(
-        self, link: Link, what: str, steps: Iterable[topology.Step]
-    ) -> list[Trouble]:
-        """Take these steps; returns what the broker objected to.
-
-        What exists with other arguments is used as it is, and what may not be declared is
-        hoped to exist: one warning says so, with the broker's words.
-        """
-        try:
-            objections = await link.declare(steps)
-        except Trouble as trouble:
-            return [trouble]  # the connection is gone; on the next one all is declared again
-        for objection in map(str, objections):
-            if objection not in self._warned:
-                self._warned.add(objection)
-                log.warning("declare failed", what=what, text=objection)
-        return objections
 
 
 def _consumed(settings: Settings) -> Mapping[str, Queue]:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from workerd.letters import Filter, Letter, Sheet
+    from workerd.letters import Filter, Letter
     from workerd.settings import Settings
+    from workerd.sheets import Sheet
 
 EX_USAGE = 64
 EX_DATAERR = 65
@@ -145,7 +146,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from workerd.letters import HEADINGS, row, summary
+    from workerd.sheets import HEADINGS, row, summary
 
     now = time.time()
     if args.json:
@@ -188,7 +189,8 @@ def _look(args: argparse.Namespace, wanted: Filter, found: Callable[[Letter], No
 
 
 def _show(args: argparse.Namespace) -> int:
-    from workerd.letters import Filter, everything, sheet
+    from workerd.letters import Filter
+    from workerd.sheets import everything, sheet
     from workerd.submit import Refused
 
     found: list[Letter] = []
@@ -231,6 +233,7 @@ def _print_id(letter: Letter) -> None:
 
 def _requeue(args: argparse.Namespace) -> int:
     from workerd import dead
+    from workerd.letterbox import tell
 
     wanted = _chosen(args)
     if args.dry_run:
@@ -247,12 +250,13 @@ def _requeue(args: argparse.Namespace) -> int:
         stuck = asyncio.run(dead.requeue(settings.broker, args.queue, wanted, moved))
     finally:
         sys.stdout.flush()
-        dead.tell(f"{len(sent)} sent back to {args.queue}; all others stay where they are")
+        tell(f"{len(sent)} sent back to {args.queue}; all others stay where they are")
     return EX_DATAERR if stuck else 0
 
 
 def _drop(args: argparse.Namespace) -> int:
     from workerd import dead
+    from workerd.letterbox import tell
     from workerd.submit import Refused
 
     wanted = _chosen(args)
@@ -274,12 +278,12 @@ def _drop(args: argparse.Namespace) -> int:
     for letter in dropped:
         _print_id(letter)
     sys.stdout.flush()
-    dead.tell(f"{len(dropped)} dropped")
+    tell(f"{len(dropped)} dropped")
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
-    from workerd.letters import everything
+    from workerd.sheets import everything
 
     _look(args, _filter(args), lambda letter: _print_json(everything(letter)))
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ from workerd.errors import Kind, Trouble
 from workerd.options import Settings
 from workerd.submit import EX_NOPERM, EX_OK
 from workerd.topology import BindExchange, BindQueue, DeclareExchange, DeclareQueue, Step
+from workerd.waiting import complete
 
 State = Literal["declared", "there", "bound", "differs", "failed"]
 
@@ -90,11 +90,12 @@ async def _exists(link: Link, step: Step) -> bool:
 
 def setup(settings: Settings, environ: Mapping[str, str], as_json: bool) -> int:
     """Declare everything, tell what became of it; returns the exit status. Raises Trouble."""
-    return asyncio.run(_setup(settings, environ, as_json))
+    return complete(_setup(settings, environ, as_json))
 
 
 async def _setup(settings: Settings, environ: Mapping[str, str], as_json: bool) -> int:
-    link = await _connect(settings, environ)
+    # Any of them: they are of one cluster.
+    link = await Link.to_any(settings.broker, "workerd setup", environ)
     failed = False
     try:
         for part, steps in parts(settings):
@@ -104,18 +105,6 @@ async def _setup(settings: Settings, environ: Mapping[str, str], as_json: bool) 
     finally:
         await link.close(timeout=2.0)
     return EX_NOPERM if failed else EX_OK
-
-
-async def _connect(settings: Settings, environ: Mapping[str, str]) -> Link:
-    """A connection to the first broker that answers: the others are of the same cluster."""
-    trouble: Trouble | None = None
-    for url in settings.broker.urls:
-        try:
-            return await Link.open(url, settings.broker, "workerd setup", environ)
-        except Trouble as error:
-            trouble = error
-    assert trouble is not None
-    raise trouble
 
 
 def _tell(part: str, results: list[Result], as_json: bool) -> None:

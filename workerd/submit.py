@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import signal
 import sys
 import time
@@ -220,17 +219,10 @@ async def until_deadline(attempt: Callable[[], Awaitable[T]], deadline: float) -
 
 async def connect(broker: Broker) -> Channel:
     """A confirming channel to any of the brokers. Raises the last one's Trouble."""
-    trouble: Trouble | None = None
-    for url in random.sample(broker.urls, len(broker.urls)):
-        try:
-            link = await Link.open(url, broker, "submit", os.environ)
-            channel = await link.channel()
-            await channel.confirm()
-            return channel
-        except Trouble as error:
-            trouble = error
-    assert trouble is not None
-    raise trouble
+    link = await Link.to_any(broker, "submit", os.environ)
+    channel = await link.channel()
+    await channel.confirm()
+    return channel
 
 
 def late(channel: Channel) -> Trouble:

@@ -169,7 +169,7 @@ class Worker:
 
         Until then the job stays unacknowledged, and a drain gives it back.
         """
-        if job.fault and job.queue in self.consumer.dead_letters:
+        if job.fault and job.queue in self.consumer.declarations.dead_letters:
             return Verdict.REJECT  # the broker moves the untouched original
         letter, dropped = jobs.dead_letter(job, report, self.place, time.time())
         if dropped:

@@ -87,6 +87,21 @@ class Link:
             raise
         return link
 
+    @classmethod
+    async def to_any(cls, broker: Broker, name: str, environ: Mapping[str, str]) -> Link:
+        """Connect to the first broker that answers, in random order; see `open`.
+
+        Raises the last one's Trouble.
+        """
+        trouble: Trouble | None = None
+        for url in random.sample(broker.urls, len(broker.urls)):
+            try:
+                return await cls.open(url, broker, name, environ)
+            except Trouble as error:
+                trouble = error
+        assert trouble is not None
+        raise trouble
+
     @property
     def version(self) -> tuple[int, ...]:
         """RabbitMQ's version, such as (3, 10, 8); (0,) when a proxy hides it."""

@@ -1,0 +1,64 @@
+"""Declaring queues, and using what cannot be declared as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from workerd import log, topology
+from workerd.broker import Link
+from workerd.errors import Trouble
+from workerd.options import Queue
+
+
+class Declarations:
+    """What a daemon declares at its start, on each connection anew."""
+
+    def __init__(self) -> None:
+        #: Queues for which the broker moves a rejected message to the dead letters.
+        self.dead_letters: set[str] = set()
+        self._warned: set[str] = set()
+
+    async def queue(self, link: Link, queue: Queue) -> Trouble | None:
+        """Declare a work queue and its dead letters; returns the broker's objection to the former.
+
+        Done until the queue has been there on this connection. One that is deleted while it
+        is consumed is not made again behind the back of the administrator who deleted it.
+        """
+        objections: list[Trouble] = []
+        if queue.declare != "wait":
+            objections = await self._take(link, f"queue {queue.name}", [topology.work_queue(queue)])
+        # A classic queue loses a message whose dead letters are full or missing.
+        if queue.declare == "create" and queue.type == "quorum" and not objections:
+            self.dead_letters.add(queue.name)
+        else:
+            self.dead_letters.discard(queue.name)
+        await self._take(link, f"dead letters of {queue.name}", topology.dead_letters(queue))
+        return objections[0] if objections else None
+
+    async def delays(self, link: Link, queues: Iterable[Queue]) -> None:
+        """Declare the delay levels, and what leads from them to each queue."""
+        await self._take(link, "delays", topology.delay_levels())
+        for queue in queues:
+            await self.due(link, queue)
+        if not link.ended.done():
+            log.debug("declared", what="delays")
+
+    async def due(self, link: Link, queue: Queue) -> None:
+        """Declare where the delayed jobs of a queue come due; the levels must be there."""
+        await self._take(link, f"due jobs of {queue.name}", topology.due_jobs(queue))
+
+    async def _take(self, link: Link, what: str, steps: Iterable[topology.Step]) -> list[Trouble]:
+        """Take these steps; returns what the broker objected to.
+
+        What exists with other arguments is used as it is, and what may not be declared is
+        hoped to exist: one warning says so, with the broker's words.
+        """
+        try:
+            objections = await link.declare(steps)
+        except Trouble as trouble:
+            return [trouble]  # the connection is gone; on the next one all is declared again
+        for objection in map(str, objections):
+            if objection not in self._warned:
+                self._warned.add(objection)
+                log.warning("declare failed", what=what, text=objection)
+        return objections
