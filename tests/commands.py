@@ -25,7 +25,7 @@ from tests.harness.waiting import TIMEOUT, until
 from workerd import log
 from workerd.handlers.command import CommandHandler
 from workerd.handlers.guardian import Guardian
-from workerd.job import Job, Message, Report, decode
+from workerd.job import BadJob, Job, Message, Outcome, Report, decode
 from workerd.settings import Handler
 
 T = TypeVar("T")
@@ -88,11 +88,19 @@ def run_all(settings: Handler, jobs: Sequence[Job], **options: Any) -> list[Ran]
     async def all_of_them() -> list[Report]:
         command = prepared(settings, **options)
         never = asyncio.get_running_loop().create_future()
-        return await asyncio.gather(*(command.run(job, never) for job in jobs))
+        return await asyncio.gather(*(run_one(command, job, never) for job in jobs))
 
     with logged() as events:
         reports = in_loop(all_of_them())
     return [Ran(report, events) for report in reports]
+
+
+async def run_one(command: CommandHandler, job: Job, stop: asyncio.Future[None]) -> Report:
+    """Run a job as a worker does."""
+    try:
+        return await command.run(job, stop, lambda: None)
+    except BadJob as bad:
+        return Report(Outcome.REJECTED, bad.reason, error=str(bad), ran=False)
 
 
 def in_loop(work: Coroutine[Any, Any, T]) -> T:

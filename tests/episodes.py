@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import product
 
+from workerd.copies import Place, another_go, dead_letter
 from workerd.job import (
     ATTEMPT,
+    COPY,
     REPLAY,
     Delivery,
     Message,
     Outcome,
-    Place,
     Report,
-    dead_letter,
     decode,
 )
-from workerd.ledger import Ledger, Rejoined, Run, Settle
+from workerd.ledger import ALONE, Ledger, Rejoined, Run, Settle
 from workerd.retry import Verdict
 
 CONCURRENCY = {"narrow": 1, "wide": 2}
@@ -63,6 +63,11 @@ class Sent:
     def named(self) -> bool:
         return self.message.message_id is not None
 
+    @property
+    def unique(self) -> bool:
+        """Whether workerd has published it: an equal one is the same job, published twice."""
+        return COPY in self.message.headers
+
     def __str__(self) -> str:
         return f"#{self.number}"
 
@@ -87,6 +92,11 @@ class Wire:
     under_way: list[tuple[int, Verdict]] = field(default_factory=list)
 
 
+def places(deliveries: Iterable[Delivery]) -> list[tuple[int, int]]:
+    """Where these were delivered. The ledger may know more of their jobs than we."""
+    return [(delivery.channel, delivery.tag) for delivery in deliveries]
+
+
 class Episode:
     """A broker, a worker and its ledger; every public method is something that may happen."""
 
@@ -107,6 +117,7 @@ class Episode:
         self.done: Counter[str] = Counter()
         self.acks: Counter[str] = Counter()
         self.mistaken: Counter[str] = Counter()
+        self.rejected: set[str] = set()
         self._begin()
 
     def _begin(self) -> None:
@@ -115,7 +126,9 @@ class Episode:
         #: What each run has to settle, None when that was lost; in the order of starting.
         self.runs: dict[Run, Delivery | None] = {}
         self.alike: dict[Run, str] = {}
-        self.waiting: dict[str, list[Delivery]] = {queue: [] for queue in CONCURRENCY}
+        self.waiting: dict[str, list[Delivery]] = {queue: [] for queue in (ALONE, *CONCURRENCY)}
+        #: Attempts that were spent by runs after which the job went back, by its key.
+        self.spent: Counter[bytes] = Counter()
         # Per likeness: starts, how many of them ended without a last verdict, and the
         # channels on which last verdicts were sent.
         self.starts: Counter[str] = Counter()
@@ -156,9 +169,11 @@ class Episode:
             case _:
                 assert kind == "copy"
                 message = self._latest()
-        alike = repr((queue, message))
-        sent = Sent(number, queue, message, alike)
-        self.published[alike] += 1
+        self._publish(queue, message, kind)
+
+    def _publish(self, queue: str, message: Message, kind: str) -> None:
+        sent = Sent(len(self.sent), queue, message, repr((queue, message)))
+        self.published[sent.alike] += 1
         self.sent.append(sent)
         self.ready[queue].append(sent)
         self.story.append(f"{sent} published to {queue}: {kind}")
@@ -208,9 +223,8 @@ class Episode:
         self.clock += 1
         wire.received[tag] = self.clock
         wire.unacked[tag] = wire.unsettled[tag] = sent
-        delivery = Delivery(
-            wire.serial, tag, self.clock, decode(sent.message, wire.queue, sent.redelivered)
-        )
+        job = decode(sent.message, wire.queue, sent.redelivered)
+        delivery = Delivery(wire.serial, tag, self.clock, job, delayed=sent.unique)
         flag = ", redelivered" if sent.redelivered else ""
         self.story.append(f"{sent} delivered on channel {wire.serial}{flag}")
         orphans = [run for run in self.runs if self.alike[run] == sent.alike and self._lost(run)]
@@ -223,13 +237,16 @@ class Episode:
         elif isinstance(decision, Settle):
             self.story.append("  settled from memory")
             self._check_memory(sent, wire)
-            assert not orphans, "its run goes on"
+            assert not orphans or not sent.redelivered, "its run goes on"
             assert decision == Settle(delivery, Verdict.DONE)
             self._settle(decision)
         else:
             assert not (sent.redelivered and orphans), "did not rejoin"
-            self.waiting[wire.queue].append(delivery)
-            self._next(wire.queue, decision)
+            alone = sent.redelivered and self.spent[delivery.job.key]
+            line = self.waiting[ALONE if alone else wire.queue]
+            line.append(delivery)
+            line.sort(key=lambda each: not each.delayed)
+            self._next(decision)
         self.mistaken[sent.alike] += sent.redelivered and not sent.seen
         sent.seen = True
 
@@ -240,6 +257,12 @@ class Episode:
 
     def _check_memory(self, sent: Sent, wire: Wire) -> None:
         """It may be settled without a run, in place of an equal one whose ack may be lost."""
+        if sent.unique:
+            if self.verdicts[sent.alike]:
+                self.verdicts[sent.alike] = [wire.serial]
+            else:
+                assert self._has_another(sent), "settled, and is nowhere else"
+            return
         assert sent.redelivered, "a new job was settled from memory"
         assert sent.named, "a nameless job was settled from memory"
         live = {wire.serial for wire in self.wires.values() if not wire.retired}
@@ -250,47 +273,78 @@ class Episode:
 
     # The worker.
 
-    def _next(self, queue: str, run: Run | None) -> None:
+    def _start_more(self) -> None:
+        while started := self.ledger.next():
+            self._next(started)
+        self._next(None)
+
+    def _has_another(self, sent: Sent) -> bool:
+        """Whether the same job is in the broker once more."""
+        return any(
+            other is not sent and other.alike == sent.alike and not other.settled
+            for other in self.sent
+        )
+
+    def _may_start(self) -> list[Delivery]:
+        """The deliveries of which one must start now, if there are any."""
+        if self.ledger.draining or any(run.job.lost_starts for run in self.runs):
+            return []
+        if self.waiting[ALONE]:
+            return [] if self.runs else self.waiting[ALONE][:1]
+        busy = Counter(run.job.queue for run in self.runs)
+        free = [queue for queue in CONCURRENCY if busy[queue] < CONCURRENCY[queue]]
+        return [delivery for queue in free for delivery in self.waiting[queue][:1]]
+
+    def _next(self, run: Run | None) -> None:
         """The ledger was asked what to start next."""
-        busy = sum(other.job.queue == queue for other in self.runs)
-        waiting = self.waiting[queue]
+        may_start = self._may_start()
+        turns = dict(zip(places(may_start), may_start, strict=True))
         if run is None:
-            full = busy == CONCURRENCY[queue]
-            assert not waiting or full or self.ledger.draining, "a slot stays empty"
+            assert not turns, "a slot stays empty"
             return
-        assert not self.ledger.draining, "started in a drain"
-        assert busy < CONCURRENCY[queue], "more at once than allowed"
-        assert run.delivery is waiting[0], "not the one that has waited longest"
-        delivery = waiting.pop(0)
+        assert run.delivery
+        [place] = places([run.delivery])
+        assert place in turns, "it is not its turn"
+        delivery = turns[place]
+        for waiting in self.waiting.values():
+            if delivery in waiting:
+                waiting.remove(delivery)
         sent = self.wires[delivery.channel].unsettled[delivery.tag]
         self.story.append(f"  {sent} started")
-        self.runs[run] = delivery
+        self.runs[run] = run.delivery
         self.alike[run] = sent.alike
         self.starts[sent.alike] += 1
         running = sum(self.alike[other] == sent.alike for other in self.runs)
-        assert running <= self.published[sent.alike], "twice at once"
-        if sent.named and self.published[sent.alike] == 1:
+        assert running <= (1 if sent.unique else self.published[sent.alike]), "twice at once"
+        if sent.named and (self.published[sent.alike] == 1 or sent.unique):
             assert self.starts[sent.alike] <= 1 + self.returns[sent.alike], "again for nothing"
 
-    def finish(self, which: int, verdict: Verdict) -> None:
-        """A run ends."""
+    def finish(self, which: int, verdict: Verdict, copies: int = 1) -> None:
+        """A run ends; for want of a confirm, its copy may have been published twice."""
         if not self.runs:
             return
         run = list(self.runs)[which % len(self.runs)]
         delivery = self.runs.pop(run)
         alike = self.alike[run]
         self.story.append(f"a run ends: {verdict.value}")
-        if verdict in (Verdict.DONE, Verdict.DEAD):
+        if verdict in (Verdict.RETRY, Verdict.POSTPONE):
+            spent = run.job.attempt - (verdict is Verdict.POSTPONE)
+            message, _ = another_go(run.job, spent, f"copy {len(self.sent)}", 0.0)
+            for _ in range(copies):
+                self._publish(run.job.queue, message, verdict.value)
+        if verdict.remembered:
             self.done[alike] += 1
+            self.spent.pop(run.job.key, None)
             if run.job.named:
                 self.verdicts[alike].append(delivery.channel if delivery else NEVER_SENT)
         else:
             self.returns[alike] += 1
+            self.spent[run.job.key] += verdict is Verdict.SPEND
         order = self.ledger.finished(run, verdict)
-        assert order == (Settle(delivery, verdict) if delivery else None)
+        assert (order is None) == (delivery is None)
         if order:
             self._settle(order)
-        self._next(run.job.queue, self.ledger.next(run.job.queue))
+        self._start_more()
 
     def _settle(self, order: Settle) -> None:
         wire = self.wires.get(order.delivery.channel)
@@ -312,7 +366,7 @@ class Episode:
             wire.cancelled = True
         held = [delivery for waiting in self.waiting.values() for delivery in waiting]
         returned = self.ledger.unstarted()
-        assert returned == sorted(held, key=lambda delivery: (delivery.channel, delivery.tag))
+        assert places(returned) == sorted(places(held))
         for waiting in self.waiting.values():
             waiting.clear()
         for delivery in returned:
@@ -338,11 +392,13 @@ class Episode:
             if sent is None:
                 continue  # taken back before
             self.story.append(f"broker reads that {sent} is {verdict.value}")
-            if verdict is Verdict.RETURN:
+            if verdict in (Verdict.RETURN, Verdict.SPEND):
                 self._requeue([sent])
             else:
                 sent.settled = True
-            if verdict in (Verdict.DONE, Verdict.DEAD):
+            if verdict is Verdict.REJECT:
+                self.rejected.add(sent.alike)
+            if verdict.remembered:
                 self.acked.append(sent)
                 self._count_ack(sent)
         del wire.under_way[:count]
@@ -350,6 +406,8 @@ class Episode:
     def _count_ack(self, sent: Sent) -> None:
         self.acks[sent.alike] += 1
         allowed = self.done[sent.alike]
+        if sent.unique and (allowed or self._has_another(sent)):
+            return
         if sent.named and self.published[sent.alike] > 1:
             # Nobody can tell a redelivery of unknown origin from its finished equal.
             allowed += self.mistaken[sent.alike]
@@ -384,6 +442,7 @@ class Episode:
         self._requeue(list(wire.unacked.values()))
         self._drop(wire, self.clock + 1)
         (self.ledger.closed if in_order else self.ledger.lost)(wire.serial)
+        self._start_more()
 
     def kill(self, forgotten: int) -> None:
         """The broker is killed; it comes back without having seen the last acks."""
@@ -412,13 +471,14 @@ class Episode:
         received = [wire.received[tag] for tag in wire.unacked]
         self._requeue([wire.unacked.pop(tag) for tag in list(wire.unacked)[:taken_back]])
         stale_before = ([0, *received][: believed + 1])[-1] + 0.5
-        held = [delivery for delivery in self.waiting[queue] if delivery.channel == wire.serial]
+        held = self._unstarted_of(wire)
         self._drop(wire, stale_before)
-        self.waiting[queue] = [d for d in self.waiting[queue] if d not in held]
         returned = self.ledger.retired(wire.serial, stale_before)
-        assert returned == [delivery for delivery in held if delivery.received >= stale_before]
+        fresh = [delivery for delivery in held if delivery.received >= stale_before]
+        assert places(returned) == places(fresh)
         for delivery in returned:
             self._settle(Settle(delivery, Verdict.RETURN))
+        self._start_more()
 
     def detach(self, queue: str) -> None:
         """The worker cancels its own consumer, to consume otherwise on another channel."""
@@ -427,11 +487,20 @@ class Episode:
             return
         wire.detached = True
         self.story.append(f"channel {wire.serial} detached")
-        held = [delivery for delivery in self.waiting[queue] if delivery.channel == wire.serial]
-        self.waiting[queue] = [d for d in self.waiting[queue] if d not in held]
-        assert self.ledger.detached(wire.serial) == held
+        held = self._unstarted_of(wire)
+        assert places(self.ledger.detached(wire.serial)) == places(held)
         for delivery in held:
             self._settle(Settle(delivery, Verdict.RETURN))
+        self._start_more()
+
+    def _unstarted_of(self, wire: Wire) -> list[Delivery]:
+        """Take out what came on a channel and has not started."""
+        found = [
+            d for waiting in self.waiting.values() for d in waiting if d.channel == wire.serial
+        ]
+        for waiting in self.waiting.values():
+            waiting[:] = [delivery for delivery in waiting if delivery not in found]
+        return found
 
     def _drop(self, wire: Wire, received_before: float) -> None:
         """These deliveries of a channel can never be settled."""
@@ -450,8 +519,8 @@ class Episode:
         """What the ledger says of itself is so."""
         ledger = self.ledger
         assert ledger.running == set(self.runs)
-        for queue, waiting in self.waiting.items():
-            assert ledger.waiting(queue) == len(waiting)
+        for queue in CONCURRENCY:
+            assert ledger.waiting(queue) == len(self.waiting[queue])
             assert ledger.busy(queue) == sum(run.job.queue == queue for run in self.runs)
         unsent = any(delivery is None for delivery in self.runs.values())
         unsent |= any(NEVER_SENT in sent_on for sent_on in self.verdicts.values())
@@ -473,6 +542,8 @@ class Episode:
             assert len(self.story) > before, "nothing moves any more"
         self.check()
         assert all(sent.settled for sent in self.sent), "a message is lost"
+        ended = set(self.done) | self.rejected
+        assert all(sent.alike in ended for sent in self.sent), "a job was never run"
 
 
 @dataclass(frozen=True)
@@ -503,6 +574,7 @@ STEPS = [
     *_each(Episode.publish, KINDS, CONCURRENCY),
     *_each(Episode.deliver, CONCURRENCY, (1, 3), weight=6),
     *_each(Episode.finish, range(3), Verdict),
+    *_each(Episode.finish, range(3), [Verdict.RETRY, Verdict.POSTPONE], [2]),
     *_each(Episode.finish, range(3), [Verdict.DONE], weight=3),
     *_each(Episode.read, (1, EVERYTHING), weight=2),
     *_each(Episode.lose, CONCURRENCY, SOME),

@@ -160,7 +160,7 @@ class Host:
         run = list(instance.runs)[which % len(instance.runs)]
         message, delivery = instance.runs.pop(run)
         self.story.append(f"#{message} ends in {instance.name}: {verdict.value}")
-        if verdict in (Verdict.DONE, Verdict.DEAD):
+        if verdict.remembered:
             self.done.add(message)
         else:
             self.vain[message] += 1
@@ -168,7 +168,8 @@ class Host:
         assert order == (Settle(delivery, verdict) if delivery else None)
         if order:
             self._settle(instance, order)
-        self._act(instance, instance.ledger.next("queue"))
+        while started := instance.ledger.next():
+            self._act(instance, started)
 
     def _settle(self, instance: Instance, order: Settle) -> None:
         wire = instance.wires[order.delivery.channel]
@@ -273,7 +274,7 @@ class Host:
             message = wire.unacked.pop(tag, None)
             if message is None:
                 continue  # taken back before
-            if verdict is Verdict.RETURN:
+            if verdict in (Verdict.RETURN, Verdict.SPEND):
                 self._requeue([message])
                 continue
             self.settled.add(message)

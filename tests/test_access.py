@@ -9,9 +9,9 @@ import pytest
 
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
-from tests.harness.config import config
 from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
+from tests.harness.tables import config
 
 StartDaemon = Callable[..., Daemon]
 
@@ -164,7 +164,7 @@ def test_a_virtual_host_that_is_deleted_and_made_again_is_worked_in_again(
     broker: Broker, client: Client, daemon: StartDaemon, oracle: Oracle
 ) -> None:
     workerd = daemon(config(broker.url, oracle.command(), broker={"reconnect_max": "800ms"}))
-    workerd.wait_event("declared", what="delays")
+    workerd.wait_event("consuming", queue="jobs.due")
     workerd.wait_ready()
     oracle.hold("a")
     jobs = client.publish_jobs("jobs", ["a"])
@@ -200,7 +200,7 @@ def test_permissions_that_are_revoked_while_consuming_are_waited_for(
     user.permit()
     settings = {"password_file": str(user.password), "reconnect_max": "400ms"}
     workerd = daemon(config(user.url, oracle.command(), broker=settings))
-    workerd.wait_event("declared", what="delays")
+    workerd.wait_event("consuming", queue="jobs.due")
     workerd.wait_ready()
     oracle.hold("a")
     jobs = client.publish_jobs("jobs", ["a"])
@@ -229,7 +229,7 @@ def test_a_queue_that_is_forbidden_while_it_is_consumed_is_waited_for_and_the_ot
     user.permit()
     settings = {"password_file": str(user.password)}
     workerd = daemon(config(user.url, oracle.command(), queues=TWO_QUEUES, broker=settings))
-    workerd.wait_event("declared", what="delays")
+    workerd.wait_event("consuming", queue="jobs.due")
     for queue in TWO_QUEUES:
         workerd.wait_event("consuming", queue=queue)
     oracle.hold("a")
@@ -259,7 +259,7 @@ def test_a_dead_letter_that_may_not_be_written_keeps_its_job_until_it_may(
     user.permit()
     settings = {"password_file": str(user.password)}
     workerd = daemon(config(user.url, oracle.command(status=1), broker=settings))
-    workerd.wait_event("declared", what="delays")
+    workerd.wait_event("consuming", queue="jobs.due")
     workerd.wait_ready()
     # The default exchange has this name where rights are concerned.
     user.permit(write="^(?!amq[.]default$)")

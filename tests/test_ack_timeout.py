@@ -8,10 +8,10 @@ import pytest
 
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
-from tests.harness.config import config
 from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
 from tests.harness.peer import Peer, Settled
+from tests.harness.tables import config
 from tests.harness.waiting import SCALE
 
 StartBroker = Callable[..., Broker]

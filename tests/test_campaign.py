@@ -18,7 +18,7 @@ from tests.harness.amqp import Client
 from tests.harness.broker import Broker
 from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
-from tests.harness.tables import config
+from tests.harness.tables import AGAIN, config
 from tests.harness.waiting import SEEDS, until
 
 Start = Callable[..., Daemon]
@@ -56,7 +56,7 @@ class Work:
         """Start a daemon; the first one declares the queues."""
         queue = {"concurrency": SLOTS, "type": self.kind}
         command = self.oracle.command(seconds=self.seconds)
-        text = config(self.broker.url, command, queues={"jobs": queue})
+        text = config(self.broker.url, command, queues={"jobs": queue}, handler=AGAIN)
         worker = self.daemon(text)
         # Before that a signal simply ends it, as it ends every program that has not begun.
         worker.wait_event("connected")

@@ -14,11 +14,10 @@ from tests.conftest import VERSION
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
 from tests.harness.clock import Clock
-from tests.harness.config import config
 from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
+from tests.harness.tables import config, gated
 from tests.harness.tables import config as tables
-from tests.harness.tables import gated
 from tests.harness.waiting import SCALE
 from tests.harness.wire import Wire
 
@@ -49,7 +48,7 @@ def test_a_jump_of_the_wall_clock_makes_no_pause_longer_and_no_job_older(
 ) -> None:
     command = clock.daemon(tmp_path / "workerd-1.toml")
     workerd = daemon(config(wire.url, oracle.command()), command=command)
-    workerd.wait_event("declared", what="delays")
+    workerd.wait_event("consuming", queue="jobs.due")
     oracle.hold("a")
     jobs = client.publish_jobs("jobs", ["a"])
     before = workerd.wait_event("start")
@@ -123,7 +122,7 @@ def test_a_jump_of_the_brokers_clock_runs_no_job_twice(
     broker = own_broker(consumer_timeout_ms=600_000, own_clock=True)
     assert broker.clock
     workerd = daemon(config(broker.url, oracle.command()))
-    workerd.wait_event("declared", what="delays")
+    workerd.wait_event("consuming", queue="jobs.due")
     oracle.hold("a", "b")
     with Client(broker.url) as client:
         jobs = client.publish_jobs("jobs", ["a", "b"])

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from tests.harness.octets import array, field, long_string, packed, table
 from workerd.broker.codec import Timestamp, message_of, properties_of
-from workerd.job import UNREADABLE, Message, portable_headers
+from workerd.copies import portable_headers
+from workerd.job import UNREADABLE, Message
 
 pytestmark = pytest.mark.pika
 

@@ -20,6 +20,7 @@ from tests.commands import (
     job,
     prepared,
     run,
+    run_one,
 )
 from workerd.job import Job, Outcome, Report
 
@@ -278,6 +279,7 @@ def test_a_job_is_told_the_facts_about_itself() -> None:
         "WORKERD_QUEUE": "work",
         "WORKERD_ATTEMPT": "3",
         "WORKERD_MAX_ATTEMPTS": "5",
+        "WORKERD_REPORT": "/proc/self/fd/3",
         "WORKERD_REDELIVERED": "1",
         "WORKERD_CONTENT_TYPE": "text/plain",
         "WORKERD_CONTENT_ENCODING": "gzip",
@@ -434,12 +436,12 @@ def test_a_program_that_cannot_be_started_is_not_the_jobs_fault(
     async def scenario() -> tuple[Report, Report]:
         runs = prepared(command)
         never = asyncio.get_running_loop().create_future()
-        refused = await runs.run(job(), never)
+        refused = await run_one(runs, job(), never)
         if path.is_dir():
             path.rmdir()
         path.unlink(missing_ok=True)
         program(path, "echo ran")
-        return refused, await runs.run(job(), never)
+        return refused, await run_one(runs, job(), never)
 
     refused, done = in_loop(scenario())
     assert (refused.outcome, refused.reason) == (Outcome.UNAVAILABLE, "cannot-run")
@@ -467,12 +469,12 @@ def test_a_program_that_moved_within_the_path_is_found_again(tmp_path: Path) -> 
     async def scenario() -> list[Outcome]:
         runs = prepared(command)
         never = asyncio.get_running_loop().create_future()
-        before = await runs.run(job(), never)
+        before = await run_one(runs, job(), never)
         new.mkdir()
         path.rename(new / "prog")
         # The first attempt finds out; it is made again after a pause.
-        between = await runs.run(job(), never)
-        return [before.outcome, between.outcome, (await runs.run(job(), never)).outcome]
+        between = await run_one(runs, job(), never)
+        return [before.outcome, between.outcome, (await run_one(runs, job(), never)).outcome]
 
     outcomes = in_loop(scenario())
     assert outcomes == [Outcome.DONE, Outcome.UNAVAILABLE, Outcome.DONE]
@@ -562,7 +564,9 @@ def test_a_job_that_must_stop_is_interrupted(when: str, tmp_path: Path) -> None:
             stop.set_result(None)
         else:
             loop.call_later(0.05, stop.set_result, None)
-        return await prepared(handler("sh", "-c", f"touch {started}; sleep 60")).run(job(), stop)
+        return await run_one(
+            prepared(handler("sh", "-c", f"touch {started}; sleep 60")), job(), stop
+        )
 
     report = in_loop(scenario())
     assert (report.outcome, report.reason) == (Outcome.INTERRUPTED, "drain")

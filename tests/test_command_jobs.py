@@ -30,7 +30,7 @@ def configuration(broker: Broker, concurrency: int = 4, **handlers: Mapping[str,
     """Handlers of one queue; each is a table of TOML, whose values are written as JSON."""
     lines = [f'[broker]\nurls = ["{broker.url}"]\n[queues.work]\nconcurrency = {concurrency}']
     for name, options in handlers.items():
-        lines += [f"[handlers.{name}]", 'queue = "work"']
+        lines += [f"[handlers.{name}]", 'queue = "work"', "retry.attempts = 1"]
         lines += [f"{key} = {json.dumps(value)}" for key, value in options.items()]
     return "\n".join(lines)
 
@@ -265,14 +265,14 @@ def test_a_missing_program_holds_up_only_its_own_jobs_until_it_is_back(
     )
     workerd.wait_event("consuming")
     client.publish("work", type="job", message_id="patient")
-    told = workerd.wait_event("handler unavailable", job_id="patient")
+    told = workerd.wait_event("handler paused", job_id="patient")
     assert (told["level"], told["reason"]) == ("error", "cannot-run")
     assert told["error"] == f"cannot run {program}: No such file or directory"
     client.publish("work", type="other")
     workerd.wait_event("done", job_type="other")
     # The same trouble is told once, another one again.
     program.write_text("#!/bin/sh\necho here\n")
-    workerd.wait_event("handler unavailable", error=f"cannot run {program}: Permission denied")
+    workerd.wait_event("handler paused", error=f"cannot run {program}: Permission denied")
     program.chmod(0o755)
     workerd.wait_event("done", job_id="patient", attempt=1)
     assert_all_settled(workerd, client)
@@ -291,7 +291,7 @@ def test_without_descriptors_a_job_waits_for_better_times(
     before = resource.prlimit(workerd.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(workerd.pid, resource.RLIMIT_NOFILE, (highest + 1, before[1]))
     client.publish("work", type="job", message_id="poor")
-    told = workerd.wait_event("handler unavailable", job_id="poor")
+    told = workerd.wait_event("handler paused", job_id="poor")
     assert told["error"] == "cannot run true: Too many open files"
     resource.prlimit(workerd.pid, resource.RLIMIT_NOFILE, before)
     workerd.wait_event("done", job_id="poor", attempt=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -42,12 +43,15 @@ command = ["sh", "-c", "cat; echo", "sh", "{{body}}"]
 
 [handlers.fail]
 command = ["sh", "-c", "echo first line >&2; echo {{type}} is no use >&2; exit 3"]
+retry.attempts = 1
 
 [handlers.verbose]
 command = ["sh", "-c", "seq 1 99999 >&2; printf 'the end' >&2; exit 1"]
+retry.attempts = 1
 
 [handlers.crash]
 command = ["sh", "-c", "kill -SEGV $$"]
+retry.attempts = 1
 
 [handlers.key]
 command = ["printf", "%s|", "{{body.key}}"]
@@ -92,7 +96,7 @@ def test_a_message_of_unknown_type_becomes_a_dead_letter_and_is_never_requeued(
     # Nothing is behind them in the queue, and neither came a second time.
     client.publish("default", b"", type="echo", message_id="next")
     workerd.wait_event("done", job_id="next")
-    assert len(workerd.events("start")) == 3
+    assert [entry["job_id"] for entry in workerd.events("start")] == ["next"]
 
 
 def test_a_message_without_a_type_goes_to_the_default_handler_of_its_queue(
@@ -156,9 +160,9 @@ def test_a_body_without_the_key_that_a_command_needs_is_a_dead_letter_at_once(
     (letter,) = client.take("default.dead")
     assert reason(letter) == expected
     assert letter.body == body
-    assert letter.headers["x-workerd-attempts"] == 1
+    assert letter.headers["x-workerd-attempts"] == 0
     workerd.wait_event("dead letter", job_id="bad")
-    assert len(workerd.events("start")) == 1
+    assert not workerd.events("start")
 
 
 # The headers, row 49
@@ -350,7 +354,7 @@ def test_a_dead_letter_says_what_happened_and_leaves_the_rest_as_it_was(
         "correlation_id": "c",
         "reply_to": "r",
         "priority": 3,
-        "timestamp": 1_700_000_000,
+        "timestamp": int(time.time()),
         "type": "fail",
         "message_id": "failed",
     }
@@ -379,7 +383,7 @@ def test_a_dead_letter_says_what_happened_and_leaves_the_rest_as_it_was(
         "queue": "default",
         "host": socket.gethostname(),
         "instance": "two",
-        "expires": 1_700_000_600_000,
+        "expires": sent["timestamp"] * 1000 + 999 + 600_000,
     }
 
 

@@ -21,8 +21,8 @@ import pytest
 from tests.harness import octets
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
-from tests.harness.config import config
 from tests.harness.daemon import Daemon
+from tests.harness.tables import config
 from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import TIMEOUT, until
 from workerd.dead import opened
@@ -398,7 +398,7 @@ def test_a_job_that_is_sent_back_runs_again_although_it_is_remembered(
     failing = ["sh", "-c", 'echo "$1" >> "$0"; exit 3', str(marks), "{attempt}"]
     running = daemon(config(broker.url, failing), "1")
     running.wait_event("consuming", queue="jobs")
-    running.wait_event("declared", what="delays")
+    running.wait_event("consuming", queue="jobs.due")
     client.publish("jobs", b"x", message_id="a", headers={"mine": "kept"})
     client.await_ready("jobs.dead", 1)
     for times in (2, 3):
@@ -565,7 +565,7 @@ def test_a_failed_job_waits_while_the_dead_letter_queue_is_missing_or_full(
 ) -> None:
     client.declare("jobs.dead", x_max_length=1, x_overflow="reject-publish")
     running = daemon(config(broker.url, ["false"]))
-    running.wait_event("declared", what="delays")
+    running.wait_event("consuming", queue="jobs.due")
     client.publish_jobs("jobs", ["a"])
     running.wait_event("dead letter", job_id="a")
     client.publish_jobs("jobs", ["b"])

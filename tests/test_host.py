@@ -18,7 +18,7 @@ from tests.harness.broker import Broker
 from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
 from tests.harness.processes import MissingTool
-from tests.harness.tables import config
+from tests.harness.tables import AGAIN, config
 from tests.harness.waiting import SEEDS, TIMEOUT, until
 from tests.harness.wire import Wire
 
@@ -69,7 +69,7 @@ def outlive_kills(
     text = config(broker.url, oracle.command(seconds=seconds), queues={"jobs": kind})
     workers = [daemon(text, instance) for instance in ("1", "2")]
     for worker in workers:
-        worker.wait_event("declared", what="delays")
+        worker.wait_event("consuming", queue="jobs.due")
         worker.wait_event("consuming")
     with Client(broker.url) as client:
         ids = client.publish_jobs("jobs", [f"job-{number:03}" for number in range(jobs)])
@@ -151,7 +151,7 @@ def test_a_redelivery_is_run_when_the_sibling_that_ran_it_is_killed(
     broker: Broker, client: Client, daemon: Start, oracle: Oracle
 ) -> None:
     oracle.hold("a")
-    text = config(broker.url, oracle.command())
+    text = config(broker.url, oracle.command(), handler=AGAIN)
     one, two = run_on_one_and_bring_to_two(broker, client, daemon, oracle, text)
     one.kill()
     two.wait_event("start", job_id="a", redelivered=True)
@@ -166,7 +166,7 @@ def test_a_killed_instance_costs_only_the_jobs_that_it_was_running_another_run(
     broker: Broker, client: Client, daemon: Start, oracle: Oracle
 ) -> None:
     queues = {"jobs": {"concurrency": 4, "prefetch": 8}}
-    text = config(broker.url, oracle.command(), queues=queues)
+    text = config(broker.url, oracle.command(), queues=queues, handler=AGAIN)
     workers = [daemon(text, instance) for instance in ("1", "2")]
     for worker in workers:
         worker.wait_event("consuming")
@@ -239,7 +239,8 @@ def test_a_sibling_holds_a_failed_job_until_its_dead_letter_is_confirmed(
     oracle.hold("a")
     text = config(broker.url, oracle.command(status=1))
     one, two = run_on_one_and_bring_to_two(broker, client, daemon, oracle, text)
-    client.await_topology()
+    # Once it is back it declares nothing any more.
+    one.wait_event("consuming", queue="jobs.due", count=2)
     client.channel.queue_delete("jobs.dead")
     oracle.release()
     one.wait_event("dead letter refused", job_id="a")
@@ -260,7 +261,7 @@ def test_a_dead_letter_that_was_not_confirmed_when_the_daemon_was_killed_is_publ
 ) -> None:
     text = config(broker.url, oracle.command(status=1))
     worker = daemon(text, "1")
-    worker.wait_event("declared", what="delays")
+    worker.wait_event("consuming", queue="jobs.due")
     client.channel.queue_delete("jobs.dead")
     jobs = client.publish_jobs("jobs", ["a"])
     worker.wait_event("dead letter refused", job_id="a")
@@ -342,7 +343,7 @@ def test_an_equal_message_given_back_after_a_stop_is_run(
 def test_a_job_cut_off_by_a_kill_is_run_again_although_an_equal_one_was_finished(
     broker: Broker, client: Client, daemon: Start, oracle: Oracle, successor: str
 ) -> None:
-    text = config(broker.url, oracle.command())
+    text = config(broker.url, oracle.command(), handler=AGAIN)
     worker = daemon(text, "1")
     worker.wait_event("consuming")
     client.publish_jobs("jobs", ["cron"])
@@ -449,7 +450,7 @@ def test_a_damaged_journal_keeps_nobody_from_starting_and_loses_no_job(
     tmp_path: Path,
     damage: Callable[[Path], None],
 ) -> None:
-    text = config(broker.url, oracle.command())
+    text = config(broker.url, oracle.command(), handler=AGAIN)
     worker = daemon(text, "1")
     worker.wait_event("consuming")
     oracle.hold("b")

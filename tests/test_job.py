@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import datetime
 import uuid
-from dataclasses import fields, replace
-from decimal import Decimal
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from workerd.broker.codec import properties_of
+from workerd.copies import Place, dead_letter
 from workerd.job import (
     ATTEMPT,
+    COPY,
     EXPIRES,
     LAST_FAILURE,
     REPLAY,
     UNREADABLE,
     Message,
     Outcome,
-    Place,
     Report,
     count,
-    dead_letter,
     decode,
-    has_expired,
     new_id,
-    portable_headers,
 )
 
 MESSAGE = Message(
@@ -221,176 +216,6 @@ def test_ids_are_unique() -> None:
     assert len({new_id() for _ in range(10_000)}) == 10_000
 
 
-# Headers that may be published again.
-
-
-def test_the_senders_headers_go_along_and_ours_and_the_brokers_do_not() -> None:
-    sent = {"traceparent": "00-1", "n": 5, "nested": {"list": [1, None, True]}, "bytes": b"\xff"}
-    not_sent = {
-        ATTEMPT: 1,
-        "x-workerd-anything": 1,
-        "x-death": [],
-        "x-first-death-reason": "expired",
-        "x-last-death-queue": "q",
-        "x-delivery-count": 2,
-        "x-acquired-count": 3,
-    }
-    assert portable_headers({**not_sent, **sent}) == (sent, [])
-
-
-@pytest.mark.parametrize(
-    "value",
-    [2**63, -(2**63) - 1, {1, 2}, [2**63], {"k" * 256: 1}, {"deep": {"in": [2**63]}}],
-    ids=repr,
-)
-def test_a_header_that_cannot_be_sent_is_dropped_and_named(value: object) -> None:
-    assert portable_headers({"bad": value, "good": 1}) == ({"good": 1}, ["bad"])
-
-
-def test_a_table_that_is_too_deep_is_dropped() -> None:
-    value: object = 1
-    for _ in range(1000):
-        value = [value]
-    assert portable_headers({"deep": value, "good": 1}) == ({"good": 1}, ["deep"])
-
-
-@pytest.mark.parametrize("name", ["n" * 256, "ü" * 128])
-def test_a_name_that_cannot_be_sent_is_dropped_and_told_in_short(name: str) -> None:
-    assert portable_headers({name: 1, "good": 1}) == ({"good": 1}, [str(name)[:80]])
-
-
-def test_what_does_not_fit_the_frame_is_dropped_but_not_what_comes_after_it() -> None:
-    headers = {"a": "x" * 40_000, "b": "x" * 40_000, "c": "x" * 10_000}
-    kept, dropped = portable_headers(headers)
-    assert list(kept) == ["a", "c"]
-    assert dropped == ["b"]
-
-
-values: st.SearchStrategy[Any] = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.sampled_from([0, -1, 2**31, 2**63 - 1, 2**63, 2**64, -(2**63), -(2**63) - 1])
-    | st.floats()
-    | st.text(max_size=300)
-    | st.binary(max_size=300)
-    | st.builds(Decimal.scaleb, st.integers(-(2**31), 2**31 - 1).map(Decimal), st.integers(-255, 0))
-    | st.datetimes(min_value=datetime.datetime(1970, 1, 1)),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(st.text(max_size=3) | st.binary(max_size=3), inner, max_size=4)
-    ),
-    max_leaves=8,
-)
-
-
-@pytest.mark.pika
-@given(st.dictionaries(st.text(max_size=300).map("n".__add__), values, max_size=6))
-def test_pika_can_send_every_header_that_is_kept(headers: dict[str, Any]) -> None:
-    kept, dropped = portable_headers(headers)
-    assert kept.keys() | set(dropped) == {name if name in kept else name[:80] for name in headers}
-    assert encoded_size(Message(headers=kept)) <= 64 * 1024 + 100
-
-
-# Dead letters.
-
-
-def the_letter(message: Message = MESSAGE, report: Report = FAILED) -> Message:
-    letter, dropped = dead_letter(decode(message, "photos"), report, PLACE, NOW)
-    assert not dropped
-    return letter
-
-
-def test_a_dead_letter_is_the_message_with_what_happened_in_its_headers() -> None:
-    letter = the_letter(replace(MESSAGE, headers={**MESSAGE.headers, ATTEMPT: 2}))
-    assert replace(letter, headers={}) == replace(MESSAGE, headers={})
-    assert letter.headers == {
-        "traceparent": "00-1",
-        "x-workerd-reason": "exit-status",
-        "x-workerd-exit-status": 3,
-        "x-workerd-error": "no such photo",
-        "x-workerd-attempts": 3,
-        "x-workerd-queue": "photos",
-        "x-workerd-host": "host1",
-        "x-workerd-instance": "2",
-        "x-workerd-first-failure": "2026-01-02T03:04:05.678Z",
-        "x-workerd-last-failure": "2026-01-02T03:04:05.678Z",
-    }
-
-
-def test_a_signal_is_told_and_what_there_was_not_is_left_out() -> None:
-    letter = the_letter(report=Report(Outcome.FAILED, "signal", signal="SIGKILL"))
-    assert letter.headers["x-workerd-signal"] == "SIGKILL"
-    assert not {"x-workerd-exit-status", "x-workerd-error"} & letter.headers.keys()
-    assert None not in letter.headers.values()
-
-
-def test_a_job_without_an_id_keeps_in_its_letter_the_one_from_the_log() -> None:
-    job = decode(replace(MESSAGE, message_id=None), "q")
-    letter, _ = dead_letter(job, FAILED, PLACE, NOW)
-    assert letter.message_id == job.id
-
-
-def test_the_first_failure_of_several_is_kept() -> None:
-    first = {"x-workerd-first-failure": "2025-12-31T00:00:00.000Z"}
-    letter = the_letter(replace(MESSAGE, headers=first))
-    assert letter.headers["x-workerd-first-failure"] == "2025-12-31T00:00:00.000Z"
-    assert letter.headers["x-workerd-last-failure"] == "2026-01-02T03:04:05.678Z"
-
-
-@pytest.mark.parametrize("forged", ["x" * 40, 5, b"2025", None])
-def test_a_first_failure_that_is_none_is_not_believed(forged: object) -> None:
-    letter = the_letter(replace(MESSAGE, headers={"x-workerd-first-failure": forged}))
-    assert letter.headers["x-workerd-first-failure"] == "2026-01-02T03:04:05.678Z"
-
-
-@pytest.mark.parametrize("letter", ["x", "ü", "€", "🎉"])
-def test_of_a_long_error_the_end_is_kept_in_whole_characters(letter: str) -> None:
-    error = "begin" + letter * 9000 + "end"
-    kept = the_letter(report=replace(FAILED, error=error)).headers["x-workerd-error"]
-    assert isinstance(kept, str)
-    assert 8192 - 4 < len(kept.encode()) <= 8192
-    assert error.endswith(kept)
-
-
-def test_an_error_that_is_no_valid_text_is_told_nevertheless() -> None:
-    letter = the_letter(report=replace(FAILED, error="a\udcffb"))
-    assert letter.headers["x-workerd-error"] == "a\\udcffb"
-
-
-def test_headers_that_had_to_be_dropped_are_named() -> None:
-    job = decode(replace(MESSAGE, headers={"huge": 2**64, "whole": 1}), "q")
-    letter, dropped = dead_letter(job, FAILED, PLACE, NOW)
-    assert dropped == ["huge"]
-    assert letter.headers["whole"] == 1
-
-
-@pytest.mark.pika
-def test_the_largest_dead_letter_fits_one_frame() -> None:
-    headers = {f"h{number}": "x" * 250 for number in range(1000)}
-    texts = ("type", "message_id", "content_type", "content_encoding", "correlation_id", "reply_to")
-    longest: dict[str, Any] = dict.fromkeys(texts, "x" * 255)
-    message = Message(headers=headers, timestamp=1, priority=9, **longest)
-    report = Report(Outcome.FAILED, "exit-status", 255, "SIGKILL", "x" * 10_000)
-    letter, _ = dead_letter(decode(message, "q" * 200), report, Place("h" * 64, "i" * 32), NOW)
-    assert 64 * 1024 < encoded_size(letter) < 131_072 - 22
-
-
-@pytest.mark.pika
-def test_a_message_with_a_fault_can_become_a_dead_letter() -> None:
-    changes: dict[str, Any] = {
-        each.name: b"\xff" for each in fields(Message) if "bytes | None" in str(each.type)
-    }
-    assert len(changes) == 7
-    job = decode(replace(MESSAGE, **changes, headers={UNREADABLE: b"\xff"}), "q")
-    letter, _ = dead_letter(job, FAILED, PLACE, NOW)
-    assert UNREADABLE not in letter.headers
-    assert encoded_size(letter)
-
-
-def encoded_size(message: Message) -> int:
-    return len(b"".join(properties_of(message).encode()))
-
-
 # Expiry.
 
 
@@ -408,32 +233,67 @@ def encoded_size(message: Message) -> int:
     ],
 )
 def test_a_job_expires_at_the_instant_in_its_own_header(expires: object, expired: bool) -> None:
-    assert has_expired(Message(headers={EXPIRES: expires}), NOW) is expired
+    assert decode(Message(headers={EXPIRES: expires}), "q").has_expired(NOW) is expired
 
 
 def test_a_job_without_that_header_never_expires() -> None:
-    assert not has_expired(Message(), NOW)
+    assert not decode(Message(), "q").has_expired(NOW)
 
 
-def expires_of_letter(**changes: Any) -> object:
-    letter = the_letter(replace(MESSAGE, **changes))
-    assert letter.expiration is None, "the broker would drop the letter"
-    return letter.headers.get(EXPIRES)
+def expires(now: float = NOW, **changes: Any) -> int | None:
+    return decode(replace(MESSAGE, **changes), "q", now=now).expires
 
 
-def test_a_time_to_live_becomes_an_instant() -> None:
-    assert expires_of_letter(expiration="1500") == 1_700_000_001_500
-    assert expires_of_letter(expiration="1500", timestamp=None) == int(NOW * 1000) + 1500
-    assert expires_of_letter(expiration="9" * 30) == 2**63 - 1
-    assert expires_of_letter() is None
+def test_a_time_to_live_counts_from_the_end_of_the_second_in_which_it_was_sent() -> None:
+    sent = 1_700_000_000
+    assert expires(now=sent + 1, expiration="1500") == 1_700_000_002_499
+    assert expires(now=sent + 60, expiration="90000") == 1_700_000_090_999
 
 
-@pytest.mark.parametrize("text", ["", "-1", "1.5", "x", "٣", b"\xff"])
+@pytest.mark.parametrize("timestamp", [None, 0, 1, 1_767_323_000, 1_767_323_100, 2**62])
+def test_a_time_to_live_counts_from_the_arrival_where_the_timestamp_cannot_be_right(
+    timestamp: int | None,
+) -> None:
+    # The broker has just handed it over, so its time was not over yet.
+    assert expires(expiration="1500", timestamp=timestamp) == int(NOW * 1000) + 1500
+
+
+def test_a_time_to_live_that_is_too_long_is_cut() -> None:
+    assert expires(expiration="9" * 19) == 2**63 - 1
+    assert expires() is None
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5", "x", "٣", b"\xff", "9" * 5000])
 def test_a_time_to_live_that_is_none_is_left_out(text: str | bytes) -> None:
-    assert expires_of_letter(expiration=text) is None
+    assert expires(expiration=text) is None
 
 
 def test_an_instant_that_was_set_before_stays() -> None:
-    assert expires_of_letter(headers={EXPIRES: 5}, expiration="1500") == 5
-    assert expires_of_letter(headers={EXPIRES: 2**63}, expiration="1500") == 1_700_000_001_500
-    assert expires_of_letter(headers={EXPIRES: "soon"}) is None
+    assert expires(headers={EXPIRES: 5}, expiration="1500") == 5
+    assert expires(headers={EXPIRES: 2**63}, expiration="1500") == int(NOW * 1000) + 1500
+    assert expires(headers={EXPIRES: "soon"}) is None
+
+
+# Attempts that ended with their daemon.
+
+
+def test_a_start_that_was_lost_was_an_attempt() -> None:
+    job = decode(replace(MESSAGE, headers={ATTEMPT: 1}), "q", redelivered=True)
+    again = job.after_lost_starts(2)
+    assert (again.attempt, again.lost_starts, again.key) == (4, 2, job.key)
+
+
+# Copies.
+
+
+def test_only_a_copy_with_an_id_is_unique() -> None:
+    copy = replace(MESSAGE, headers={COPY: "mark"})
+    assert decode(copy, "q").unique
+    assert not decode(MESSAGE, "q").unique
+    assert not decode(replace(copy, message_id=None), "q").unique
+    assert not decode(replace(MESSAGE, headers={COPY: 5}), "q").unique
+
+
+def test_two_copies_have_two_keys() -> None:
+    one, other = (replace(MESSAGE, headers={COPY: mark}) for mark in ("a", "b"))
+    assert len({decode(message, "q").key for message in (one, other, MESSAGE)}) == 3

@@ -162,7 +162,7 @@ def test_an_equal_job_that_waited_is_run_beside_the_one_that_is_rejoined(message
     assert second.deliver(message, redelivered=True) == Rejoined(run)
     assert second.deliver(message, redelivered=True) is None
     assert ledger.finished(run, Verdict.DONE)
-    assert ledger.next("queue")
+    assert ledger.next()
 
 
 # 2. A redelivery of a finished job is settled from memory.
@@ -311,7 +311,7 @@ def test_nothing_starts_in_a_drain() -> None:
     ledger.drain()
     assert channel.deliver(Message(message_id="late")) is None
     ledger.finished(run, Verdict.DONE)
-    assert ledger.next("queue") is None
+    assert ledger.next() is None
     assert not ledger.running
 
 
@@ -356,10 +356,10 @@ def test_the_longest_waiting_starts_when_a_slot_becomes_free() -> None:
     assert [channel.deliver(Message(b"%d" % number)) for number in (2, 3)] == [None, None]
     assert (ledger.busy("queue"), ledger.waiting("queue")) == (2, 2)
     ledger.finished(runs[1], Verdict.DONE)
-    started = ledger.next("queue")
+    started = ledger.next()
     assert started
     assert started.job.body == b"2"
-    assert ledger.next("queue") is None
+    assert ledger.next() is None
     assert (ledger.busy("queue"), ledger.waiting("queue")) == (2, 1)
 
 
@@ -378,7 +378,7 @@ def test_a_run_without_a_channel_keeps_its_slot() -> None:
     second = Channel(ledger, 2)
     assert second.deliver(OTHER) is None
     ledger.finished(run, Verdict.DONE)
-    assert ledger.next("queue")
+    assert ledger.next()
 
 
 def test_what_waits_is_forgotten_with_its_channel_and_no_other() -> None:

@@ -10,15 +10,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
-from tests.harness.config import config
 from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
 from tests.harness.processes import MissingTool
+from tests.harness.tables import config
 from tests.harness.waiting import until
 from tests.harness.wire import Wire
 
@@ -54,11 +55,14 @@ def check_no_busy_loop(workerd: Daemon) -> None:
 def test_without_descriptors_jobs_wait_and_none_is_lost_or_blamed(
     broker: Broker, client: Client, daemon: StartDaemon, oracle: Oracle
 ) -> None:
-    # A job needs six descriptors for its pipes; three of them are closed before it needs another.
-    steps = range(6)
-    queues = {"jobs": {"concurrency": len(steps)}}
-    workerd = daemon(config(broker.url, oracle.command(), queues=queues))
-    workerd.wait_event("declared", what="delays")
+    # A job needs six descriptors for its pipes, and one for its report; three of them are closed
+    # before it needs another. A handler that is paused would not even try.
+    steps = range(7)
+    handlers: dict[str, Any] = {
+        f"handlers.with-{n}": {"command": oracle.command(), "queue": "jobs"} for n in steps
+    }
+    workerd = daemon(config(broker.url, oracle.command(), **handlers))
+    workerd.wait_event("consuming", queue="jobs.due")
     jobs = client.publish_jobs("jobs", ["before"])
     workerd.wait_event("done")
     until(lambda: len(workerd.children()) == 1, "only the guardian is left")
@@ -67,12 +71,13 @@ def test_without_descriptors_jobs_wait_and_none_is_lost_or_blamed(
     started = reaped_faults(workerd)
     for spare in steps:
         leave_descriptors(workerd, spare)
-        jobs += client.publish_jobs("jobs", [f"with-{spare}"])
-        unavailable = workerd.wait_event("handler unavailable", job_id=f"with-{spare}")
-        assert unavailable["error"].endswith(": Too many open files")
+        jobs += client.publish_jobs("jobs", [f"with-{spare}"], type=f"with-{spare}")
+        paused = workerd.wait_event("handler paused", job_id=f"with-{spare}")
+        assert paused["error"].endswith(": Too many open files")
         assert workerd.fds() == used
+        workerd.wait_event("postponed", job_id=f"with-{spare}")
     check_no_busy_loop(workerd)
-    broker.await_depth("jobs", unacked=len(steps))
+    broker.await_depth("jobs")
     # Not one was started only to be killed.
     assert reaped_faults(workerd) == started
 
@@ -88,7 +93,7 @@ def test_without_descriptors_for_a_connection_it_waits_and_comes_back(
     broker: Broker, client: Client, wire: Wire, daemon: StartDaemon, oracle: Oracle
 ) -> None:
     workerd = daemon(config(wire.url, oracle.command()))
-    workerd.wait_event("declared", what="delays")
+    workerd.wait_event("consuming", queue="jobs.due")
     oracle.hold("a")
     jobs = client.publish_jobs("jobs", ["a"])
     workerd.wait_event("start")
@@ -145,19 +150,21 @@ def test_without_processes_jobs_wait_and_none_is_lost_or_blamed(
     nobody = Nobody()
     command = nobody.command(tmp_path / "workerd-1.toml")
     workerd = daemon(config(wire.url, oracle.command()), command=command)
-    workerd.wait_event("declared", what="delays")
+    workerd.wait_event("consuming", queue="jobs.due")
     jobs = client.publish_jobs("jobs", ["before"])
     workerd.wait_event("done")
 
     nobody.limit(workerd, 1)
     jobs += client.publish_jobs("jobs", ["a", "b"])
-    unavailable = workerd.wait_event("handler unavailable", count=2)
-    assert unavailable["error"].endswith(": Resource temporarily unavailable")
+    paused = workerd.wait_event("handler paused")
+    assert paused["error"].endswith(": Resource temporarily unavailable")
+    for job in ("a", "b"):
+        workerd.wait_event("postponed", job_id=job)
     check_no_busy_loop(workerd)
     # It comes back from an outage without a thread or process more.
+    mark = workerd.mark()
     wire.break_connections()
-    workerd.wait_event("rejoined", count=2)
-    broker.await_depth("jobs", unacked=2)
+    workerd.wait_event("consuming", since=mark, queue="jobs")
 
     nobody.limit(workerd, 1000)
     workerd.wait_event("done", count=3)

@@ -14,11 +14,11 @@ import pytest
 
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
-from tests.harness.config import config
 from tests.harness.daemon import Daemon
 from tests.harness.network import BROKER_ADDRESS, Network
 from tests.harness.oracle import Oracle
 from tests.harness.processes import MissingTool
+from tests.harness.tables import config
 from tests.harness.waiting import TIMEOUT, until
 from tests.harness.wire import Wire
 
@@ -99,7 +99,7 @@ def test_a_connection_into_a_black_hole_is_found_and_its_jobs_are_rejoined(
         jobs = client.publish_jobs("jobs", ["a"])
         workerd.wait_event("start")
         # Nothing is on its way, so only the heartbeat can tell.
-        workerd.wait_event("declared", what="delays")
+        workerd.wait_event("consuming", queue="jobs.due")
 
         network.drop()
         workerd.wait_event("disconnected", timeout=FOUND_WITHIN)
@@ -184,7 +184,7 @@ def test_a_slow_network_that_loses_packets_is_no_outage(
     settings = config(distant.url, oracle.command(), broker={"heartbeat": "10s"})
     workerd = daemon(settings, netns=network.daemon_ns)
     # The declarations take a round trip each, and there are many.
-    workerd.wait_event("declared", what="delays")
+    workerd.wait_event("consuming", queue="jobs.due")
     workerd.wait_ready()
     with Client(distant.url, netns=network.broker_ns) as client:
         # Two seconds for the jobs alone.
@@ -202,7 +202,7 @@ def test_a_broker_that_is_far_away_is_no_outage(
     broker: Broker, client: Client, wire: Wire, daemon: StartDaemon, oracle: Oracle
 ) -> None:
     workerd = daemon(config(wire.url, oracle.command(), broker=HEARTBEAT))
-    workerd.wait_event("declared", what="delays")
+    workerd.wait_event("consuming", queue="jobs.due")
     workerd.wait_ready()
     wire.delay = 1.0
     jobs = client.publish_jobs("jobs", ["a", "b"])

@@ -12,10 +12,10 @@ import pytest
 
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
-from tests.harness.config import config
 from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
 from tests.harness.peer import Peer
+from tests.harness.tables import config
 from tests.harness.waiting import TIMEOUT, until
 from tests.harness.wire import Wire
 
@@ -41,7 +41,7 @@ def nobody() -> Iterator[str]:
 
 def kill(broker: Broker, workerd: Daemon) -> None:
     """Kill the broker, but not in the middle of a declaration: RabbitMQ would lose that queue."""
-    workerd.wait_event("declared", what="delays")
+    workerd.wait_event("consuming", queue="jobs.due")
     broker.kill()
     workerd.wait_event("disconnected")
 
@@ -155,7 +155,7 @@ def test_connections_closed_by_an_administrator_disturb_no_job(
     queues = {"jobs": {"concurrency": 2, "prefetch": 4}}
     workerd = daemon(config(broker.url, oracle.command(), queues=queues))
     workerd.wait_ready()
-    workerd.wait_event("declared", what="delays")
+    workerd.wait_event("consuming", queue="jobs.due")
     descriptors = workerd.fds()
     oracle.hold("a", "b")
     jobs = client.publish_jobs("jobs", ["a", "b", "c", "d"])
@@ -231,7 +231,7 @@ def test_a_broker_that_freezes_is_found_by_the_heartbeat_and_rejoined_when_it_th
     jobs = client.publish_jobs("jobs", ["a"])
     workerd.wait_event("start")
     # Nothing is being asked, so only the heartbeat can tell.
-    workerd.wait_event("declared", what="delays")
+    workerd.wait_event("consuming", queue="jobs.due")
 
     broker.freeze()
     lost = workerd.wait_event("disconnected", timeout=FOUND_WITHIN)

@@ -10,9 +10,9 @@ import pytest
 
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
-from tests.harness.config import config
 from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
+from tests.harness.tables import config
 
 StartDaemon = Callable[..., Daemon]
 

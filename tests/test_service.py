@@ -18,7 +18,7 @@ from tests.harness import processes
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
 from tests.harness.daemon import Daemon
-from tests.harness.tables import config, gated
+from tests.harness.tables import AGAIN, config, gated
 from tests.harness.waiting import SCALE, until
 from tests.harness.wire import Wire
 
@@ -353,7 +353,7 @@ def test_an_instance_can_be_started_again_when_its_daemon_was_killed_under_a_job
     # At its first run the job leaves a process of another session behind, which no one finds.
     stray = """setsid sh -c 'touch "$0"; exec sleep 300' "$0" & wait"""
     script = f'[ -e "$0" ] || ({stray})'
-    text = config(broker.url, ["sh", "-c", script, tmp_path / "ran"])
+    text = config(broker.url, ["sh", "-c", script, tmp_path / "ran"], handler=AGAIN)
     killed = daemon(text)
     killed.wait_ready()
     client.publish("jobs")

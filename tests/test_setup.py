@@ -13,8 +13,8 @@ import pytest
 
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
-from tests.harness.config import config
 from tests.harness.daemon import Daemon
+from tests.harness.tables import config
 from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import TIMEOUT
 from workerd.connect import check_broker

@@ -16,10 +16,10 @@ import pytest
 
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
-from tests.harness.config import config
 from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
 from tests.harness.peer import Peer
+from tests.harness.tables import config
 from tests.harness.waiting import TIMEOUT
 
 StartBroker = Callable[..., Broker]

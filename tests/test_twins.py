@@ -16,7 +16,7 @@ from tests.harness.amqp import Client
 from tests.harness.broker import Broker
 from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
-from tests.harness.tables import config
+from tests.harness.tables import AGAIN, config
 from tests.harness.waiting import until
 from tests.test_host import close_connections, state_of
 
@@ -25,7 +25,8 @@ StartDaemon = Callable[..., Daemon]
 
 @pytest.fixture
 def text(broker: Broker, oracle: Oracle) -> str:
-    return config(broker.url, oracle.command(), queues={"jobs": {"concurrency": 1, "prefetch": 2}})
+    queue = {"concurrency": 1, "prefetch": 2}
+    return config(broker.url, oracle.command(), queues={"jobs": queue}, handler=AGAIN)
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""Consuming: the connection, a channel for each queue, and the topology they need.
+"""Consuming: the connection, a channel for each source of jobs, and the topology they need.
+
+A work queue is two sources: the queue itself, and the one where its delayed jobs come due.
 
 Trouble stays where it is: a queue that is missing, locked or forbidden is tried again
 and again by itself, while the others go on.
@@ -8,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from workerd import log
+from workerd import log, topology
 from workerd.broker import Channel, Incoming, Link, ack_timeout_in
 from workerd.declarations import Declarations
 from workerd.errors import Kind, Trouble
@@ -34,6 +36,29 @@ class Connect(Protocol):
     ) -> AsyncIterator[Link]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is consumed for the jobs of a work queue: itself, or where its delayed jobs come due."""
+
+    queue: Queue
+    due: bool = False
+
+    @property
+    def name(self) -> str:
+        return topology.due(self.queue.name) if self.due else self.queue.name
+
+    @property
+    def prefetch(self) -> int:
+        # As many as may run at once, or one long job would hold up all that come due meanwhile.
+        return self.queue.concurrency if self.due else self.queue.prefetch
+
+    def looks_like(self, other: Source) -> bool:
+        """Whether the broker sees no difference between the two."""
+        return (self.name, self.prefetch) == (other.name, other.prefetch) and (
+            self.due or _on_the_wire(self.queue) == _on_the_wire(other.queue)
+        )
+
+
 class Receiver(Protocol):
     """Who is told what happens; called synchronously, from inside the broker's callbacks."""
 
@@ -44,7 +69,7 @@ class Receiver(Protocol):
     def opened(self, channel: Channel) -> None:
         """A channel is about to consume."""
 
-    def delivered(self, queue: str, channel: Channel, incoming: Incoming) -> None: ...
+    def delivered(self, source: Source, channel: Channel, incoming: Incoming) -> None: ...
 
     def lost(self, channel: Channel) -> None:
         """A channel is gone, and with it every delivery that came on it."""
@@ -69,12 +94,13 @@ class Consumer:
         self._settings = settings
         self._tag = tag
         self._receiver = receiver
-        self._queues = _consumed(settings)
-        #: One for each queue that is being consumed, set when it is to be consumed otherwise.
+        #: What is to be consumed, by name.
+        self._sources = _sources(settings)
+        #: One for each that is being consumed, set when it is to be consumed otherwise.
         self._changes: dict[str, asyncio.Event] = {}
-        #: The channel that consumes each queue at present.
+        #: The channel that consumes each source at present, by its name.
         self.channels: dict[str, Channel] = {}
-        #: What keeps a queue from being consumed, in the broker's words.
+        #: What keeps a source from being consumed, in the broker's words.
         self.paused: dict[str, str] = {}
         self.declarations = Declarations()
         self.ack_timeout = settings.broker.ack_timeout
@@ -89,6 +115,13 @@ class Consumer:
         #: Whether the present outage has been logged.
         self._down = False
         self._link: Link | None = None
+        #: Declares the delay levels, once on each connection.
+        self._levels: asyncio.Task[None]
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """RabbitMQ's version, (0,) while there is no connection."""
+        return self._link.version if self._link else (0,)
 
     @property
     def broker(self) -> str:
@@ -106,28 +139,27 @@ class Consumer:
             self.connected_at = asyncio.get_running_loop().time()
             log.event("connected", broker=link.url.host, rabbitmq=".".join(map(str, link.version)))
             async with asyncio.TaskGroup() as self._tasks:
-                for name in self._queues:
+                declaring = self.declarations.delays(link)
+                self._levels = self._tasks.create_task(declaring, name="declare")
+                for name in self._sources:
                     self._begin(link, name)
-                declaring = self.declarations.delays(link, self._queues.values())
-                self._tasks.create_task(declaring, name="declare")
                 # Queues may be added for as long as the connection lives.
                 await asyncio.wait({link.ended})
             self._link = None
 
     def reload(self, settings: Settings) -> None:
         """Consume the queues of these settings; reconnect with them, when that is due."""
-        before = self._queues
+        before = self._sources
         self._settings = settings
-        self._queues = _consumed(settings)
+        self._sources = _sources(settings)
         if self._link is None or self._link.ended.done():
             return
-        for name, queue in self._queues.items():
+        for name in self._sources:
             if name not in self._changes:
                 self._begin(self._link, name)
-                self._tasks.create_task(self.declarations.due(self._link, queue))
         for name, changed in self._changes.items():
-            old, new = before.get(name), self._queues.get(name)
-            if old is None or new is None or _on_the_wire(old) != _on_the_wire(new):
+            old, new = before.get(name), self._sources.get(name)
+            if old is None or new is None or not new.looks_like(old):
                 changed.set()
 
     def _begin(self, link: Link, name: str) -> None:
@@ -169,46 +201,49 @@ class Consumer:
             await self._link.close(timeout=2.0)
 
     async def _consume(self, link: Link, name: str) -> None:
-        """Consume one queue for as long as the connection lives and the settings name it."""
+        """Consume one source for as long as the connection lives and the settings name it."""
         clock = asyncio.get_running_loop().time
         changed = self._changes[name]
         reconnect_max = self._settings.broker.reconnect_max
         delays = backoff(FIRST_PAUSE, reconnect_max)
-        declared: Queue | None = None
+        declared: Source | None = None
         refusal: Trouble | None = None
         while self._receiver.wanted and not link.ended.done():
-            queue = self._queues.get(name)
-            if queue is None:
+            source = self._sources.get(name)
+            if source is None:
                 break
             changed.clear()
             try:
-                if declared is None or _on_the_wire(declared) != _on_the_wire(queue):
-                    refusal = await self.declarations.queue(link, queue)
-                channel = await self._open(link, queue)
+                if declared is None or not source.looks_like(declared):
+                    refusal = await self._declare(link, source)
+                channel = await self._open(link, source)
             except Trouble as trouble:
                 if link.ended.done() or not self._receiver.wanted:
                     break
                 # That it is missing says less than why it could not be declared.
-                self._pause(queue, refusal if refusal and trouble.kind is Kind.MISSING else trouble)
+                self._pause(name, refusal if refusal and trouble.kind is Kind.MISSING else trouble)
                 await first(asyncio.wait({link.ended}), changed.wait(), timeout=next(delays))
                 continue
-            declared, refusal = queue, None
+            declared, refusal = source, None
             opened_at = clock()
             self.channels[name] = channel
             self.paused.pop(name, None)
-            self.consuming.set()
-            log.event("consuming", queue=name)
+            if source.due:
+                log.debug("consuming", queue=name)
+            else:
+                self.consuming.set()
+                log.event("consuming", queue=name)
             self._receiver.changed()
             await first(
                 asyncio.wait({channel.ended}),
                 channel.cancelled.wait(),
                 changed.wait(),
-                self._stalls(channel, queue),
+                self._stalls(channel, name),
             )
             if self.channels.get(name) is channel:
                 del self.channels[name]
             if channel.ended.done():
-                self._explain(queue, channel.ended.result())
+                self._explain(name, channel.ended.result())
             elif channel.cancelled.is_set():
                 log.warning("consumer cancelled", queue=name)
                 self._receiver.retired(channel)
@@ -221,7 +256,14 @@ class Consumer:
             await first(asyncio.wait({link.ended}), changed.wait(), timeout=next(delays))
         self.paused.pop(name, None)
 
-    async def _stalls(self, channel: Channel, queue: Queue) -> None:
+    async def _declare(self, link: Link, source: Source) -> Trouble | None:
+        """Declare a source, and what belongs to it; returns the broker's objection."""
+        if not source.due:
+            return await self.declarations.queue(link, source.queue)
+        await asyncio.shield(self._levels)
+        return await self.declarations.due(link, source.queue)
+
+    async def _stalls(self, channel: Channel, name: str) -> None:
         """Wait until messages wait in the queue and none comes, although nothing is in hand.
 
         Brokers have had bugs that starve a consumer for ever (RabbitMQ 11228 and 15473); a new
@@ -235,12 +277,12 @@ class Consumer:
                 suspicious = -1
                 continue
             try:
-                ready, _ = await channel.count(queue.name)
+                ready, _ = await channel.count(name)
             except Trouble:
                 return  # the channel has ended, which says more
             # Twice, since a message may be on its way.
             if ready and channel.deliveries == suspicious:
-                log.warning("consumer stalled", queue=queue.name, ready=ready)
+                log.warning("consumer stalled", queue=name, ready=ready)
                 return
             suspicious = channel.deliveries if ready else -1
 
@@ -253,17 +295,17 @@ class Consumer:
         else:
             self._receiver.detached(channel)
 
-    async def _open(self, link: Link, queue: Queue) -> Channel:
-        """A new channel that consumes the queue. It never makes it: see `Declarations.queue`."""
+    async def _open(self, link: Link, source: Source) -> Channel:
+        """A new channel that consumes the source. It never makes it: see `Declarations`."""
         channel = await link.channel()
-        await channel.count(queue.name)
+        await channel.count(source.name)
         self._receiver.opened(channel)
         try:
             await channel.consume(
-                queue.name,
-                queue.prefetch,
+                source.name,
+                source.prefetch,
                 f"{self._tag}.{channel.serial}",
-                lambda channel, incoming: self._receiver.delivered(queue.name, channel, incoming),
+                lambda channel, incoming: self._receiver.delivered(source, channel, incoming),
                 self._receiver.lost,
             )
         except Trouble:
@@ -271,30 +313,32 @@ class Consumer:
             raise
         return channel
 
-    def _explain(self, queue: Queue, trouble: Trouble) -> None:
+    def _explain(self, name: str, trouble: Trouble) -> None:
         """A channel has ended: say why, unless the whole connection has."""
         if trouble.kind is Kind.ACK_TIMEOUT:
             self.ack_timeout = ack_timeout_in(trouble) or self.ack_timeout
             log.warning(
                 "ack timeout",
-                queue=queue.name,
+                queue=name,
                 text=str(trouble),
                 remedy="raise RabbitMQ's consumer_timeout above the longest job",
             )
         elif trouble.kind not in (Kind.AWAY, Kind.CLOSED):
-            log.warning("channel closed", queue=queue.name, text=str(trouble))
+            log.warning("channel closed", queue=name, text=str(trouble))
 
-    def _pause(self, queue: Queue, trouble: Trouble) -> None:
+    def _pause(self, name: str, trouble: Trouble) -> None:
         missing = trouble.kind is Kind.MISSING
         text = "waiting for it to be declared" if missing else str(trouble)
-        if self.paused.get(queue.name) != text:
-            log.warning("queue paused", queue=queue.name, text=str(trouble))
-        self.paused[queue.name] = text
+        if self.paused.get(name) != text:
+            log.warning("queue paused", queue=name, text=str(trouble))
+        self.paused[name] = text
         self._receiver.changed()
 
 
-def _consumed(settings: Settings) -> Mapping[str, Queue]:
-    return {name: settings.queues[name] for name in settings.worker.queues}
+def _sources(settings: Settings) -> Mapping[str, Source]:
+    queues = [settings.queues[name] for name in settings.worker.queues]
+    sources = [Source(queue, due) for queue in queues for due in (False, True)]
+    return {source.name: source for source in sources}
 
 
 def _on_the_wire(queue: Queue) -> Queue:

@@ -22,10 +22,10 @@ from workerd import __version__, broker, journal, log, service
 from workerd.broker import Link
 from workerd.check import unsupported, untrusted_programs
 from workerd.consumer import OnOutage
+from workerd.copies import Place
 from workerd.errors import SettingsError
 from workerd.handlers.command import CommandHandler
 from workerd.handlers.guardian import Guardian
-from workerd.job import Place
 from workerd.reload import Reload
 from workerd.settings import Settings, load
 from workerd.worker import Worker

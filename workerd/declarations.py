@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 
 from workerd import log, topology
@@ -14,8 +15,11 @@ class Declarations:
     """What a daemon declares at its start, on each connection anew."""
 
     def __init__(self) -> None:
-        #: Queues for which the broker moves a rejected message to the dead letters.
-        self.dead_letters: set[str] = set()
+        #: Quorum queues that are just as they are declared here: the broker moves a rejected
+        #: message to the dead letters, and keeps a message however often it returns.
+        self.intact: set[str] = set()
+        #: Whether the delay levels have been declared, or are hoped to be there.
+        self.levels = asyncio.Event()
         self._warned: set[str] = set()
 
     async def queue(self, link: Link, queue: Queue) -> Trouble | None:
@@ -29,23 +33,26 @@ class Declarations:
             objections = await self._take(link, f"queue {queue.name}", [topology.work_queue(queue)])
         # A classic queue loses a message whose dead letters are full or missing.
         if queue.declare == "create" and queue.type == "quorum" and not objections:
-            self.dead_letters.add(queue.name)
+            self.intact.add(queue.name)
         else:
-            self.dead_letters.discard(queue.name)
+            self.intact.discard(queue.name)
         await self._take(link, f"dead letters of {queue.name}", topology.dead_letters(queue))
         return objections[0] if objections else None
 
-    async def delays(self, link: Link, queues: Iterable[Queue]) -> None:
-        """Declare the delay levels, and what leads from them to each queue."""
+    async def delays(self, link: Link) -> None:
+        """Declare the delay levels."""
         await self._take(link, "delays", topology.delay_levels())
-        for queue in queues:
-            await self.due(link, queue)
         if not link.ended.done():
+            self.levels.set()
             log.debug("declared", what="delays")
 
-    async def due(self, link: Link, queue: Queue) -> None:
-        """Declare where the delayed jobs of a queue come due; the levels must be there."""
-        await self._take(link, f"due jobs of {queue.name}", topology.due_jobs(queue))
+    async def due(self, link: Link, queue: Queue) -> Trouble | None:
+        """Declare where the delayed jobs of a queue come due; the levels must be there.
+
+        Returns the broker's objection.
+        """
+        objections = await self._take(link, f"due jobs of {queue.name}", topology.due_jobs(queue))
+        return objections[0] if objections else None
 
     async def _take(self, link: Link, what: str, steps: Iterable[topology.Step]) -> list[Trouble]:
         """Take these steps; returns what the broker objected to.

@@ -87,7 +87,7 @@ class Drain:
         await self._return_unstarted()
         # Without these answers nobody knows whether the last acks were read.
         await worker.consumer.close(list(worker.channels.values()))
-        await worker.publisher.close(timeout=2.0)
+        await worker.outbox.publisher.close(timeout=2.0)
 
     async def _patience(self) -> None:
         """What the broker may take for its last answers."""
@@ -104,7 +104,7 @@ class Drain:
         straight to us again.
         """
         await self._worker.consumer.cancel()
-        self._worker.give_back_unstarted()
+        await self._worker.give_back(self._worker.ledger.unstarted())
 
     async def _runs_end(self) -> None:
         """Wait until no job runs, and give back at once what has not started.
@@ -138,11 +138,6 @@ class Drain:
     @property
     def seconds_left(self) -> float:
         return max(0.0, self._deadline - asyncio.get_running_loop().time())
-
-    async def wanted_within(self, seconds: float) -> bool:
-        """Wait so long, but not beyond the beginning of a drain: has it come?"""
-        await first(self.wanted.wait(), timeout=seconds)
-        return self.wanted.is_set()
 
     async def interrupted(self) -> None:
         """Wait until running jobs must end."""

@@ -40,7 +40,7 @@ RECALLED = b"A"
 LOST = b"L"
 #: A channel was closed in an orderly way: all that was sent on it has been read.
 CLOSED = b"C"
-#: So many runs of a job, in place of a channel, were cut off by the end of their process.
+#: So many attempts of a job, in place of a channel, were cut off, all in all.
 CUT_OFF = b"X"
 
 _BODY = struct.Struct("<cxxxi16sd")
@@ -73,6 +73,13 @@ class Sent(NamedTuple):
     when: float
 
 
+class CutOff(NamedTuple):
+    """How many attempts of a job ended with their process, and when the last one did."""
+
+    number: int
+    when: float
+
+
 #: When jobs of a key went back (+1) and came again (-1).
 Returns = list[tuple[float, int]]
 
@@ -94,8 +101,7 @@ class History:
         self._process = 0
         self.finished: dict[bytes, list[Sent]] = {}
         self.returns: dict[bytes, Returns] = {}
-        #: How many runs of each key ended with their process.
-        self.cut_off: Counter[bytes] = Counter()
+        self.cut_off: dict[bytes, CutOff] = {}
         #: The channels that brought the running jobs.
         self._running: dict[bytes, list[int]] = {}
         #: How many jobs of each key are in hand and have not started.
@@ -121,6 +127,10 @@ class History:
                 self.finished[key].remove(sent)
                 return Elsewhere.FINISHED
         return Elsewhere.ATTACHED if running or verdicts else Elsewhere.UNKNOWN
+
+    def lost_starts(self, key: bytes) -> int:
+        """How many attempts of a job ended with their process."""
+        return self.cut_off[key].number if key in self.cut_off else 0
 
     def is_gone(self, sent: Sent, lost_at: float = 0.0) -> bool:
         """Whether the channel of a verdict was lost since, and perhaps the verdict with it."""
@@ -176,7 +186,7 @@ class History:
             self._open.discard(place)
             self._closed.add(place)
         elif kind == CUT_OFF:
-            self.cut_off[key] += channel
+            self.cut_off[key] = CutOff(channel, when)
         elif kind == OPEN and key != self._nonce:
             self.end_process()
             self._nonce = key
@@ -202,7 +212,8 @@ class History:
     def end_process(self) -> None:
         """The process that wrote is no more, and its jobs with it; so are its open channels."""
         for key, runs in self._running.items():
-            self.cut_off[key] += len(runs)
+            # Once, for each of several equal jobs.
+            self.cut_off[key] = CutOff(self.lost_starts(key) + 1, self._last)
             self._waiting[key] += len(runs)
         # What was in hand went back, and must run, whatever equal ones have been finished.
         for key, count in self._waiting.items():

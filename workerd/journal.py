@@ -29,6 +29,7 @@ from workerd.history import (
     RETURNED,
     START,
     WAIT,
+    CutOff,
     History,
     Returns,
     encode,
@@ -42,6 +43,9 @@ _NO_KEY = bytes(16)
 #: Seconds that a start waits for the lock of a journal: for an instant a sibling has it that
 #: looks whether it is held, and the guardian of a killed process until it has killed the jobs.
 PATIENCE = 2.0
+#: Seconds for which it is remembered how often a job ended with its daemon: longer than a job
+#: takes that ends so again and again.
+CUT_OFF_KEPT = 7 * 86_400.0
 #: Seconds until a disk that refused to be written is tried again.
 RETRY = 60.0
 
@@ -80,8 +84,8 @@ class HostMemory(Memory):
         #: channels that brought them; NEVER_SENT for one that is lost.
         self._running: dict[bytes, list[int]] = {}
         self._returns: dict[bytes, Returns] = {}
-        #: How many runs of each key were cut off by the end of an earlier process.
-        self._cut_off: dict[bytes, int] = {}
+        #: The attempts that were cut off by the end of an earlier process.
+        self._cut_off: dict[bytes, CutOff] = {}
         #: How many jobs of each key are in hand and have not started.
         self._waiting: dict[bytes, int] = {}
         #: When a channel was last lost, in seconds since 1970.
@@ -120,6 +124,11 @@ class HostMemory(Memory):
         (self._end_run if ran else self._end_wait)(key)
         self._append(BACK if ran else RETURNED, NEVER_SENT, key)
 
+    def spent(self, key: bytes) -> None:
+        before = self._cut_off[key].number if key in self._cut_off else 0
+        self._cut_off[key] = CutOff(before + 1, time.time())
+        self._append(CUT_OFF, before + 1, key)
+
     def lost(self, channel: int) -> None:
         self._lost_at = time.time()
         for channels in self._running.values():
@@ -133,6 +142,8 @@ class HostMemory(Memory):
         super().age()
         oldest = time.time() - self.remember
         self._returns = {k: each for k, each in self._returns.items() if each[-1][0] >= oldest}
+        oldest = time.time() - CUT_OFF_KEPT
+        self._cut_off = {k: each for k, each in self._cut_off.items() if each.when >= oldest}
         (self._open if self._lock < 0 else self._begin_segment)()
         if not self._asked:
             self._readable.clear()
@@ -177,8 +188,8 @@ class HostMemory(Memory):
         return best
 
     def cut_off(self, key: bytes) -> int:
-        """How many runs of a job ended with the daemon that had started them."""
-        return self._cut_off.get(key, 0) + sum(each.cut_off[key] for each in self._readable)
+        own = self._cut_off[key].number if key in self._cut_off else 0
+        return own + sum(each.lost_starts(key) for each in self._readable)
 
     # The disk.
 
@@ -219,9 +230,7 @@ class HostMemory(Memory):
                 self._returns[key] = returns
                 for when, change in returns:
                     yield encode(RETURNED if change > 0 else RECALLED, NEVER_SENT, key, when)
-        for key, count in history.cut_off.items():
-            self._cut_off[key] = count
-            yield encode(CUT_OFF, count, key, time.time())
+        self._cut_off = history.cut_off  # written into each new segment
 
     def _begin_segment(self) -> None:
         self.close()
@@ -240,6 +249,8 @@ class HostMemory(Memory):
         for key, channels in self._running.items():
             for channel in channels:
                 self._append(START, channel, key)
+        for key, cut_off in self._cut_off.items():
+            self._write(encode(CUT_OFF, cut_off.number, key, cut_off.when))
         for key, count in self._waiting.items():
             for _ in range(count):
                 self._append(WAIT, NEVER_SENT, key)

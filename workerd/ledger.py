@@ -1,12 +1,12 @@
 """The ledger: which jobs run, which delivery each will settle, what a redelivery means.
 
-The pure core of workerd: no I/O, no clock, no tasks. The shell reports four things
-(`delivered`, `finished`, `lost` or `retired`, `drain`) and does what is returned.
+The pure core of workerd: no I/O, no clock, no tasks. The shell reports five things
+(`delivered`, `ended`, `finished`, `lost` or `retired`, `drain`) and does what is returned.
 Being in one of the collections *is* the state of a job:
 
     waiting     delivered, not started: a slot of its queue must become free first
     held        redelivered, while another instance of this host may be running it
-    running     a handler works on it, or its dead letter is being published
+    running     a handler works on it, or a copy of it is being published
     finished    remembered by its key, to settle what the broker sends again
 
 The rules, in the order in which `delivered` applies them to a delivery:
@@ -22,8 +22,14 @@ The rules, in the order in which `delivered` applies them to a delivery:
     it, the redelivery is held, without a slot: `look_again` settles it when the run has its
     verdict, and lets it run when that instance dies, or does not lose the channel it got
     the job on within PATIENCE seconds: then theirs is another message.
-4.  While draining it waits, to be given back.
-5.  It starts when its queue has a free slot, and waits otherwise.
+4.  A job that workerd itself has published is *unique*: another message with its key, while
+    it is in hand or once it is finished, is the same copy published twice for want of a
+    confirm, and is settled at once. So 1 to 3 need no regard for twins there.
+5.  While draining it waits, to be given back.
+6.  It starts when its queue has a free slot, and waits otherwise; jobs that come due before
+    those that were never delayed. One whose last start ended
+    with the daemon starts *alone*, when no handler runs, and none starts until it has ended:
+    if it brings the daemon down again, nobody else is blamed.
 
 A delivery that goes back to the broker unfinished will come again flagged as
 redelivered. An equal job may be finished before it does, and that memory must not settle
@@ -36,11 +42,14 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from workerd.job import Delivery, Job
 from workerd.memory import ALL_CLOSED, GONE, NEVER_SENT, Elsewhere, Memory
 from workerd.retry import Verdict
+
+#: In place of a queue: whose jobs start only while nothing else runs.
+ALONE = ""
 
 #: Seconds that another instance has to notice the loss of a channel whose job came to us.
 PATIENCE = 5.0
@@ -48,10 +57,14 @@ PATIENCE = 5.0
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """A job that is being worked on. ``delivery`` is None once its channel is lost."""
+    """A job that is being worked on. ``delivery`` is None once its channel is lost.
+
+    ``over`` says that its handler has ended; a copy of the job may still have to be published.
+    """
 
     job: Job
     delivery: Delivery | None
+    over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +91,13 @@ class Ledger:
         self.draining = False
         #: Redeliveries of what another instance may be running; see rule 3.
         self.held: list[Delivery] = []
-        self._waiting: dict[str, deque[Delivery]] = {}
+        #: Queues of which nothing may start at present.
+        self.paused: set[str] = set()
+        self._waiting: dict[str, deque[Delivery]] = {ALONE: deque()}
         self._busy: dict[str, int] = {}
+        #: The running ones whose handler has not ended, and the one that must be alone there.
+        self._active: set[Run] = set()
+        self._alone: Run | None = None
         self.configure(concurrency)
         #: Runs that a redelivery may rejoin, by key: their channel was lost or retired.
         self._orphans: dict[bytes, list[Run]] = {}
@@ -113,17 +131,39 @@ class Ledger:
             if orphan is not None:
                 orphan.delivery = delivery
                 return Rejoined(orphan)
-            if job.named and not self.memory.recall(job.key):
-                if self._remembers(job.key):
+            if job.unique and self._in_hand(job.key):
+                return Settle(delivery, Verdict.DONE)
+            if job.named and (job.unique or not self.memory.recall(job.key)):
+                if self._remembers(job):
                     return self._settle_again(delivery)
                 return self._consult(delivery, 0.0)
+        elif job.unique:
+            self.memory.look()
+            if self._in_hand(job.key):
+                return Settle(delivery, Verdict.DONE)
+            known = Elsewhere.FINISHED if self._remembers(job) else self.memory.elsewhere(job.key)
+            if known is Elsewhere.FINISHED:
+                return self._settle_again(delivery)
+            if known is not Elsewhere.UNKNOWN:
+                return Settle(delivery, Verdict.DONE)
         return self._line_up(delivery)
 
+    def _in_hand(self, key: bytes) -> bool:
+        jobs = [run.job for run in self.running]
+        jobs += [each.job for each in itertools.chain(self.held, *self._waiting.values())]
+        return any(job.key == key for job in jobs)
+
     def _line_up(self, delivery: Delivery) -> Run | None:
-        """Let it wait for a slot; returns the run of the one that gets one, if there is one."""
+        """Let it wait for its turn; returns the run of the job whose turn it is, if any."""
         job = delivery.job
-        self._waiting[job.queue].append(delivery)
-        run = self.next(job.queue)
+        lost_starts = self.memory.cut_off(job.key) if job.redelivered else 0
+        if lost_starts:
+            delivery = replace(delivery, job=job.after_lost_starts(lost_starts))
+        line = self._waiting[ALONE if lost_starts else job.queue]
+        # Delayed jobs have waited before, and come first.
+        place = sum(each.delayed for each in line) if delivery.delayed else len(line)
+        line.insert(place, delivery)
+        run = self.next()
         if job.named and (run is None or run.delivery is not delivery):
             self.memory.waits(job.key)
         return run
@@ -157,26 +197,49 @@ class Ledger:
         self.memory.settled(delivery.job.key, delivery.channel)
         return Settle(delivery, Verdict.DONE)
 
-    def next(self, queue: str) -> Run | None:
-        """The longest waiting job of a queue, started, if there is one and a slot is free."""
-        waiting = self._waiting[queue]
-        free = self.concurrency.get(queue, 0) - self._busy[queue]
-        if self.draining or not waiting or free <= 0:
+    def next(self) -> Run | None:
+        """A job that may start now, started; None when there is none."""
+        if self.draining or self._alone:
             return None
-        delivery = waiting.popleft()
+        for delivery in self._waiting[ALONE]:
+            if self._is_open(delivery.job.queue):
+                return None if self._active else self._start(ALONE, delivery)
+        for queue, waiting in self._waiting.items():
+            if waiting and self._is_open(queue) and self._busy[queue] < self.concurrency[queue]:
+                return self._start(queue, waiting[0])
+        return None
+
+    def _is_open(self, queue: str) -> bool:
+        return queue in self.concurrency and queue not in self.paused
+
+    def _start(self, line: str, delivery: Delivery) -> Run:
+        self._waiting[line].remove(delivery)
         run = Run(delivery.job, delivery)
         self.running.add(run)
-        self._busy[queue] += 1
+        self._active.add(run)
+        if line == ALONE:
+            self._alone = run
+        self._busy[run.job.queue] += 1
         self.memory.started(run.job.key, delivery.channel)
         return run
 
+    def ended(self, run: Run) -> None:
+        """The handler of a run has ended; its verdict is still to be carried out."""
+        run.over = True
+        self._active.discard(run)
+        if self._alone is run:
+            self._alone = None
+
     def finished(self, run: Run, verdict: Verdict) -> Settle | None:
         """A run has its verdict: the delivery to settle now, or None when that was lost."""
+        self.ended(run)
         self.running.remove(run)
         self._busy[run.job.queue] -= 1
         self._disown(run)
         if not verdict.remembered:
             self.memory.returned(run.job.key, ran=True)
+            if verdict is Verdict.SPEND:
+                self.memory.spent(run.job.key)
         elif run.job.named:
             self.memory.settled(run.job.key, self._sent_on(run.delivery))
         else:
@@ -280,11 +343,13 @@ class Ledger:
         """Let the memory grow older by a third of the time that jobs are remembered."""
         self.memory.age()
 
-    def _remembers(self, key: bytes) -> bool:
+    def _remembers(self, job: Job) -> bool:
         """Whether a redelivery is one of a finished job; that memory is used up by it."""
+        if job.unique:
+            return self.memory.take(job.key)
         # One whose verdict was never sent is sure to come again.
-        return self.memory.take(key, lambda sent_on: sent_on == NEVER_SENT) or (
-            self.memory.take(key, self._may_be_lost)
+        return self.memory.take(job.key, lambda sent_on: sent_on == NEVER_SENT) or (
+            self.memory.take(job.key, self._may_be_lost)
         )
 
     def _sent_on(self, delivery: Delivery | None) -> int:

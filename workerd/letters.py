@@ -9,18 +9,19 @@ import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from workerd.copies import portable_headers
 from workerd.job import (
+    DELIVERY_COUNT,
     MAX_ATTEMPTS,
     REPLAY,
     UNREADABLE,
     Message,
     count,
-    portable_headers,
 )
 
 #: RabbitMQ's own counts of returns. It writes them at each delivery, but 4.0 not at
 #: the first.
-RETURNS = ("x-delivery-count", "x-acquired-count")
+RETURNS = (DELIVERY_COUNT, "x-acquired-count")
 
 #: RabbitMQ's reasons, in words.
 _BROKER_REASONS = {
@@ -101,7 +102,7 @@ class Letter:
     @property
     def returns(self) -> int:
         """How often it has come back to the queue, as far as RabbitMQ counts that."""
-        return count(self.message.headers.get("x-delivery-count"))
+        return count(self.message.headers.get(DELIVERY_COUNT))
 
     def fact(self, name: str) -> object:
         """What workerd says of it: the header ``x-workerd-<name>``, None when there is none."""

@@ -44,6 +44,7 @@ class Memory:
         self._generations: deque[dict[int, dict[bytes, int]]] = deque([{}], self.GENERATIONS)
         #: How many jobs of each key went back, and have not come again since.
         self._returned: deque[dict[bytes, int]] = deque([{}], self.GENERATIONS)
+        self._spent: dict[bytes, int] = {}
 
     # What the ledger tells.
 
@@ -58,14 +59,20 @@ class Memory:
         if sum(map(len, self._generations[0].values())) >= self._limit:
             self.age()
         self._put(key, channel)
+        self._spent.pop(key, None)
 
     def forgotten(self, key: bytes) -> None:
         """A run has its verdict, which must not settle a redelivery."""
+        self._spent.pop(key, None)
 
     def returned(self, key: bytes, ran: bool) -> None:
         """A job goes back: after a run (``ran``), or without one."""
         newest = self._returned[0]
         newest[key] = newest.get(key, 0) + 1
+
+    def spent(self, key: bytes) -> None:
+        """The run after which a job goes back was an attempt, as if it had been cut off."""
+        self._spent[key] = self._spent.get(key, 0) + 1
 
     def lost(self, channel: int) -> None:
         """A channel is gone, and perhaps what was sent on it."""
@@ -103,6 +110,10 @@ class Memory:
                         del counts[key]
                     return True
         return False
+
+    def cut_off(self, key: bytes) -> int:
+        """How many attempts of a job ended with the daemon that had started them."""
+        return self._spent.get(key, 0)
 
     def elsewhere(self, key: bytes) -> Elsewhere:
         """What is known of a job that came here as a redelivery; FINISHED only once."""

@@ -9,42 +9,59 @@ from __future__ import annotations
 import asyncio
 
 from workerd import log
-from workerd.broker import CONFIRM_TIMEOUT, Channel
+from workerd.broker import CONFIRM_TIMEOUT, Channel, Link
 from workerd.consumer import Connect
 from workerd.errors import Kind, Trouble
 from workerd.job import Message
+
+
+class Lane:
+    """A confirming channel, while there is one."""
+
+    def __init__(self) -> None:
+        self.channel: Channel | None = None
+        self.open = asyncio.Event()
+
+    async def run(self, link: Link) -> None:
+        """Keep a channel open for as long as the connection lives."""
+        while not link.ended.done():
+            try:
+                channel = await link.channel()
+                await channel.confirm()
+            except Trouble:
+                link.abort("cannot open a channel")
+                break
+            self.channel = channel
+            self.open.set()
+            await asyncio.shield(channel.ended)
+            self.channel = None
+            self.open.clear()
 
 
 class Publisher:
     """Publishes on whatever connection there is; reconnects by itself while `run` runs."""
 
     def __init__(self) -> None:
-        self._channel: Channel | None = None
-        self._open = asyncio.Event()
+        #: One for the default exchange and one for all others: an exchange that is missing
+        #: or forbidden ends the channel, and nobody knows what became of its other messages.
+        self._default = Lane()
+        self._others = Lane()
+        self._link: Link | None = None
         #: Whether the present outage has been logged.
         self._down = False
 
     @property
     def blocked(self) -> str:
         """The alarm that holds up publishing, "" when there is none."""
-        return self._channel.link.blocked if self._channel else ""
+        return self._link.blocked if self._link else ""
 
     async def run(self, connect: Connect) -> None:
-        """Keep a confirming channel open, for ever."""
+        """Keep the channels open, for ever."""
         async for link in connect("publish", self._failed, asyncio.Event()):
             self._down = False
-            while not link.ended.done():
-                try:
-                    channel = await link.channel()
-                    await channel.confirm()
-                except Trouble:
-                    link.abort("cannot open a channel")
-                    break
-                self._channel = channel
-                self._open.set()
-                await asyncio.shield(channel.ended)
-                self._channel = None
-                self._open.clear()
+            self._link = link
+            await asyncio.gather(self._default.run(link), self._others.run(link))
+            self._link = None
 
     def _failed(self, broker: str, trouble: Trouble, _delay: float) -> None:
         # The consuming connection has warned already when the broker as a whole is away.
@@ -58,8 +75,9 @@ class Publisher:
         Waits for a connection and for the end of an alarm. Raises Unroutable, or Trouble
         when the message was refused or its fate is unknown: then publish it again.
         """
-        await self._open.wait()
-        channel = self._channel
+        lane = self._others if exchange else self._default
+        await lane.open.wait()
+        channel = lane.channel
         if channel is None:
             raise Trouble(Kind.AWAY, "the publishing connection was lost")
         confirmed = channel.publish(exchange, key, message)
@@ -73,5 +91,5 @@ class Publisher:
 
     async def close(self, timeout: float) -> None:
         """Close the connection, within ``timeout`` seconds."""
-        if self._channel:
-            await self._channel.link.close(timeout)
+        if self._link:
+            await self._link.close(timeout)

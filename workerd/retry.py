@@ -1,4 +1,4 @@
-"""What becomes of a job after a run: a pure judgement over outcome and attempts."""
+"""What becomes of a job after a run, and when: pure judgements over outcome and attempts."""
 
 from __future__ import annotations
 
@@ -6,20 +6,30 @@ import enum
 import random
 from collections.abc import Iterator
 
-from workerd.job import Outcome
+from workerd.job import MAX_ATTEMPTS, Job, Outcome, count
+from workerd.options import Retry
+
+#: How far a jittered delay may be from what the policy says, as a part of it.
+JITTER = 0.2
 
 
 class Verdict(enum.Enum):
-    """What happens to the delivery of a job. Mapped to AMQP in one place, Worker.settle."""
+    """What happens to the delivery of a job. Mapped to AMQP in one place, Worker._settle."""
 
     #: Acknowledge: the work is done.
     DONE = "done"
+    #: Acknowledge: the broker has confirmed the copy that is the next attempt.
+    RETRY = "retry"
+    #: Acknowledge: the broker has confirmed a copy that is the same attempt, for later.
+    POSTPONE = "postponed"
     #: Acknowledge: the copy in the dead-letter queue was confirmed by the broker.
     DEAD = "dead"
     #: Reject: the broker moves the message, untouched, to the dead letters.
     REJECT = "rejected"
     #: Give it back to its queue: the attempt does not count.
     RETURN = "returned"
+    #: Give it back, since a copy could not be published in time: the attempt counts.
+    SPEND = "spent"
 
     @property
     def remembered(self) -> bool:
@@ -28,20 +38,37 @@ class Verdict(enum.Enum):
         A rejected one is not: its reject may have been lost, and only another one brings it
         to the dead letters.
         """
-        return self in (Verdict.DONE, Verdict.DEAD)
+        return self in (Verdict.DONE, Verdict.RETRY, Verdict.POSTPONE, Verdict.DEAD)
 
 
-def judge(outcome: Outcome) -> Verdict:
-    """The verdict over a run that ended with ``outcome``.
+def limit(job: Job, policy: Retry) -> int:
+    """How many attempts a job gets: what its sender asked for, or else what the policy says."""
+    return min(count(job.message.headers.get(MAX_ATTEMPTS)) or policy.attempts, policy.max_attempts)
 
-    UNAVAILABLE has none: such a run is tried again by whoever started it.
-    """
-    if outcome is Outcome.DONE:
-        return Verdict.DONE
-    if outcome is Outcome.INTERRUPTED:
-        return Verdict.RETURN
-    assert outcome is not Outcome.UNAVAILABLE
-    return Verdict.DEAD
+
+def judge(outcome: Outcome, attempt: int, limit: int) -> Verdict:
+    """The verdict over a run that was the ``attempt``-th of at most ``limit``."""
+    match outcome:
+        case Outcome.DONE:
+            return Verdict.DONE
+        case Outcome.INTERRUPTED:
+            return Verdict.RETURN
+        case Outcome.UNAVAILABLE:
+            return Verdict.POSTPONE
+        case Outcome.FAILED if attempt < limit:
+            return Verdict.RETRY
+        case _:
+            return Verdict.DEAD
+
+
+def delay(attempt: int, policy: Retry) -> float:
+    """Seconds from the failure of the ``attempt``-th attempt to the next one."""
+    # Beyond any maximum, and a float could not hold it.
+    growth = policy.multiplier ** min(attempt - 1, 100)
+    seconds = min(policy.delay * growth, policy.max_delay)
+    if policy.jitter:
+        seconds *= random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - jitter, not a secret
+    return min(seconds, policy.max_delay)
 
 
 def backoff(first: float, maximum: float) -> Iterator[float]:

@@ -36,6 +36,7 @@ class Status:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self.done = 0
+        self.retried = 0
         self.failed = 0
         #: How many problems the configuration had at the last reload; the old one is in force.
         self.refused = 0
@@ -43,10 +44,13 @@ class Status:
 
     def count(self, verdict: Verdict) -> None:
         """A job has its verdict."""
-        if verdict is Verdict.DONE:
-            self.done += 1
-        elif verdict is not Verdict.RETURN:
-            self.failed += 1
+        match verdict:
+            case Verdict.DONE:
+                self.done += 1
+            case Verdict.RETRY:
+                self.retried += 1
+            case Verdict.DEAD | Verdict.REJECT:
+                self.failed += 1
 
     def touch(self) -> None:
         """Something changed."""
@@ -74,16 +78,23 @@ class Status:
         if consumer.outage:
             return consumer.outage + (f"; {running} running" if running else "")
         parts = []
-        consuming = sorted(consumer.channels)
+        consuming = [queue for queue in worker.ledger.concurrency if queue in consumer.channels]
         if consuming:
-            slots = sum(worker.ledger.concurrency.get(queue, 0) for queue in consuming)
+            slots = sum(worker.ledger.concurrency[queue] for queue in consuming)
+            retried = f"{self.retried} retried, " if self.retried else ""
             parts.append(
-                f"consuming {', '.join(consuming)}: {running}/{slots} running, "
-                f"{self.done} done, {self.failed} failed; {consumer.broker}"
+                f"consuming {', '.join(sorted(consuming))}: {running}/{slots} running, "
+                f"{self.done} done, {retried}{self.failed} failed; {consumer.broker}"
             )
         parts += [f"{queue} paused: {text}" for queue, text in sorted(consumer.paused.items())]
-        if worker.publisher.blocked:
-            parts.append(f"publishing blocked: {worker.publisher.blocked}")
+        refused = {run.job.queue: text for run, text in worker.outbox.refused.items()}
+        parts += [f"{queue} paused: {text}" for queue, text in sorted(refused.items())]
+        parts += [
+            f"handler {name} paused: {pause.summary}"
+            for name, pause in sorted(worker.pauses.paused.items())
+        ]
+        if worker.outbox.publisher.blocked:
+            parts.append(f"publishing blocked: {worker.outbox.publisher.blocked}")
         return "; ".join(parts) or f"declaring queues; {consumer.broker}"
 
     def log_state(self) -> None:

@@ -16,8 +16,9 @@ from types import FrameType
 from typing import BinaryIO, TypeVar
 
 from workerd.broker import Channel, Link
+from workerd.copies import is_reserved, portable_headers
 from workerd.errors import Kind, Trouble, Unencodable, Unroutable, WorkerdError
-from workerd.job import Message, is_reserved, new_id, portable_headers
+from workerd.job import Message, new_id
 from workerd.retry import backoff
 from workerd.settings import Broker, Settings
 from workerd.waiting import complete

@@ -134,9 +134,11 @@ def level_name(level: int) -> str:
 def delayed(queue: str, seconds: int) -> tuple[str, str]:
     """The exchange and the routing key that bring a message to ``queue`` after a delay.
 
-    ``seconds`` is from 1 to MAX_DELAY.
+    ``seconds`` is from 0 (straight to where delayed jobs come due) to MAX_DELAY.
     """
-    if not 1 <= seconds <= MAX_DELAY:
-        raise ValueError(f"a delay is from 1 to {MAX_DELAY} seconds, not {seconds}")
+    if not 0 <= seconds <= MAX_DELAY:
+        raise ValueError(f"a delay is from 0 to {MAX_DELAY} seconds, not {seconds}")
+    if seconds == 0:
+        return "", due(queue)
     bits = ".".join(f"{seconds:0{LEVELS}b}")
     return level_name(seconds.bit_length() - 1), f"{bits}.{queue}"

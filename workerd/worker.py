@@ -6,37 +6,45 @@ import asyncio
 import contextlib
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from workerd import job as jobs
-from workerd import log, topology
+from workerd import log
 from workerd.broker import Channel, Incoming
-from workerd.consumer import Connect, Consumer
+from workerd.consumer import Connect, Consumer, Source
+from workerd.copies import Place
 from workerd.drain import Drain
-from workerd.errors import Trouble, Unencodable
-from workerd.job import BadJob, Delivery, Job, Outcome, Place, Report
+from workerd.errors import Trouble
+from workerd.job import BadJob, Delivery, Job, Outcome, Report
 from workerd.ledger import Ledger, Rejoined, Run, Settle
 from workerd.memory import Memory
-from workerd.options import Settings
-from workerd.publisher import Publisher
-from workerd.retry import Verdict, backoff, judge
+from workerd.options import Retry, Settings
+from workerd.outbox import Outbox
+from workerd.pauses import Pauses
+from workerd.retry import Verdict, delay, judge, limit
 from workerd.status import Notifier, Status, watch_ages
 from workerd.waiting import first
 
 #: Of sysexits.h: "temporary failure"; a job that ends with it fails without a warning.
 EX_TEMPFAIL = 75
-
-
 #: Seconds between two looks at what other instances make of a job that is held here.
 LOOK_INTERVAL = 0.1
+#: A message that has come back so often is published anew where the broker might drop it at
+#: its 21st return.
+WORN = 10
 
 
 class Handler(Protocol):
     """What runs jobs of one type."""
 
-    async def run(self, job: Job, stop: asyncio.Future[None]) -> Report:
-        """Run the job; when ``stop`` is done, interrupt it. Raises nothing on the job's account."""
+    async def run(
+        self, job: Job, stop: asyncio.Future[None], started: Callable[[], None]
+    ) -> Report:
+        """Run the job; when ``stop`` is done, interrupt it.
+
+        ``started`` is called when it has really begun. Raises BadJob before, when it never can.
+        """
 
 
 class Worker:
@@ -53,12 +61,12 @@ class Worker:
     ) -> None:
         self.settings = settings
         self.handlers = handlers
-        self.place = place
         self.notifier = notifier
         self.ledger = Ledger(_slots(settings), memory)
-        self.publisher = Publisher()
         self.consumer = Consumer(settings, f"workerd@{place.instance}.{place.host}", self)
         self.drain = Drain(self)
+        self.outbox = Outbox(self, place)
+        self.pauses = Pauses()
         self.status = Status(self)
         #: Every open channel on which a delivery may still have to be settled, by serial.
         self.channels: dict[int, Channel] = {}
@@ -74,7 +82,7 @@ class Worker:
         async with asyncio.TaskGroup() as self._tasks:
             background = [
                 self._tasks.create_task(self.consumer.run(self._connect), name="consumer"),
-                self._tasks.create_task(self.publisher.run(self._connect), name="publisher"),
+                self._tasks.create_task(self.outbox.publisher.run(self._connect), name="publisher"),
                 self._tasks.create_task(self._grow_older(), name="memory"),
                 self._tasks.create_task(self._look_again(), name="held"),
                 self._tasks.create_task(watch_ages(self.ledger, self.consumer), name="ages"),
@@ -105,114 +113,157 @@ class Worker:
         self.handlers = handlers
         self.ledger.configure(_slots(settings))
         self.consumer.reload(settings)
-        for queue in settings.worker.queues:
-            while run := self.ledger.next(queue):
-                self._begin(run)
-        self.changed()
+        # What was wrong with a handler may be right now.
+        self.pauses = Pauses()
+        self._start_more()
 
     async def perform(self, run: Run) -> None:
         """The life of a job, from its start to the order that settles its delivery."""
         job = run.job
         with log.job_fields(job_id=job.id, job_type=job.type, queue=job.queue, attempt=job.attempt):
-            log.event("start", self._routine, redelivered=job.redelivered)
-            began = time.monotonic()
             report = await self._execute(job)
-            verdict = judge(report.outcome)
-            self._log_outcome(report, time.monotonic() - began)
-            if verdict is Verdict.DEAD:
-                verdict = await self._bury(job, report)
+            self.ledger.ended(run)
+            verdict = await self._carry_out(self._judge(job, report), run, report)
             self.status.count(verdict)
             order = self.ledger.finished(run, verdict)
             if order:
                 self._settle(order)
             else:
                 log.event("verdict kept", verdict=verdict.value)  # for the redelivery
-        self._start_next(job.queue)
+        self._start_more()
 
     async def _execute(self, job: Job) -> Report:
-        """Give the job to its handler; wait here for as long as the handler cannot run at all."""
-        known = ""
-        for delay in backoff(1.0, 60.0):
-            try:
-                report = await self._handler_for(job).run(job, self.drain.interrupt)
-            except BadJob as bad:
-                return Report(Outcome.REJECTED, bad.reason, error=str(bad))
-            except Exception:  # noqa: BLE001 - whatever a handler does, the job is not lost
-                report = Report(Outcome.UNAVAILABLE, "bug", error=traceback.format_exc())
-            if report.outcome is not Outcome.UNAVAILABLE:
-                return report
-            if report.error != known:
-                log.error("handler unavailable", reason=report.reason, error=report.error)
-            known = report.error
-            if await self.drain.wanted_within(delay):
-                break
-        return Report(Outcome.INTERRUPTED, "drain")
+        """Give the job to its handler, if there is one that may have it, and log what it made."""
+        began = time.monotonic()
+
+        def started() -> None:
+            alone = True if job.lost_starts else None
+            log.event("start", self.routine, redelivered=job.redelivered, alone=alone)
+            if self.pauses.available(str(job.type)):
+                log.event("handler resumed", handler=job.type)
+                self.changed()
+
+        try:
+            handler = self._handler_for(job)
+            if self.pauses.holds(str(job.type), began):
+                return Report(Outcome.UNAVAILABLE, ran=False)
+            report = await handler.run(job, self.drain.interrupt, started)
+        except BadJob as bad:
+            report = Report(Outcome.REJECTED, bad.reason, error=str(bad), ran=False)
+        except Exception:  # noqa: BLE001 - whatever a handler does, the job is not lost
+            error = traceback.format_exc().rstrip()
+            report = Report(Outcome.UNAVAILABLE, "bug", error=error)
+        if report.outcome is Outcome.UNAVAILABLE:
+            if self.pauses.unavailable(str(job.type), report.error, time.monotonic()):
+                log.error("handler paused", reason=report.reason, error=report.error)
+                self.changed()
+        else:
+            self._log_outcome(report, time.monotonic() - began)
+        return report
 
     def _handler_for(self, job: Job) -> Handler:
         """Raises BadJob where there is none for this job, or none that may have it."""
         if job.fault:
             raise job.fault
-        if jobs.has_expired(job.message, time.time()):
+        if job.has_expired(time.time()):
             raise BadJob("expired", "it was not to be started after x-workerd-expires")
         if job.type is None:
             raise BadJob("unknown-type", f"no type, and queue {job.queue} has no default_handler")
         handler = self.handlers.get(job.type)
         if handler is None:
             raise BadJob("unknown-type", f"no handler is named {job.type!r}")
-        limit = self.settings.handlers[job.type].max_body
-        if len(job.body) > limit:
-            raise BadJob("too-large", f"the body has {len(job.body)} bytes; max_body is {limit}")
+        settings = self.settings.handlers[job.type]
+        if len(job.body) > settings.max_body:
+            text = f"the body has {len(job.body)} bytes; max_body is {settings.max_body}"
+            raise BadJob("too-large", text)
+        most = limit(job, settings.retry)
+        if job.attempt > most and job.lost_starts:
+            raise BadJob(
+                "worker-lost",
+                f"{job.lost_starts} of its {job.attempt - 1} attempts ended with the daemon that "
+                f"had started them; it may have {most}",
+            )
+        if job.attempt > most:
+            text = f"{job.attempt - 1} attempts are spent; it may have {most}"
+            raise BadJob("attempts-spent", text)
+        queue = self.settings.queues.get(job.queue)
+        if queue and job.redelivered and job.returns >= queue.max_deliveries:
+            raise BadJob(
+                "max-deliveries",
+                f"RabbitMQ has sent it {job.returns} times before; max_deliveries is "
+                f"{queue.max_deliveries}",
+            )
         return handler
 
-    async def _bury(self, job: Job, report: Report) -> Verdict:
-        """Bring a copy to the dead letters; returns when the broker has confirmed it.
+    def _retry_policy(self, job: Job) -> Retry:
+        handler = self.settings.handlers.get(str(job.type))
+        return handler.retry if handler else Retry()
 
-        Until then the job stays unacknowledged, and a drain gives it back.
-        """
-        if job.fault and job.queue in self.consumer.declarations.dead_letters:
+    def _judge(self, job: Job, report: Report) -> Verdict:
+        verdict = judge(report.outcome, job.attempt, limit(job, self._retry_policy(job)))
+        intact = job.queue in self.consumer.declarations.intact
+        if verdict is Verdict.DEAD and job.fault and intact:
             return Verdict.REJECT  # the broker moves the untouched original
-        letter, dropped = jobs.dead_letter(job, report, self.place, time.time())
-        if dropped:
-            log.warning("headers dropped", names=", ".join(dropped))
-        known = ""
-        for delay in backoff(0.5, self.settings.broker.reconnect_max):
-            publishing = asyncio.ensure_future(
-                self.publisher.publish("", topology.dead(job.queue), letter)
-            )
-            await first(asyncio.wait({publishing}), self.drain.interrupted())
-            if not publishing.done():
-                publishing.cancel()
-                break
-            try:
-                publishing.result()
-            except (Trouble, Unencodable) as trouble:
-                if str(trouble) != known:
-                    log.warning("dead letter refused", text=str(trouble))
-                known = str(trouble)
-            else:
-                log.warning("dead letter", reason=report.reason, to=topology.dead(job.queue))
-                return Verdict.DEAD
-            if await self.drain.interrupts_within(delay):
-                break
-        return Verdict.RETURN
+        return verdict
+
+    async def _carry_out(self, verdict: Verdict, run: Run, report: Report) -> Verdict:
+        """Publish the copy that a verdict needs; returns the verdict that it has come to."""
+        job = run.job
+        match verdict:
+            case Verdict.RETRY:
+                asked = report.retry_after
+                seconds = delay(job.attempt, self._retry_policy(job)) if asked is None else asked
+                confirmed = await self.outbox.retry(run, seconds, report)
+            case Verdict.POSTPONE:
+                seconds = self.pauses.delay(str(job.type), time.monotonic())
+                confirmed = await self.outbox.postpone(run, max(1.0, seconds))
+            case Verdict.DEAD:
+                confirmed = await self.outbox.bury(run, report)
+            case Verdict.RETURN if self._wears_out(job) and await self.outbox.renew(job):
+                return Verdict.POSTPONE
+            case _:
+                return verdict
+        if confirmed:
+            return verdict
+        return Verdict.SPEND if report.ran and verdict is not Verdict.POSTPONE else Verdict.RETURN
+
+    def _wears_out(self, job: Job) -> bool:
+        """Whether the broker might drop the job because it returns too often.
+
+        RabbitMQ 4.0 to 4.2 drop a message of a quorum queue that was declared without a limit
+        at its 21st return, of whatever kind; later ones do not count returns like ours.
+        """
+        return (
+            job.returns >= WORN
+            and job.queue not in self.consumer.declarations.intact
+            and (4,) <= self.consumer.version < (4, 3)
+        )
 
     def _settle(self, order: Settle) -> None:
         """The one place where a verdict becomes AMQP."""
         channel = self.channels[order.delivery.channel]
         tag = order.delivery.tag
         match order.verdict:
-            case Verdict.DONE | Verdict.DEAD:
+            case Verdict.DONE | Verdict.RETRY | Verdict.POSTPONE | Verdict.DEAD:
                 channel.ack(tag)
-            case Verdict.RETURN:
+            case Verdict.RETURN | Verdict.SPEND:
                 channel.give_back(tag)
             case Verdict.REJECT:
                 channel.reject(tag)
         self._close_retired()
 
-    def give_back_unstarted(self) -> None:
-        """Return every delivery that waits for a slot, in the order in which they came."""
-        for delivery in self.ledger.unstarted():
-            self.channels[delivery.channel].give_back(delivery.tag)
+    async def give_back(self, deliveries: Iterable[Delivery]) -> None:
+        """Return deliveries that have not started, in this order."""
+        for delivery in deliveries:
+            renewed = self._wears_out(delivery.job) and await self.outbox.renew(delivery.job)
+            channel = self.channels.get(delivery.channel)
+            if channel:
+                (channel.ack if renewed else channel.give_back)(delivery.tag)
+
+    def pause_queues(self) -> None:
+        """Start nothing of the queues whose copies the broker refuses."""
+        self.ledger.paused = {run.job.queue for run in self.outbox.refused}
+        self._start_more()
 
     # What the consumer tells: called synchronously from the broker's callbacks.
 
@@ -225,13 +276,15 @@ class Worker:
         self.channels[channel.serial] = channel
         self.ledger.opened(channel.serial)
 
-    def delivered(self, queue: str, channel: Channel, incoming: Incoming) -> None:
+    def delivered(self, source: Source, channel: Channel, incoming: Incoming) -> None:
+        queue = source.queue.name
         # None after a reload without this queue: what still comes from it goes back soon.
         configured = self.settings.queues.get(queue)
         default = configured.default_handler if configured else None
-        job = jobs.decode(incoming.message, queue, incoming.redelivered, default)
+        job = jobs.decode(incoming.message, queue, incoming.redelivered, default, time.time())
         now = asyncio.get_running_loop().time()
-        self._act(self.ledger.delivered(Delivery(channel.serial, incoming.tag, now, job)))
+        delivery = Delivery(channel.serial, incoming.tag, now, job, delayed=source.due)
+        self._act(self.ledger.delivered(delivery))
         self.changed()
 
     def _act(self, decision: Run | Settle | Rejoined | None) -> None:
@@ -257,16 +310,20 @@ class Worker:
     def retired(self, channel: Channel) -> None:
         # A delivery so old was taken back by the broker: never settle it here again.
         stale_before = asyncio.get_running_loop().time() - 0.95 * self.consumer.ack_timeout
-        for delivery in self.ledger.retired(channel.serial, stale_before):
-            channel.give_back(delivery.tag)
-        self._retiring.add(channel)
-        self._close_retired()
+        self._leave(channel, self.ledger.retired(channel.serial, stale_before))
 
     def detached(self, channel: Channel) -> None:
-        for delivery in self.ledger.detached(channel.serial):
-            channel.give_back(delivery.tag)
-        self._retiring.add(channel)
-        self._close_retired()
+        self._leave(channel, self.ledger.detached(channel.serial))
+
+    def _leave(self, channel: Channel, unstarted: Iterable[Delivery]) -> None:
+        """A channel consumes no more: close it when nothing is left to be settled on it."""
+
+        async def leave() -> None:
+            await self.give_back(unstarted)
+            self._retiring.add(channel)
+            self._close_retired()
+
+        self._tasks.create_task(leave(), name=f"leave {channel.serial}")
 
     def idle(self, channel: Channel) -> bool:
         return self.ledger.idle(channel.serial)
@@ -288,9 +345,8 @@ class Worker:
         self._performing.add(task)
         task.add_done_callback(self._performing.discard)
 
-    def _start_next(self, queue: str) -> None:
-        run = self.ledger.next(queue)
-        if run:
+    def _start_more(self) -> None:
+        while run := self.ledger.next():
             self._begin(run)
         self.changed()
 
@@ -319,7 +375,7 @@ class Worker:
                 self._act(decision)
 
     @property
-    def _routine(self) -> log.Level:
+    def routine(self) -> log.Level:
         return "info" if self.settings.log.jobs == "all" else "debug"
 
     def _log_outcome(self, report: Report, seconds: float) -> None:
@@ -329,9 +385,10 @@ class Worker:
             "reason": report.reason or None,
             "exit_status": report.exit_status,
             "signal": report.signal,
+            "note": report.note or None,
         }
         if report.outcome is Outcome.DONE:
-            log.event("done", self._routine, **facts)
+            log.event("done", self.routine, **facts)
         elif report.outcome is Outcome.INTERRUPTED or report.exit_status == EX_TEMPFAIL:
             log.event(report.outcome.value, "info", **facts)
         else:

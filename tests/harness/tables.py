@@ -9,9 +9,12 @@ from typing import Any
 
 Table = Mapping[str, Any]
 
+#: A handler whose jobs are started again when their daemon has died.
+AGAIN: Table = {"retry": {"attempts": 5}}
+
 
 def config(
-    url: str,
+    urls: str | Sequence[str],
     command: Sequence[str | Path],
     *,
     queues: Mapping[str, Table] | None = None,
@@ -20,15 +23,22 @@ def config(
 ) -> str:
     """A daemon for which every job, of all `queues` (one, "jobs", by default), runs `command`.
 
-    Further tables, such as `worker={"drain_timeout": "1s"}`, are written as they are. Every event
-    is logged.
+    `urls` is one broker or several. Further tables, such as `worker={"drain_timeout": "1s"}`, are
+    written as they are. Every event is logged. A job has one attempt unless the `handler` says
+    otherwise.
     """
     queues = queues or {"jobs": {}}
     written: dict[str, Table] = {
-        "broker": {"urls": [url], "reconnect_max": "500ms", **tables.pop("broker", {})},
+        "broker": {
+            "urls": [urls] if isinstance(urls, str) else urls,
+            # A test does not wait longer than it must for a broker that is back.
+            "reconnect_max": "500ms",
+            **tables.pop("broker", {}),
+        },
         "handlers.job": {
             "command": [str(word) for word in command],
             "queue": next(iter(queues)),
+            "retry": {"attempts": 1},
             **(handler or {}),
         },
         **{f"queues.{name}": {"default_handler": "job", **queues[name]} for name in queues},

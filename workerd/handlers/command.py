@@ -9,13 +9,15 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from workerd import log
+from workerd.handlers import wishes
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.output import Output
 from workerd.handlers.process import Process
 from workerd.job import BadJob, Job, Outcome, Report
+from workerd.retry import limit
 from workerd.settings import Handler
 from workerd.template import Placeholder, Template
 
@@ -54,11 +56,25 @@ class CommandHandler:
         self._output_lines = output_lines
         self._program = self._find()
 
-    async def run(self, job: Job, stop: asyncio.Future[None]) -> Report:
+    async def run(
+        self, job: Job, stop: asyncio.Future[None], started: Callable[[], None]
+    ) -> Report:
         """Run the job in a process of its own until that ends, times out, or ``stop`` is done.
 
-        Never raises for anything that the job or its program does.
+        Raises BadJob when there can be no such process.
         """
+        try:
+            report = wishes.create()
+        except OSError as error:
+            return self._spawn_failed(error)
+        try:
+            return await self._run(job, stop, started, report)
+        finally:
+            os.close(report)
+
+    async def _run(
+        self, job: Job, stop: asyncio.Future[None], started: Callable[[], None], report: int
+    ) -> Report:
         settings = self._settings
         stdout = Output("stdout", "info", self._output_lines, settings.output_limit)
         stderr = Output("stderr", "info", self._output_lines, _ERROR_LIMIT)
@@ -71,13 +87,14 @@ class CommandHandler:
                 stdout.feed,
                 stderr.feed,
                 self._guardian,
+                report,
             )
-        except BadJob as bad:
-            return Report(Outcome.REJECTED, bad.reason, error=str(bad))
         except ValueError:
-            return Report(Outcome.REJECTED, "bad-argument", error="an argument contains a NUL byte")
+            raise BadJob("bad-argument", "an argument contains a NUL byte") from None
         except OSError as error:
             return self._spawn_failed(error)
+
+        started()
 
         def interrupt(_stop: object) -> None:
             process.end("drain", settings.kill_grace)
@@ -90,17 +107,17 @@ class CommandHandler:
             stop.remove_done_callback(interrupt)
         stdout.close()
         stderr.close()
-        return self._report(status, process.cause, stdout.tail, stderr.tail)
-
-    def _report(self, status: int, cause: str, output: bytes, error: bytes) -> Report:
-        outcome, reason = self._judge(status, cause)
+        wished = wishes.read(report)
+        outcome, reason = self._judge(status, process.cause)
         return Report(
             outcome,
             reason,
             exit_status=status if status >= 0 else None,
             signal=_signal_name(-status) if status < 0 else None,
-            error=log.text_lines(error) if outcome is not Outcome.DONE else "",
-            output=output,
+            error=log.text_lines(stderr.tail) if outcome is not Outcome.DONE else "",
+            output=stdout.tail,
+            retry_after=wished.retry_after,
+            note=wished.note,
         )
 
     def _judge(self, status: int, cause: str) -> tuple[Outcome, str]:
@@ -120,12 +137,12 @@ class CommandHandler:
 
     def _spawn_failed(self, error: OSError) -> Report:
         if error.errno == errno.E2BIG:
-            return Report(Outcome.REJECTED, "too-large", error="arguments and environment too long")
+            raise BadJob("too-large", "arguments and environment too long")
         self._program = self._find()  # it may have moved: a deploy, another PATH entry
         program = self._settings.command[0]
         where = f" in {self._directory}" if self._directory else ""
         text = f"cannot run {program}{where}: {error.strerror}"
-        return Report(Outcome.UNAVAILABLE, "cannot-run", error=text)
+        return Report(Outcome.UNAVAILABLE, "cannot-run", error=text, ran=False)
 
     def _find(self) -> bytes:
         """The program's path: looked up in the PATH that it will itself be given."""
@@ -159,7 +176,8 @@ class CommandHandler:
             b"WORKERD_JOB_TYPE": (job.type or "").encode(),
             b"WORKERD_QUEUE": job.queue.encode(),
             b"WORKERD_ATTEMPT": b"%d" % job.attempt,
-            b"WORKERD_MAX_ATTEMPTS": b"%d" % self._settings.retry.attempts,
+            b"WORKERD_MAX_ATTEMPTS": b"%d" % limit(job, self._settings.retry),
+            b"WORKERD_REPORT": wishes.PATH.encode(),
             b"WORKERD_REDELIVERED": b"1" if job.redelivered else b"0",
             b"WORKERD_CONTENT_TYPE": str(message.content_type or "").encode(),
             b"WORKERD_CONTENT_ENCODING": str(message.content_encoding or "").encode(),

@@ -24,6 +24,8 @@ _DEFAULT_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 class Process:
     """A running child: its standard input is ``body``, its output goes to two callbacks.
 
+    It gets ``report`` as its descriptor 3.
+
     ``cause`` says why it was told to end (`end`), "" when it ended by itself.
     """
 
@@ -36,6 +38,7 @@ class Process:
         on_stdout: Callable[[bytes], None],
         on_stderr: Callable[[bytes], None],
         guardian: Guardian,
+        report: int,
     ) -> None:
         """Start it. Raises OSError (no such program, no more processes …) and ValueError (NUL)."""
         self._loop = asyncio.get_running_loop()
@@ -49,7 +52,9 @@ class Process:
                 stderr, self._stderr = reversed(_pipe(undo, theirs))
                 for fd in (self._stdin, self._stdout, self._stderr):
                     os.set_blocking(fd, False)
-                self.pid = _spawn(argv, environment, working_directory, (stdin, stdout, stderr))
+                self.pid = _spawn(
+                    argv, environment, working_directory, (stdin, stdout, stderr, report)
+                )
                 undo.callback(_put_down, self.pid)
             # Only now, when the child's ends are closed: without a descriptor for it, the
             # program would have begun and be killed, and run again.
@@ -162,9 +167,9 @@ def _spawn(
     argv: list[bytes],
     environment: Mapping[bytes, bytes],
     working_directory: str | None,
-    stdio: tuple[int, int, int],
+    descriptors: tuple[int, ...],
 ) -> int:
-    actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio)]
+    actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(descriptors)]
     with _directory(working_directory):
         return os.posix_spawn(
             argv[0],
