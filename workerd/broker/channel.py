@@ -197,7 +197,8 @@ class Channel:
         self._published += 1
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._confirms[self._published] = future
-        self._ids[self._published] = (key, str(message.message_id))
+        # The queue of a delay level has the name of its exchange.
+        self._ids[self._published] = (exchange or key, str(message.message_id))
         return future
 
     async def close(self) -> None:
@@ -251,7 +252,7 @@ class Channel:
     def _on_return(self, _channel: Any, _method: Any, properties: Any, _body: bytes) -> None:
         # A return carries no number. It comes before the confirm of its message, and
         # returns come in the order of publishing.
-        for number, (_key, message_id) in self._ids.items():
+        for number, (_queue, message_id) in self._ids.items():
             if message_id == str(properties.message_id) and number not in self._returned:
                 self._returned.add(number)
                 return
@@ -264,14 +265,14 @@ class Channel:
         numbers = list(earlier) if method.multiple else [last]
         for number in numbers:
             future = self._confirms.pop(number, None)
-            key, _ = self._ids.pop(number, ("", ""))
+            queue, _ = self._ids.pop(number, ("", ""))
             returned = number in self._returned
             self._returned.discard(number)
             if future is None or future.done():
                 continue
             if isinstance(method, pika.spec.Basic.Nack):
-                future.set_exception(Trouble(Kind.BUSY, f"the broker refused it: {key} is full"))
+                future.set_exception(Trouble(Kind.BUSY, f"the broker refused it: {queue} is full"))
             elif returned:
-                future.set_exception(Unroutable(key))
+                future.set_exception(Unroutable(queue))
             else:
                 future.set_result(None)
