@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 
-from tests.harness.amqp import Client, Message
+from tests.harness.amqp import Client
+from tests.harness.amqp import Message as Taken
 from tests.harness.broker import Broker
 from tests.harness.peer import Peer
 from tests.harness.programs import SUBMIT, WORKERD, Program, Result, run
 from tests.harness.waiting import TIMEOUT, until
-from workerd.topology import MAX_DELAY, level_name
+from workerd.job import Message
+from workerd.order import Order
+from workerd.topology import MAX_DELAY, delayed, level_name
 
 # What a start of Python and of its modules takes at most, on a busy machine.
 START = TIMEOUT / 4
@@ -89,14 +92,14 @@ def stamp(text: str) -> float:
     return datetime.datetime.fromisoformat(text).timestamp()
 
 
-def delay_of(message: Message) -> int:
+def delay_of(message: Taken) -> int:
     """The seconds of its delay, from the bits of its routing key."""
     *bits, queue = message.routing_key.split(".", 25)
     assert (len(bits), queue) == (25, "default")
     return int("".join(bits), 2)
 
 
-def waiting(client: Client, near: int, count: int = 1) -> list[Message]:
+def waiting(client: Client, near: int, count: int = 1) -> list[Taken]:
     """Take the messages that wait in the level which a delay of about this length enters first."""
     return client.take(level_name(near.bit_length() - 1), count)
 
@@ -228,6 +231,13 @@ def test_a_dry_run_tells_when_the_job_would_come_due(nowhere: list[str]) -> None
     assert run([*nowhere, "4", "--in", "10m", "--dry-run", "--id", "one"]).stdout == "one\n"
 
 
+def test_a_clock_that_is_set_back_meanwhile_delays_no_further_than_the_levels_can() -> None:
+    now = time.time()
+    order = Order("default", Message(), max_body=0, due=now + MAX_DELAY, ttl=None)
+    parcel = order.parcel(order.message(b""), now - HOUR)
+    assert (parcel.exchange, parcel.key) == delayed(order.queue, MAX_DELAY)
+
+
 # What can be asked for
 
 
@@ -293,7 +303,7 @@ def test_a_time_to_live_counts_from_the_submission(
 
 
 @pytest.fixture(params=[["4"], ["--lines"]], ids=["one", "lines"])
-def delayed(request: pytest.FixtureRequest, submit: Submit) -> Callable[[], Result]:
+def submit_delayed(request: pytest.FixtureRequest, submit: Submit) -> Callable[[], Result]:
     """A function that submits a job, or a line, to be delayed by an hour."""
     return lambda: submit(*request.param, "--in", "1h", stdin=b"4\n5\n")
 
@@ -304,43 +314,43 @@ REMEDY = (
 
 
 def test_a_missing_queue_for_due_jobs_is_73_before_anything_is_sent(
-    topology: None, client: Client, delayed: Callable[[], Result]
+    topology: None, client: Client, submit_delayed: Callable[[], Result]
 ) -> None:
     client.channel.queue_delete("default.due")
-    result = delayed()
+    result = submit_delayed()
     assert (result.status, result.stdout) == (73, "")
     assert result.stderr.startswith("submit: NOT_FOUND - no queue 'default.due' in vhost")
     assert REMEDY in result.stderr
     assert client.ready(level_name(11)) == 0
 
 
-def test_missing_delay_levels_are_73(client: Client, delayed: Callable[[], Result]) -> None:
+def test_missing_delay_levels_are_73(client: Client, submit_delayed: Callable[[], Result]) -> None:
     client.declare("default.due")
-    result = delayed()
+    result = submit_delayed()
     assert (result.status, result.stdout) == (73, "")
     assert result.stderr.startswith("submit: NOT_FOUND - no exchange 'workerd.delay.11' in vhost")
     assert REMEDY in result.stderr
 
 
 def test_a_delay_level_without_its_queue_is_73(
-    client: Client, delayed: Callable[[], Result]
+    client: Client, submit_delayed: Callable[[], Result]
 ) -> None:
     client.declare("default.due")
     client.channel.exchange_declare("workerd.delay.11", "topic", durable=True)
-    result = delayed()
+    result = submit_delayed()
     assert (result.status, result.stdout) == (73, "")
     assert result.stderr.startswith("submit: no queue 'workerd.delay.11'; a delay needs it")
     assert REMEDY in result.stderr
 
 
 def test_a_delay_level_that_takes_nothing_is_75(
-    client: Client, delayed: Callable[[], Result]
+    client: Client, submit_delayed: Callable[[], Result]
 ) -> None:
     client.declare("default.due")
     level = client.declare("workerd.delay.11", x_max_length=0, x_overflow="reject-publish")
     client.channel.exchange_declare(level, "topic", durable=True)
     client.channel.queue_bind(level, level, "#")
-    result = delayed()
+    result = submit_delayed()
     assert (result.status, result.stdout) == (75, "")
     assert result.stderr.startswith("submit: the broker refused it: workerd.delay.11 is full\n")
 

@@ -138,7 +138,7 @@ class Bulk:
                 self._confirm(job_id)
             else:
                 channel = await self._connected()
-                parcel = self._order.parcel(message)
+                parcel = self._order.parcel(message, time.time())
                 confirm = channel.publish(parcel.exchange, parcel.key, parcel.message)
                 sent = Sent(self._last + 1, job_id, len(line), parcel.exchange, confirm)
                 self._flight.append(sent)

@@ -61,10 +61,11 @@ class Order:
             timestamp=int(time.time()),
         )
 
-    def parcel(self, message: Message) -> Parcel:
-        """The message as it must be published now; a moment later it may be another."""
-        now = time.time()
+    def parcel(self, message: Message, now: float) -> Parcel:
+        """The message as it must be published at this instant; later it may be another."""
         delay = times.seconds_until(self.due, now) if self.due is not None else 0
+        # The clock may have been set back since the order was given.
+        delay = min(delay, topology.MAX_DELAY)
         if self.ttl is not None:
             # Not the property expiration: it would cut the delay short.
             expires = int((now + delay + self.ttl) * 1000)

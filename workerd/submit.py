@@ -109,7 +109,7 @@ async def _submit_one(broker: Broker, order: Order, message: Message, deadline: 
 
     async def attempt() -> Link:
         channel = await connect(broker, order)
-        parcel = order.parcel(message)
+        parcel = order.parcel(message, time.time())
         try:
             await channel.publish(parcel.exchange, parcel.key, parcel.message)
         except asyncio.CancelledError:

@@ -22,10 +22,10 @@ _EXPECTED = 'expected a time such as "18:30", "2026-12-24 18:30" or "2026-12-24T
 def instant(text: str, now: float) -> float:
     """The instant that a time means, in seconds since 1970; raises ValueError.
 
-    Without an offset it is of the local zone, without a date the next one to come, where a
-    minute (or second, when it is named) lasts until it is over. A time that the clock shows
-    twice is the first of the two, unless only the second is still to come; one that it skips
-    comes as long after the skip's beginning as it would without a skip.
+    Without an offset it is of the local zone, without a date the next one to come; a minute
+    (or second, when it is named) is to come until it is over. A time that the clock shows
+    twice is the first of the two that is still to come; one that it skips comes as long
+    after the skip's beginning as it would without a skip.
     """
     match = re.fullmatch(_TIME, text, re.ASCII)
     if match is None:
@@ -33,17 +33,17 @@ def instant(text: str, now: float) -> float:
     *date, hour, minute, second, fraction, offset = match.groups()
     try:
         clock = datetime.time(int(hour), int(minute), int(second or 0))
-        part = float(fraction or 0)
+        part, lasts = float(fraction or 0), 1.0 if second else 60.0
         if date[0] is None:
             if offset:
                 raise ValueError("an offset needs a date")
-            return _next(clock, now, 1.0 if second else 60.0) + part
+            return _next(clock, now, lasts) + part
         day = datetime.date(*map(int, date))
         if offset:
             zone = _zone(offset.strip())
             return datetime.datetime.combine(day, clock, zone).timestamp() + part
-        first, second = _local(day, clock)
-        return part + (first if now < first + part else second)
+        first, last = _local(day, clock)
+        return (first if now < first + lasts else last) + part
     except (ValueError, OverflowError) as error:
         raise ValueError(f"no such time: {error}") from None
 
@@ -71,11 +71,11 @@ def _next(clock: datetime.time, now: float, lasts: float) -> float:
 
 def _local(day: datetime.date, clock: datetime.time) -> tuple[float, float]:
     """When the local clock shows this for the first and for the last time."""
-    first, second = (
+    first, last = (
         datetime.datetime.combine(day, clock.replace(fold=fold)).timestamp() for fold in (0, 1)
     )
     # Of a time that is skipped, the second reading is the earlier one.
-    return first, max(first, second)
+    return first, max(first, last)
 
 
 def _zone(offset: str) -> datetime.timezone:
