@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.harness.trixie import CHECKOUT
 from workerd.options import Queue
 from workerd.topology import (
     DUE,
@@ -231,6 +233,14 @@ def test_a_delay_enters_at_its_highest_bit_and_rests_once_for_each(seconds: int)
     assert exchange == f"workerd.delay.{seconds.bit_length() - 1:02}"
     assert ROUTER.queues_for(exchange, key) == {exchange}
     assert list(ROUTER.journeys(exchange, key)) == [("a.due", seconds)]
+
+
+def test_the_function_in_the_documentation_gives_the_same() -> None:
+    text = (CHECKOUT / "docs" / "messages.md").read_text()
+    names: dict[str, Any] = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], names)
+    for seconds in sample():
+        assert names["delayed"]("a.x", seconds) == delayed("a.x", seconds)
 
 
 def test_a_delayed_job_whose_queue_is_gone_blocks_nobody() -> None:

@@ -6,7 +6,8 @@ below them:
 
     cli         the command line: puts the parts together, turns errors into exit statuses
     daemon      `workerd run`: a running worker and its exit status
-    submit      `submit`: one job or many, confirmed by the broker
+    submit      `submit`: one job, confirmed by the broker; bulk: many of them
+    order       what a submission asks for; submit_command: its command line
     check       `workerd check`: what is wrong without a broker; connect: at the broker
     show        `workerd check --show`
     dead        dead letters sent back and dropped; dead_command: its command line
@@ -30,6 +31,7 @@ below them:
     job         messages, jobs, outcomes, dead letters
     topology    every queue and exchange, and their arguments
     template    arguments with placeholders
+    times       times as people write them
 
     settings    the configuration files, as frozen dataclasses; rules: between settings
     options     every key and its default; schema, kinds: how they are read

@@ -15,20 +15,19 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 
 from workerd.broker import Channel
-from workerd.errors import Trouble, Unencodable, WorkerdError
+from workerd.errors import Refused, Trouble, Unencodable, WorkerdError
+from workerd.order import Order, order
 from workerd.settings import Broker, Settings
 from workerd.submit import (
     EX_DATAERR,
     EX_IOERR,
     EX_OK,
     EX_USAGE,
-    Order,
-    Refused,
     connect,
     exit_status,
+    explained,
     late,
     open_input,
-    order,
     print_id,
     until_deadline,
 )
@@ -73,6 +72,7 @@ class Sent:
     number: int
     job_id: str
     size: int
+    exchange: str
     confirm: asyncio.Future[None]
 
 
@@ -138,8 +138,10 @@ class Bulk:
                 self._confirm(job_id)
             else:
                 channel = await self._connected()
-                confirm = channel.publish("", self._order.queue, message)
-                self._flight.append(Sent(self._last + 1, job_id, len(line), confirm))
+                parcel = self._order.parcel(message, time.time())
+                confirm = channel.publish(parcel.exchange, parcel.key, parcel.message)
+                sent = Sent(self._last + 1, job_id, len(line), parcel.exchange, confirm)
+                self._flight.append(sent)
                 self._bytes_in_flight += len(line)
                 self._moved.set()
         except (Refused, Unencodable) as wrong:
@@ -152,7 +154,9 @@ class Bulk:
         # A connection that was lost while nothing was in flight has lost nothing.
         if self._channel is None or (self._channel.ended.done() and not self._flight):
             deadline = time.monotonic() + self._args.timeout
-            self._channel = await until_deadline(lambda: connect(self._broker), deadline)
+            self._channel = await until_deadline(
+                lambda: connect(self._broker, self._order), deadline
+            )
         return self._channel
 
     async def _land_all(self) -> None:
@@ -165,7 +169,10 @@ class Bulk:
                 raise late(self._channel)
             while self._flight and self._flight[0].confirm.done():
                 sent = self._flight[0]
-                sent.confirm.result()
+                try:
+                    sent.confirm.result()
+                except Trouble as trouble:
+                    raise explained(trouble, sent.exchange, self._order.queue) from None
                 self._flight.popleft()
                 self._bytes_in_flight -= sent.size
                 self._confirm(sent.job_id)
@@ -178,7 +185,7 @@ class Bulk:
 
     def _confirm(self, job_id: str) -> None:
         self.confirmed += 1
-        print_id(self._args, self._order.queue, job_id)
+        print_id(self._args, self._order, job_id)
 
     async def _give_up(self, failure: WorkerdError) -> None:
         """Take stock: what else is in flight may arrive all the same."""

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from workerd import __version__
 from workerd.errors import SettingsError, WorkerdError
+from workerd.submit_command import add_submit, add_url, environ
 
 EX_USAGE = 64
 EX_SOFTWARE = 70
@@ -60,30 +61,6 @@ examples:
   workerd check --connect           after a change of user, password or queues
   workerd check --show              which file sets what
 """
-
-SUBMIT = "Send a job to RabbitMQ; print its id once the broker has it in a queue."
-SUBMIT_EPILOG = """\
-exit status:
-  0   every job was confirmed by the broker and routed to its queue
-  64  usage, or no handler is named TYPE and no --queue is given
-  65  the payload is too large, is not JSON, or cannot be read
-  69  no broker answered, or none confirmed, within --timeout
-  73  no such queue
-  74  the ids could not be printed; the jobs are sent
-  75  not now: the queue is full, or the broker is short of memory or disk
-  77  access refused: user, password, virtual host or permission
-  78  bad configuration
-A job that was not confirmed (69, 75) may have arrived all the same.
-
-examples:
-  submit sleep 4
-  submit resize < photo.json
-  submit resize --file photo.json --header trace=abc
-  submit resize --lines < names.txt             one job for each line
-  submit resize --queue photos --url @broker    where no handler is configured
-"""
-
-
 SETUP = """\
 Declare all queues and exchanges of the configuration, as an administrator: then
 the workers need no right to configure. Messages are neither read nor sent."""
@@ -128,7 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     )
     _add_run(commands.add_parser("run", help="run the daemon"))
     _add_check(commands.add_parser("check", help="check the configuration, and the broker"))
-    _add_submit(commands.add_parser("submit", help="send a job, or one for each line of a file"))
+    add_submit(
+        commands.add_parser("submit", help="send a job, or one for each line of a file"),
+        _add_common,
+        _seconds,
+    )
     add_dead(
         commands.add_parser("dead", help="failed jobs: look, send back"), _add_common, _seconds
     )
@@ -139,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def submit_main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `submit`: exactly `workerd submit`."""
     parser = _Parser(prog="submit")
-    _add_submit(parser)
+    add_submit(parser, _add_common, _seconds)
     _end(_carry_out(parser.parse_args(arguments)))
 
 
@@ -155,8 +136,7 @@ def _carry_out(args: argparse.Namespace) -> int:
     except WorkerdError as error:
         from workerd.submit import exit_status
 
-        name = "submit" if args.carry_out is _submit else "workerd"
-        sys.stderr.write(f"{name}: {error}\n")
+        sys.stderr.write(f"{args.name}: {error}\n")
         return exit_status(error)
     except BrokenPipeError:
         return EX_IOERR
@@ -187,6 +167,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--instance", default="1", metavar="NAME", help="the instance's name (default: 1)"
     )
+    # Who speaks in its errors.
+    parser.set_defaults(name="workerd")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -258,93 +240,10 @@ def _seconds(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _add_submit(parser: argparse.ArgumentParser) -> None:
-    parser.description, parser.epilog = SUBMIT, SUBMIT_EPILOG
-    _add_common(parser)
-    parser.add_argument("type", metavar="TYPE", help="the name of the handler that is to run it")
-    parser.add_argument(
-        "body", metavar="BODY", nargs="?", help="the payload (default: standard input)"
-    )
-    parser.add_argument(
-        "-f", "--file", metavar="FILE", help="read the payload from FILE; - is standard input"
-    )
-    parser.add_argument(
-        "--queue", metavar="Q", help='default: the handler\'s queue, else "default"'
-    )
-    parser.add_argument(
-        "--priority", type=int, metavar="N", help="0 to 255, for a queue with max_priority"
-    )
-    parser.add_argument("--id", metavar="ID", help="the job id (default: a new UUID)")
-    parser.add_argument(
-        "--header", action="append", default=[], metavar="K=V", help="a header; may be repeated"
-    )
-    many = parser.add_mutually_exclusive_group()
-    many.add_argument("--lines", action="store_true", help="each line of the input is a job")
-    many.add_argument("--jsonl", action="store_true", help="likewise; a line must be valid JSON")
-    parser.add_argument(
-        "--timeout",
-        type=_seconds,
-        default=30.0,
-        metavar="T",
-        help="for all of it; with many lines, for each wait (default: 30s)",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print id and queue as a JSON object, not the bare id"
-    )
-    parser.add_argument(
-        "--url", metavar="URL", help="the broker, without a password; @FILE: what is in FILE"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="do everything but send")
-    parser.set_defaults(carry_out=_submit)
-
-
-def _submit(args: argparse.Namespace) -> int:
-    from workerd.settings import load
-    from workerd.submit import submit
-
-    settings = load(args.config, args.instance, _environ(args))
-    if args.lines or args.jsonl:
-        from workerd.bulk import submit_lines
-
-        return submit_lines(args, settings)
-    return submit(args, settings)
-
-
-def _environ(args: argparse.Namespace) -> dict[str, str]:
-    """The environment, with --url in it."""
-    environ = dict(os.environ)
-    if args.url:
-        environ["WORKERD_BROKER_URL"] = _url(args.url)
-    return environ
-
-
-def _url(text: str) -> str:
-    from workerd.submit import EX_USAGE, Refused
-    from workerd.url import BrokerURL
-
-    if text.startswith("@"):
-        try:
-            return Path(text[1:]).read_text(errors="replace").strip()
-        except OSError as error:
-            raise Refused(EX_USAGE, f"--url {text}: {error.strerror}") from None
-    try:
-        url = BrokerURL.parse(text)
-    except ValueError as error:
-        raise Refused(EX_USAGE, f"--url: {error}") from None
-    if url.password is not None:
-        raise Refused(
-            EX_USAGE,
-            "--url: a password shows in ps; use --url @FILE or the variable WORKERD_BROKER_URL",
-        )
-    return text
-
-
 def _add_setup(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = SETUP, SETUP_EPILOG
     _add_common(parser)
-    parser.add_argument(
-        "--url", metavar="URL", help="the broker, without a password; @FILE: what is in FILE"
-    )
+    add_url(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.set_defaults(carry_out=_setup)
 
@@ -353,5 +252,5 @@ def _setup(args: argparse.Namespace) -> int:
     from workerd.settings import load
     from workerd.setup import setup
 
-    environ = _environ(args)
-    return setup(load(args.config, args.instance, environ), environ, args.json)
+    variables = environ(args)
+    return setup(load(args.config, args.instance, variables), variables, args.json)

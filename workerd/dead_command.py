@@ -128,8 +128,8 @@ def _filter(args: argparse.Namespace) -> Filter:
 
 def _chosen(args: argparse.Namespace) -> Filter:
     """The filter of a command that changes something. Raises Refused without any."""
+    from workerd.errors import Refused
     from workerd.letters import Filter
-    from workerd.submit import Refused
 
     wanted = _filter(args)
     if wanted == Filter() and not args.all:
@@ -189,9 +189,9 @@ def _look(args: argparse.Namespace, wanted: Filter, found: Callable[[Letter], No
 
 
 def _show(args: argparse.Namespace) -> int:
+    from workerd.errors import Refused
     from workerd.letters import Filter
     from workerd.sheets import everything, sheet
-    from workerd.submit import Refused
 
     found: list[Letter] = []
     _look(args, Filter(ids=frozenset({args.id})), found.append)
@@ -256,8 +256,8 @@ def _requeue(args: argparse.Namespace) -> int:
 
 def _drop(args: argparse.Namespace) -> int:
     from workerd import dead
+    from workerd.errors import Refused
     from workerd.letterbox import tell
-    from workerd.submit import Refused
 
     wanted = _chosen(args)
     if args.dry_run:

@@ -9,6 +9,14 @@ class WorkerdError(Exception):
     """The root of all errors that workerd raises on purpose."""
 
 
+class Refused(WorkerdError):
+    """The job, or the command line, is not acceptable; ``status`` is the exit status."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
 class SettingsError(WorkerdError):
     """The configuration is wrong. ``problems`` holds every problem found, one text each."""
 

@@ -11,18 +11,17 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, replace
 from types import FrameType
 from typing import BinaryIO, TypeVar
 
+from workerd import times, topology
 from workerd.broker import Channel, Link
-from workerd.copies import is_reserved, portable_headers
-from workerd.errors import Kind, Trouble, Unencodable, Unroutable, WorkerdError
-from workerd.job import Message, new_id
+from workerd.errors import Kind, Refused, Trouble, Unencodable, Unroutable, WorkerdError
+from workerd.job import Message
+from workerd.order import Order, order
 from workerd.retry import backoff
 from workerd.settings import Broker, Settings
 from workerd.waiting import complete
-from workerd.wording import did_you_mean
 
 # Exit statuses, of sysexits.h.
 EX_OK = 0
@@ -34,92 +33,10 @@ EX_IOERR = 74
 EX_TEMPFAIL = 75
 EX_NOPERM = 77
 
-#: AMQP's limit for the properties that are short strings, in bytes.
-_SHORT = 255
-#: The largest body that any RabbitMQ can be made to take.
-_LARGEST_BODY = 512 << 20
 #: Seconds for a goodbye, once everything is confirmed.
 _CLOSE_TIMEOUT = 1.0
 
 T = TypeVar("T")
-
-
-class Refused(WorkerdError):
-    """The job, or the command line, is not acceptable; ``status`` is the exit status."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What is to be submitted: where to, and the message that each body is put into."""
-
-    queue: str
-    template: Message
-    max_body: int
-
-    def message(self, body: bytes) -> Message:
-        """The message with this body. Raises Refused where the handler here would not take it."""
-        if len(body) > self.max_body:
-            text = f"the body is larger than {self.max_body} bytes, the handler's max_body"
-            raise Refused(EX_DATAERR, text)
-        return replace(
-            self.template,
-            body=body,
-            message_id=self.template.message_id or new_id(),
-            timestamp=int(time.time()),
-        )
-
-
-def order(args: argparse.Namespace, settings: Settings) -> Order:
-    """The order that a command line gives. Raises Refused."""
-    handler = settings.handlers.get(args.type)
-    if handler is None and args.queue is None and settings.handlers:
-        hint = did_you_mean(args.type, settings.handlers)
-        raise Refused(
-            EX_USAGE, f"no handler is named {args.type!r}{hint}; name a --queue to send it anyway"
-        )
-    for option, text in (("TYPE", args.type), ("--id", args.id), ("--queue", args.queue)):
-        if text is not None and not _is_short_text(text):
-            raise Refused(EX_USAGE, f"{option} must be 1 to {_SHORT} bytes of printable text")
-    if args.priority is not None and not 0 <= args.priority <= 255:
-        raise Refused(EX_USAGE, "--priority must be from 0 to 255")
-    if args.body is not None and args.file is not None:
-        raise Refused(EX_USAGE, "BODY and --file exclude each other")
-    headers, too_large = portable_headers(dict(map(_header, args.header)))
-    if too_large:
-        raise Refused(EX_DATAERR, f"--header {too_large[0]}: all headers together are too large")
-    return Order(
-        queue=args.queue or (handler.queue if handler else "default"),
-        template=Message(
-            type=args.type,
-            message_id=args.id,
-            content_type="application/json" if args.jsonl else None,
-            priority=args.priority,
-            headers=headers,
-        ),
-        max_body=handler.max_body if handler else _LARGEST_BODY,
-    )
-
-
-def _header(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not _is_short_text(name):
-        raise Refused(EX_USAGE, f"--header {text!r}: expected NAME=VALUE")
-    if is_reserved(name.lower()):
-        raise Refused(EX_USAGE, f"--header {name}: only workerd or RabbitMQ may set this header")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise Refused(EX_DATAERR, f"--header {name}: the value is not UTF-8") from None
-    return name, value
-
-
-def _is_short_text(text: str) -> bool:
-    """Whether it can be a property, and be shown to people."""
-    return text.isprintable() and 0 < len(text.encode()) <= _SHORT
 
 
 def submit(args: argparse.Namespace, settings: Settings) -> int:
@@ -131,14 +48,19 @@ def submit(args: argparse.Namespace, settings: Settings) -> int:
     deadline = time.monotonic() + args.timeout
     message = wanted.message(_read_body(args, wanted.max_body))
     if not args.dry_run:
-        complete(_submit_one(settings.broker, wanted.queue, message, deadline))
-    print_id(args, wanted.queue, str(message.message_id))
+        complete(_submit_one(settings.broker, wanted, message, deadline))
+    print_id(args, wanted, str(message.message_id))
     return EX_OK
 
 
-def print_id(args: argparse.Namespace, queue: str, job_id: str) -> None:
+def print_id(args: argparse.Namespace, order: Order, job_id: str) -> None:
     """Tell a job's id on standard output."""
-    line = json.dumps({"id": job_id, "queue": queue}) if args.json else job_id
+    line = job_id
+    if args.json:
+        facts = {"id": job_id, "queue": order.queue}
+        if order.due is not None:
+            facts["due"] = times.utc(order.due)
+        line = json.dumps(facts)
     sys.stdout.write(line + "\n")
 
 
@@ -182,15 +104,18 @@ def _time_limit(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-async def _submit_one(broker: Broker, queue: str, message: Message, deadline: float) -> None:
+async def _submit_one(broker: Broker, order: Order, message: Message, deadline: float) -> None:
     """Publish until it is confirmed: again, under the same id, after a lost connection."""
 
     async def attempt() -> Link:
-        channel = await connect(broker)
+        channel = await connect(broker, order)
+        parcel = order.parcel(message, time.time())
         try:
-            await channel.publish("", queue, message)
+            await channel.publish(parcel.exchange, parcel.key, parcel.message)
         except asyncio.CancelledError:
             raise late(channel) from None
+        except Trouble as trouble:
+            raise explained(trouble, parcel.exchange, order.queue) from None
         return channel.link
 
     link = await until_deadline(attempt, deadline)
@@ -218,12 +143,34 @@ async def until_deadline(attempt: Callable[[], Awaitable[T]], deadline: float) -
     raise AssertionError("backoff never ends")
 
 
-async def connect(broker: Broker) -> Channel:
+async def connect(broker: Broker, order: Order) -> Channel:
     """A confirming channel to any of the brokers. Raises the last one's Trouble."""
     link = await Link.to_any(broker, "submit", os.environ)
     channel = await link.channel()
+    if order.due is not None:
+        await _find_due(channel, order.queue)
     await channel.confirm()
     return channel
+
+
+async def _find_due(channel: Channel, queue: str) -> None:
+    """Raises Trouble unless the delayed jobs of a queue have somewhere to come due."""
+    # No level knows where its jobs will go: a missing destination shows when they are due.
+    try:
+        await channel.count(topology.due(queue))
+    except Trouble as trouble:
+        raise explained(trouble, topology.DUE, queue) from None
+
+
+def explained(trouble: Trouble, exchange: str, queue: str) -> Trouble:
+    """With what to do about it, if it was met on the way through ``exchange`` to ``queue``.
+
+    ``exchange`` is "" where nothing was delayed.
+    """
+    if not exchange or trouble.kind is not Kind.MISSING:
+        return trouble
+    remedy = f"start a worker of {queue!r} once, or have 'workerd setup' declare it"
+    return Trouble(Kind.MISSING, f"{trouble}; a delay needs it: {remedy}", trouble.code)
 
 
 def late(channel: Channel) -> Trouble:

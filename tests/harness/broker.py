@@ -146,6 +146,9 @@ class Broker:
     def freeze(self) -> None:
         """Stop the server in its tracks: the kernel still accepts connections, nobody answers."""
         self._signal(signal.SIGSTOP)
+        # Its threads may run on for a moment, and confirm what comes.
+        assert self._process is not None
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
         self._frozen = True
 
     def thaw(self) -> None:

@@ -197,6 +197,7 @@ class Channel:
         self._published += 1
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._confirms[self._published] = future
+        # The queue of a delay level has the name of its exchange.
         self._ids[self._published] = (exchange or key, str(message.message_id))
         return future
 

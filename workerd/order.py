@@ -1,0 +1,162 @@
+"""What a `submit` command line asks for: jobs, and where they go at which moment."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, replace
+
+from workerd import times, topology
+from workerd.copies import is_reserved, portable_headers
+from workerd.errors import Refused
+from workerd.job import EXPIRES, MAX_ATTEMPTS, Message, new_id
+from workerd.settings import Handler, Settings
+from workerd.wording import did_you_mean
+
+EX_USAGE = 64
+EX_DATAERR = 65
+
+#: AMQP's limit for the properties that are short strings, in bytes.
+_SHORT = 255
+#: The same for a queue whose name stands behind the bits of a delay in a routing key.
+_DELAYED = _SHORT - 2 * topology.LEVELS
+#: The largest body that any RabbitMQ can be made to take.
+_LARGEST_BODY = 512 << 20
+#: What a job may have at most, whatever its handler allows.
+_MOST_ATTEMPTS = 1000
+#: In seconds; a hundred years fit every header.
+_LONGEST_TTL = 36_500 * 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A message with its address: the exchange of a delay level, or "" and the queue itself."""
+
+    exchange: str
+    key: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be submitted: where to, and the message that each body is put into.
+
+    ``due`` is in seconds since 1970, None when nothing is to be delayed; ``ttl`` in seconds.
+    """
+
+    queue: str
+    template: Message
+    max_body: int
+    due: float | None
+    ttl: float | None
+
+    def message(self, body: bytes) -> Message:
+        """The message with this body. Raises Refused where the handler here would not take it."""
+        if len(body) > self.max_body:
+            text = f"the body is larger than {self.max_body} bytes, the handler's max_body"
+            raise Refused(EX_DATAERR, text)
+        return replace(
+            self.template,
+            body=body,
+            message_id=self.template.message_id or new_id(),
+            timestamp=int(time.time()),
+        )
+
+    def parcel(self, message: Message, now: float) -> Parcel:
+        """The message as it must be published at this instant; later it may be another."""
+        delay = times.seconds_until(self.due, now) if self.due is not None else 0
+        # The clock may have been set back since the order was given.
+        delay = min(delay, topology.MAX_DELAY)
+        if self.ttl is not None:
+            # Not the property expiration: it would cut the delay short.
+            expires = int((now + delay + self.ttl) * 1000)
+            message = replace(message, headers={**message.headers, EXPIRES: expires})
+        exchange, key = topology.delayed(self.queue, delay) if delay else ("", self.queue)
+        return Parcel(exchange, key, message)
+
+
+def order(args: argparse.Namespace, settings: Settings) -> Order:
+    """The order that a command line gives. Raises Refused."""
+    now = time.time()
+    handler = settings.handlers.get(args.type)
+    if handler is None and args.queue is None and settings.handlers:
+        hint = did_you_mean(args.type, settings.handlers)
+        raise Refused(
+            EX_USAGE, f"no handler is named {args.type!r}{hint}; name a --queue to send it anyway"
+        )
+    for option, text in (("TYPE", args.type), ("--id", args.id), ("--queue", args.queue)):
+        if text is not None and not _is_short_text(text):
+            raise Refused(EX_USAGE, f"{option} must be 1 to {_SHORT} bytes of printable text")
+    if args.priority is not None and not 0 <= args.priority <= 255:
+        raise Refused(EX_USAGE, "--priority must be from 0 to 255")
+    if args.ttl is not None and not 0 < args.ttl <= _LONGEST_TTL:
+        raise Refused(EX_USAGE, "--ttl must be more than nothing, and at most a hundred years")
+    if args.body is not None and args.file is not None:
+        raise Refused(EX_USAGE, "BODY and --file exclude each other")
+    headers, too_large = portable_headers(dict(map(_header, args.header)))
+    if too_large:
+        raise Refused(EX_DATAERR, f"--header {too_large[0]}: all headers together are too large")
+    if args.attempts is not None:
+        headers[MAX_ATTEMPTS] = _attempts(args.attempts, handler)
+    queue = args.queue or (handler.queue if handler else "default")
+    due = _due(args, now)
+    if due is not None and len(queue.encode()) > _DELAYED:
+        raise Refused(EX_USAGE, f"a delay needs a queue whose name has at most {_DELAYED} bytes")
+    return Order(
+        queue=queue,
+        template=Message(
+            type=args.type,
+            message_id=args.id,
+            content_type="application/json" if args.jsonl else None,
+            priority=args.priority,
+            headers=headers,
+        ),
+        max_body=handler.max_body if handler else _LARGEST_BODY,
+        due=due,
+        ttl=args.ttl,
+    )
+
+
+def _due(args: argparse.Namespace, now: float) -> float | None:
+    """When the jobs come due, None when that is now or past. Raises Refused."""
+    if args.delay is not None:
+        due: float = now + args.delay
+    elif args.at is not None:
+        try:
+            due = times.instant(args.at, now)
+        except ValueError as error:
+            raise Refused(EX_USAGE, f"--at {args.at!r}: {error}") from None
+    else:
+        return None
+    if due - now > topology.MAX_DELAY:
+        days = topology.MAX_DELAY // 86_400
+        raise Refused(EX_USAGE, f"a job can be delayed by {days} days at most")
+    # Who sends a job late, such as a script that was held up, wants it all the more.
+    return due if due > now else None
+
+
+def _attempts(wanted: int, handler: Handler | None) -> int:
+    if not 1 <= wanted <= _MOST_ATTEMPTS:
+        raise Refused(EX_USAGE, f"--attempts must be from 1 to {_MOST_ATTEMPTS}")
+    if handler and wanted > handler.retry.max_attempts:
+        limit = f"{handler.retry.max_attempts}, the retry.max_attempts of {handler.name!r}"
+        raise Refused(EX_USAGE, f"--attempts must be at most {limit}")
+    return wanted
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not _is_short_text(name):
+        raise Refused(EX_USAGE, f"--header {text!r}: expected NAME=VALUE")
+    if is_reserved(name.lower()):
+        raise Refused(EX_USAGE, f"--header {name}: only workerd or RabbitMQ may set this header")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Refused(EX_DATAERR, f"--header {name}: the value is not UTF-8") from None
+    return name, value
+
+
+def _is_short_text(text: str) -> bool:
+    """Whether it can be a property, and be shown to people."""
+    return text.isprintable() and 0 < len(text.encode()) <= _SHORT

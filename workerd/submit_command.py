@@ -1,0 +1,121 @@
+"""`submit`: its options, and the broker's address on a command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+EX_USAGE = 64
+
+SUBMIT = "Send a job to RabbitMQ; print its id once the broker has it in a queue."
+SUBMIT_EPILOG = """\
+TIME: 18:30, 2026-12-24 18:30, or 2026-12-24T18:30:00Z; when past, it is now.
+
+exit status:
+  0   every job was confirmed by the broker and routed to its queue
+  64  usage, or no handler is named TYPE and no --queue is given
+  65  the payload is too large, is not JSON, or cannot be read
+  69  no broker answered, or none confirmed, within --timeout
+  73  no such queue, or nothing there that delays jobs
+  74  the ids could not be printed; the jobs are sent
+  75  not now: the queue is full, or the broker is short of memory or disk
+  77  access refused: user, password, virtual host or permission
+  78  bad configuration
+A job that was not confirmed (69, 75) may have arrived all the same.
+
+examples:
+  submit resize --at 02:30 --ttl 4h < a.json    tonight, or not at all
+  submit resize --lines < names.txt             one job for each line
+"""
+
+Add = Callable[[argparse.ArgumentParser], None]
+Duration = Callable[[str], float]
+
+
+def add_submit(parser: argparse.ArgumentParser, add_common: Add, duration: Duration) -> None:
+    """Add the options."""
+    parser.description, parser.epilog = SUBMIT, SUBMIT_EPILOG
+    add_common(parser)
+    add = parser.add_argument
+    add("type", metavar="TYPE", help="the name of the handler that is to run it")
+    add("body", metavar="BODY", nargs="?", help="the payload (default: standard input)")
+    add("-f", "--file", metavar="FILE", help="read the payload from FILE; - is standard input")
+    add("--queue", metavar="Q", help='default: the handler\'s queue, else "default"')
+    when = parser.add_mutually_exclusive_group()
+    when.add_argument(
+        "--in",
+        dest="delay",
+        type=duration,
+        metavar="T",
+        help="not before this time has passed: 90s, 10m, 2d",
+    )
+    when.add_argument("--at", metavar="TIME", help="not before TIME, see below")
+    add("--ttl", type=duration, metavar="T", help="not later than T after it could have begun")
+    add("--priority", type=int, metavar="N", help="0 to 255, for a queue with max_priority")
+    add("--attempts", type=int, metavar="N", help="how often it is tried (default: the handler's)")
+    add("--id", metavar="ID", help="the job id (default: a new UUID)")
+    add("--header", action="append", default=[], metavar="K=V", help="a header; may be repeated")
+    many = parser.add_mutually_exclusive_group()
+    many.add_argument("--lines", action="store_true", help="each line of the input is a job")
+    many.add_argument("--jsonl", action="store_true", help="likewise; a line must be valid JSON")
+    add(
+        "--timeout",
+        type=duration,
+        default=30.0,
+        metavar="T",
+        help="for all, or each wait of many lines (default: 30s)",
+    )
+    add("--json", action="store_true", help="print id, queue and due time as a JSON object")
+    add_url(parser)
+    add("--dry-run", action="store_true", help="do everything but send")
+    parser.set_defaults(carry_out=_submit, name="submit")
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from workerd.settings import load
+    from workerd.submit import submit
+
+    settings = load(args.config, args.instance, environ(args))
+    if args.lines or args.jsonl:
+        from workerd.bulk import submit_lines
+
+        return submit_lines(args, settings)
+    return submit(args, settings)
+
+
+def add_url(parser: argparse.ArgumentParser) -> None:
+    """Add --url; `environ` looks at it."""
+    parser.add_argument(
+        "--url", metavar="URL", help="the broker, without a password; @FILE: what is in FILE"
+    )
+
+
+def environ(args: argparse.Namespace) -> dict[str, str]:
+    """The environment, with --url in it. Raises Refused."""
+    variables = dict(os.environ)
+    if args.url:
+        variables["WORKERD_BROKER_URL"] = _url(args.url)
+    return variables
+
+
+def _url(text: str) -> str:
+    from workerd.errors import Refused
+    from workerd.url import BrokerURL
+
+    if text.startswith("@"):
+        try:
+            return Path(text[1:]).read_text(errors="replace").strip()
+        except OSError as error:
+            raise Refused(EX_USAGE, f"--url {text}: {error.strerror}") from None
+    try:
+        url = BrokerURL.parse(text)
+    except ValueError as error:
+        raise Refused(EX_USAGE, f"--url: {error}") from None
+    if url.password is not None:
+        raise Refused(
+            EX_USAGE,
+            "--url: a password shows in ps; use --url @FILE or the variable WORKERD_BROKER_URL",
+        )
+    return text
