@@ -69,14 +69,20 @@ async def _check_queue(link: Link, queue: Queue) -> list[str]:
     if queue.declare != "wait":
         what = f"queue {queue.name}"
         problems += await _check_topology(link, what, [topology.work_queue(queue)])
-    if await _exists(link, queue.name):
-        try:
-            await (await link.channel()).ask_to_read(queue.name)
-        except Trouble as trouble:
-            problems.append(f"queue {queue.name}: {_refusal(trouble, 'read', queue.name)}")
+    problems += await _check_reading(link, queue.name)
     what = f"the dead letters and due jobs of {queue.name}"
     steps = [*topology.dead_letters(queue), *topology.due_jobs(queue)]
-    return problems + await _check_topology(link, what, steps)
+    problems += await _check_topology(link, what, steps)
+    return problems + await _check_reading(link, topology.due(queue.name))
+
+
+async def _check_reading(link: Link, name: str) -> list[str]:
+    if await _exists(link, name):
+        try:
+            await (await link.channel()).ask_to_read(name)
+        except Trouble as trouble:
+            return [f"queue {name}: {_refusal(trouble, 'read', name)}"]
+    return []
 
 
 async def _check_topology(link: Link, what: str, steps: topology.Steps) -> list[str]:
@@ -114,15 +120,21 @@ async def _exists(link: Link, queue: str) -> bool:
 
 
 async def _check_publishing(link: Link) -> list[str]:
-    channel = await link.channel()
-    try:
-        await channel.confirm()
-        await channel.publish("", _NOWHERE, Message(message_id="check"))
-    except Unroutable:
-        await channel.close()
-    except Trouble as trouble:
-        return [f"publishing: {_refusal(trouble, 'write', 'amq.default')}"]
-    return []
+    """Whether dead letters, and jobs that are to come back later, can be published."""
+    problems = []
+    for exchange in ("", topology.level_name(0)):
+        channel = await link.channel()
+        try:
+            await channel.confirm()
+            await channel.publish(exchange, _NOWHERE, Message(message_id="check"))
+        except Unroutable:
+            await channel.close()
+        except Trouble as trouble:
+            # A missing exchange has been told with the rest of the delay levels.
+            if trouble.kind is not Kind.MISSING:
+                text = _refusal(trouble, "write", exchange or "amq.default")
+                problems.append(f"publishing: {text}")
+    return problems
 
 
 def _refusal(trouble: Trouble, right: str, name: str) -> str:

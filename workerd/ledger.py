@@ -93,6 +93,8 @@ class Ledger:
         self.held: list[Delivery] = []
         #: Queues of which nothing may start at present.
         self.paused: set[str] = set()
+        #: Whether a job may start only while no other runs.
+        self.one_at_a_time = False
         self._waiting: dict[str, deque[Delivery]] = {ALONE: deque()}
         self._busy: dict[str, int] = {}
         #: The running ones whose handler has not ended, and the one that must be alone there.
@@ -199,7 +201,7 @@ class Ledger:
 
     def next(self) -> Run | None:
         """A job that may start now, started; None when there is none."""
-        if self.draining or self._alone:
+        if self.draining or self._alone or (self.one_at_a_time and self._active):
             return None
         for delivery in self._waiting[ALONE]:
             if self._is_open(delivery.job.queue):

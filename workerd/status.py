@@ -93,6 +93,8 @@ class Status:
             f"handler {name} paused: {pause.summary}"
             for name, pause in sorted(worker.pauses.paused.items())
         ]
+        if worker.pressure.short:
+            parts.append("short of memory: one job at a time")
         if worker.outbox.publisher.blocked:
             parts.append(f"publishing blocked: {worker.outbox.publisher.blocked}")
         return "; ".join(parts) or f"declaring queues; {consumer.broker}"

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from workerd import job as jobs
 from workerd import log
+from workerd.admission import admit
 from workerd.broker import Channel, Incoming
 from workerd.consumer import Connect, Consumer, Source
 from workerd.copies import Place
@@ -22,6 +23,7 @@ from workerd.memory import Memory
 from workerd.options import Retry, Settings
 from workerd.outbox import Outbox
 from workerd.pauses import Pauses
+from workerd.pressure import INTERVAL, Pressure, own_file
 from workerd.retry import Verdict, delay, judge, limit
 from workerd.status import Notifier, Status, watch_ages
 from workerd.waiting import first
@@ -67,6 +69,7 @@ class Worker:
         self.drain = Drain(self)
         self.outbox = Outbox(self, place)
         self.pauses = Pauses()
+        self.pressure = Pressure(own_file())
         self.status = Status(self)
         #: Every open channel on which a delivery may still have to be settled, by serial.
         self.channels: dict[int, Channel] = {}
@@ -86,6 +89,7 @@ class Worker:
                 self._tasks.create_task(self._grow_older(), name="memory"),
                 self._tasks.create_task(self._look_again(), name="held"),
                 self._tasks.create_task(watch_ages(self.ledger, self.consumer), name="ages"),
+                self._tasks.create_task(self._watch_memory(), name="memory pressure"),
                 self._tasks.create_task(self.notifier.beat(), name="watchdog"),
             ]
             await first(
@@ -144,7 +148,7 @@ class Worker:
                 self.changed()
 
         try:
-            handler = self._handler_for(job)
+            handler = self.handlers[admit(job, self.settings, time.time()).name]
             if self.pauses.holds(str(job.type), began):
                 return Report(Outcome.UNAVAILABLE, ran=False)
             report = await handler.run(job, self.drain.interrupt, started)
@@ -160,40 +164,6 @@ class Worker:
         else:
             self._log_outcome(report, time.monotonic() - began)
         return report
-
-    def _handler_for(self, job: Job) -> Handler:
-        """Raises BadJob where there is none for this job, or none that may have it."""
-        if job.fault:
-            raise job.fault
-        if job.has_expired(time.time()):
-            raise BadJob("expired", "it was not to be started after x-workerd-expires")
-        if job.type is None:
-            raise BadJob("unknown-type", f"no type, and queue {job.queue} has no default_handler")
-        handler = self.handlers.get(job.type)
-        if handler is None:
-            raise BadJob("unknown-type", f"no handler is named {job.type!r}")
-        settings = self.settings.handlers[job.type]
-        if len(job.body) > settings.max_body:
-            text = f"the body has {len(job.body)} bytes; max_body is {settings.max_body}"
-            raise BadJob("too-large", text)
-        most = limit(job, settings.retry)
-        if job.attempt > most and job.lost_starts:
-            raise BadJob(
-                "worker-lost",
-                f"{job.lost_starts} of its {job.attempt - 1} attempts ended with the daemon that "
-                f"had started them; it may have {most}",
-            )
-        if job.attempt > most:
-            text = f"{job.attempt - 1} attempts are spent; it may have {most}"
-            raise BadJob("attempts-spent", text)
-        queue = self.settings.queues.get(job.queue)
-        if queue and job.redelivered and job.returns >= queue.max_deliveries:
-            raise BadJob(
-                "max-deliveries",
-                f"RabbitMQ has sent it {job.returns} times before; max_deliveries is "
-                f"{queue.max_deliveries}",
-            )
-        return handler
 
     def _retry_policy(self, job: Job) -> Retry:
         handler = self.settings.handlers.get(str(job.type))
@@ -373,6 +343,16 @@ class Worker:
             await asyncio.sleep(LOOK_INTERVAL)
             for decision in self.ledger.look_again(asyncio.get_running_loop().time()):
                 self._act(decision)
+
+    async def _watch_memory(self) -> None:
+        """Start one job at a time while the kernel stalls those that run for want of memory."""
+        while True:
+            await self.until(lambda: bool(self.ledger.running))
+            await asyncio.sleep(INTERVAL)
+            if self.pressure.look():
+                log.warning("memory short" if self.pressure.short else "memory enough")
+                self.ledger.one_at_a_time = self.pressure.short
+                self._start_more()
 
     @property
     def routine(self) -> log.Level:
