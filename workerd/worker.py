@@ -159,7 +159,9 @@ class Worker:
             report = Report(Outcome.UNAVAILABLE, "bug", error=error)
         if report.outcome is Outcome.UNAVAILABLE:
             if self.pauses.unavailable(str(job.type), report.error, time.monotonic()):
-                log.error("handler paused", reason=report.reason, error=report.error)
+                log.error(
+                    "handler paused", handler=job.type, reason=report.reason, error=report.error
+                )
                 self.changed()
         else:
             self._log_outcome(report, time.monotonic() - began)
