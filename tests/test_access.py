@@ -183,7 +183,7 @@ def test_a_virtual_host_that_is_deleted_and_made_again_is_worked_in_again(
     workerd.wait_event("verdict kept", job_id="a")
 
     broker.add_vhost(broker.vhost)
-    workerd.wait_event("consuming", count=2)
+    workerd.wait_event("consuming", queue="jobs", count=2)
     with Client(broker.url) as later:
         jobs += later.publish_jobs("jobs", ["b"])
     workerd.wait_event("done", job_id="b")
@@ -323,3 +323,25 @@ def test_a_user_that_is_deleted_and_made_again_is_let_in_again(
     workerd.wait_event("done")
     broker.await_depth("jobs")
     oracle.check(jobs)
+
+
+def test_a_worker_needs_no_more_rights_than_are_documented(
+    broker: Broker, client: Client, daemon: StartDaemon, oracle: Oracle, user: User
+) -> None:
+    text = config(broker.url, oracle.command(status=1))
+    administrators = daemon(text)
+    administrators.wait_event("consuming", queue="jobs.due")
+    assert administrators.stop() == 0
+    user.permit("^$", r"^(amq\.default|workerd\.delay\..*)$", r"^jobs(\.due)?$")
+    workerd = daemon(
+        config(
+            user.url,
+            oracle.command(status=1),
+            broker={"password_file": str(user.password)},
+            handler={"retry": {"attempts": 2, "delay": "1s"}},
+        )
+    )
+    workerd.wait_event("consuming", queue="jobs.due")
+    client.publish("jobs", message_id="a")
+    assert workerd.wait_event("dead letter", job_id="a")["attempt"] == 2
+    assert set(warnings(workerd)) == {"declare failed", "failed", "dead letter"}

@@ -80,7 +80,7 @@ def test_a_job_gets_neither_the_daemons_secrets_nor_what_its_starter_left_open(
     workerd.wait_event("done")
     assert workerd.stop() == 0
     lines = [event["text"] for event in workerd.events("output")]
-    assert lines[:-2] == ["0", "1", "2", "3"]
+    assert lines[:-2] == ["0", "1", "2", "3", "4"]
     assert int(lines[-2].split()[1], 16) == 0
     assert int(lines[-1].split()[1], 16) & (1 << signal.SIGCHLD - 1) == 0
     found = (tmp_path / "environment").read_text().split("\0")

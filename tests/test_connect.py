@@ -135,23 +135,28 @@ def test_who_may_not_read_a_queue_is_told_and_no_message_is_touched(
     if full:
         client.publish("default", b"precious")
     broker.add_user("worker", read="^$")
-    (problem,) = problems(check("worker:worker"))
-    assert problem.startswith("queue default: ACCESS_REFUSED")
-    assert problem.endswith("; grant the right to read default with rabbitmqctl set_permissions")
+    *_, queue, due = problems(check("worker:worker"))
+    for problem, name in ((queue, "default"), (due, "default.due")):
+        assert problem.startswith(f"queue {name}: ACCESS_REFUSED")
+        assert problem.endswith(f"the right to read {name} with rabbitmqctl set_permissions")
     assert check().status == 0
     assert [(message.body, message.redelivered) for message in client.drain("default")] == (
         [(b"precious", False)] if full else []
     )
 
 
-def test_who_may_not_publish_is_told(broker: Broker, check: Check) -> None:
+@pytest.mark.parametrize(
+    ("write", "missing"),
+    [(r"^(default\.due|workerd\..*)$", "amq.default"), (r"^amq\.default$", "workerd.delay.00")],
+)
+def test_who_may_not_publish_is_told(
+    broker: Broker, check: Check, write: str, missing: str
+) -> None:
     assert check().status == 0
-    broker.add_user("worker", write="^workerd\\.")
-    (problem,) = problems(check("worker:worker"))
+    broker.add_user("worker", write=write)
+    *_, problem = problems(check("worker:worker"))
     assert problem.startswith("publishing: ACCESS_REFUSED")
-    assert problem.endswith(
-        "; grant the right to write amq.default with rabbitmqctl set_permissions"
-    )
+    assert problem.endswith(f"the right to write {missing} with rabbitmqctl set_permissions")
 
 
 def test_what_is_shown_holds_no_secret(broker: Broker, check: Check) -> None:

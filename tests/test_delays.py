@@ -251,9 +251,13 @@ def test_the_longest_delay_is_a_little_over_a_year() -> None:
     assert 366 * 86_400 < MAX_DELAY == sum(2**level for level in range(25))
 
 
-@pytest.mark.parametrize("seconds", [-1, 0, MAX_DELAY + 1])
+def test_without_a_delay_a_job_is_due_at_once() -> None:
+    assert delayed("a", 0) == ("", "a.due")
+
+
+@pytest.mark.parametrize("seconds", [-1, MAX_DELAY + 1])
 def test_a_delay_that_no_level_holds_is_refused(seconds: int) -> None:
-    with pytest.raises(ValueError, match="a delay is from 1 to"):
+    with pytest.raises(ValueError, match="a delay is from 0 to"):
         delayed("a", seconds)
 
 

@@ -76,6 +76,8 @@ def test_every_event_is_documented() -> None:
     listed = set(re.findall(r"^\| `([a-z ]+)` \|", (DOCS / "logging.md").read_text(), re.MULTILINE))
     # These are the outcomes of runs, and what the log says of itself.
     computed = {"failed", "rejected", "interrupted", "log dropped"}
+    # Of copies that the broker does not take.
+    computed |= {"retry refused", "postponement refused", "dead letter refused"}
     # The level that is chosen for "publisher disconnected" has a name of its own.
     computed.add("publisher disconnected")
     not_events = {"auto"}

@@ -120,7 +120,7 @@ def run_on_one_and_bring_to_two(
     two.wait_event("consuming")
     close_connections(broker, "1")
     await_held(two, 1)
-    one.wait_event("consuming", count=2)
+    one.wait_event("consuming", queue="jobs", count=2)
     return one, two
 
 
@@ -351,7 +351,7 @@ def test_a_job_cut_off_by_a_kill_is_run_again_although_an_equal_one_was_finished
     broker.await_depth("jobs")
     # Its ack was read, but from now on the daemon cannot know that.
     close_connections(broker, "1")
-    worker.wait_event("consuming", count=2)
+    worker.wait_event("consuming", queue="jobs", count=2)
 
     oracle.hold("cron")
     client.publish_jobs("jobs", ["cron"])

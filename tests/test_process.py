@@ -137,8 +137,8 @@ def test_without_descriptors_a_job_has_either_run_or_not(tmp_path: Path) -> None
         if report.outcome is not Outcome.DONE:
             assert report.outcome is Outcome.UNAVAILABLE
             assert "Too many open files" in report.error
-    # Both ends of three pipes. Once the program runs, nothing more may be missing.
-    assert outcomes.index(Outcome.DONE) == 6
+    # Both ends of three pipes, and the report. Once the program runs, nothing more may be missing.
+    assert outcomes.index(Outcome.DONE) == 7
 
 
 def test_a_job_that_no_process_is_left_for_is_not_to_blame() -> None:

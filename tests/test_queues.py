@@ -73,7 +73,7 @@ def test_a_queue_that_exists_otherwise_is_used_as_it_is(
     workerd.wait_event("done", job_id="a")
     # Another connection finds the same, and has nothing new to say.
     broker.close_all_connections()
-    workerd.wait_event("consuming", count=2)
+    workerd.wait_event("consuming", queue="jobs", count=2)
     with Client(broker.url) as later:
         jobs += later.publish_jobs("jobs", ["b"])
     workerd.wait_event("done", job_id="b")
@@ -84,7 +84,7 @@ def test_a_queue_that_exists_otherwise_is_used_as_it_is(
     assert warning["level"] == "warning"
     assert "inequivalent arg 'x-" in warning["text"]
     assert "for queue 'jobs'" in warning["text"]
-    assert len(workerd.events("consuming")) == 2
+    assert len(workerd.events("consuming", queue="jobs")) == 2
 
 
 def test_a_queue_with_an_exclusive_consumer_is_consumed_once_that_has_left(

@@ -108,7 +108,7 @@ def test_more_and_fewer_jobs_at_once(
     broker.await_depth("jobs")
     assert set(oracle.check(ids).starts.values()) == {1}
     # The consumer was left alone.
-    assert len(worker.events("consuming")) == 1
+    assert len(worker.events("consuming", queue="jobs")) == 1
 
 
 def test_another_prefetch_holds_more_messages_and_gives_none_back(
@@ -416,7 +416,7 @@ def test_a_consumer_that_gets_nothing_although_messages_wait_gets_a_new_channel(
     peer.pause()
     ids += peer.publish("jobs", "b", "c")
     assert worker.wait_event("consumer stalled", level="warning")["ready"] == 2
-    worker.wait_event("consuming", count=2)
+    worker.wait_event("consuming", queue="jobs", count=2)
     peer.until(lambda: first in peer.closed, "the old channel is closed")
     peer.resume()
     worker.wait_event("done", count=3)

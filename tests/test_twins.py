@@ -38,7 +38,7 @@ def one(broker: Broker, client: Client, daemon: StartDaemon, text: str) -> Daemo
     one.wait_event("done", job_id="cron")
     broker.await_depth("jobs")
     close_connections(broker, "1")
-    one.wait_event("consuming", count=2)
+    one.wait_event("consuming", queue="jobs", count=2)
     return one
 
 

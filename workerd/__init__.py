@@ -18,6 +18,8 @@ below them:
     drain       how a worker comes to rest
     status      what an operator is told
     consumer    the consuming connection, a channel for each queue; declarations: the queues
+    outbox      copies that the broker must take: next attempts, dead letters
+    admission   whether a job may start; pauses: handlers that cannot run; pressure: of memory
     publisher   confirmed publishing, on a connection of its own
     journal     the ledger's memory on disk, and those of the other instances; history: reading it
     reload      the configuration read again
@@ -27,8 +29,8 @@ below them:
 
     ledger      the core: which jobs run, and which delivery each will settle
     memory      what the ledger remembers of jobs that are over
-    retry       from an outcome to a verdict
-    job         messages, jobs, outcomes, dead letters
+    retry       from an outcome to a verdict; copies: next attempts and dead letters
+    job         messages, jobs, outcomes
     topology    every queue and exchange, and their arguments
     template    arguments with placeholders
     times       times as people write them

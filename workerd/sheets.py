@@ -22,6 +22,7 @@ _FACTS = (
     "exit-status",
     "signal",
     "error",
+    "note",
     "queue",
     "host",
     "instance",
@@ -155,6 +156,7 @@ def _facts(letter: Letter, now: float) -> Iterator[tuple[str, object]]:
         yield "RabbitMQ", death
     yield "exit status", letter.fact("exit-status")
     yield "signal", letter.fact("signal")
+    yield "note", text_of(letter.fact("note"))
     yield "attempts", letter.fact("attempts")
     yield "queue", letter.fact("queue")
     yield "host", letter.fact("host")

@@ -352,7 +352,10 @@ class Worker:
             await self.until(lambda: bool(self.ledger.running))
             await asyncio.sleep(INTERVAL)
             if self.pressure.look():
-                log.warning("memory short" if self.pressure.short else "memory enough")
+                if self.pressure.short:
+                    log.warning("memory short")
+                else:
+                    log.event("memory enough")
                 self.ledger.one_at_a_time = self.pressure.short
                 self._start_more()
 
