@@ -14,12 +14,16 @@ from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
 from tests.harness.tables import config
 from tests.harness.waiting import TIMEOUT, until
+from tests.harness.wire import Wire
 from workerd.job import ATTEMPT, COPY, EXPIRES, MAX_ATTEMPTS
 
 Start = Callable[..., Daemon]
 
 #: A second is the shortest delay there is.
 SOON = {"delay": "1s", "multiplier": 1.0, "jitter": False}
+
+#: The class and the method of an acknowledgement, at the beginning of a frame's payload.
+BASIC_ACK = b"\x00\x3c\x00\x50"
 
 FAILS = ["sh", "-c", "echo 'no such photo' >&2; exit 3"]
 classic_too = pytest.mark.parametrize("kind", ["quorum", "classic"])
@@ -213,16 +217,46 @@ def test_a_retry_that_no_exchange_takes_leaves_the_original_and_pauses_its_queue
     assert starts(worker, "bad") == [1, 2]
 
 
-def test_a_retry_that_is_not_confirmed_is_published_again_and_runs_once(
-    broker: Broker, client: Client, daemon: Start
+@classic_too
+def test_a_retry_whose_confirm_is_lost_is_published_again_and_runs_once(
+    broker: Broker, client: Client, daemon: Start, wire: Wire, kind: str
 ) -> None:
-    worker = begin(daemon, config(broker.url, ["true"], handler=attempts(3)))
-    # What the broker has after a confirm that never came.
-    for _ in range(2):
-        client.publish("jobs.due", message_id="a", headers={ATTEMPT: 1, COPY: "mark"})
+    command = ["sh", "-c", 'test "$WORKERD_ATTEMPT" = 2']
+    queues = {"jobs": {"type": kind}}
+    worker = begin(daemon, config(wire.url, command, handler=attempts(9), queues=queues))
+    # To the daemon it is a confirm.
+    wire.hold("to_daemon", at=BASIC_ACK)
+    client.publish("jobs", message_id="a")
+    until(wire.holds, "the confirm is on its way")
+    wire.break_connections()
+    worker.wait_event("retry", job_id="a")
+    worker.wait_event("done", job_id="a")
+    # The copy that was confirmed, or the one that was not: whichever came second.
     worker.wait_event("settled from memory", job_id="a")
-    assert starts(worker, "a") == [2]
-    worker.stop()
+    assert starts(worker, "a") == [1, 2]
+    assert worker.stop() == 0
+    assert client.ready("jobs") == client.ready("jobs.due") == client.ready("jobs.dead") == 0
+
+
+def test_two_copies_of_one_retry_run_once_on_a_host(
+    broker: Broker, client: Client, daemon: Start, oracle: Oracle
+) -> None:
+    text = config(broker.url, oracle.command(), handler=attempts(3))
+    first = begin(daemon, text)
+    oracle.hold("a")
+    copy = {ATTEMPT: 1, COPY: "mark"}
+    client.publish("jobs.due", message_id="a", headers=copy)
+    first.wait_event("start", job_id="a")
+    # While it runs there, the other one comes to a sibling.
+    second = daemon(text, "2")
+    second.wait_event("consuming", queue="jobs.due")
+    client.publish("jobs.due", message_id="a", headers=copy)
+    client.publish("jobs.due", message_id="a", headers=copy)
+    second.wait_event("settled from memory", job_id="a")
+    oracle.release()
+    first.wait_event("done", job_id="a")
+    assert oracle.check(["a"]).starts == {"a": 1}
+    assert first.stop() == second.stop() == 0
     assert client.ready("jobs.due") == 0
 
 

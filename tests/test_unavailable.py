@@ -75,7 +75,7 @@ def test_a_program_that_is_not_executable_for_a_while_costs_no_job_and_stops_no_
     broker: Broker, client: Client, daemon: Start, oracle: Oracle, program: Path
 ) -> None:
     worker = consuming(daemon, configuration(broker, oracle, program))
-    broken = [f"broken-{number}" for number in range(300)]
+    broken = [f"broken-{number}" for number in range(1000)]
     other = [f"other-{number}" for number in range(20)]
     program.chmod(0o644)
     client.publish_jobs("default", broken, type="broken")
