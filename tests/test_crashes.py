@@ -124,6 +124,7 @@ def test_a_job_whose_start_died_with_the_daemon_runs_alone(
     client.publish("jobs", message_id="c")
     # All three are here, and one of them runs.
     client.await_ready("jobs", 0)
+    second.wait_notify(lambda text: "1 jobs to run alone first" in text)
     [alone] = second.events("start")
     assert alone["attempt"] == 2
     oracle.release(alone["job_id"])

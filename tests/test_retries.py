@@ -217,6 +217,22 @@ def test_a_retry_that_no_exchange_takes_leaves_the_original_and_pauses_its_queue
     assert starts(worker, "bad") == [1, 2]
 
 
+def test_a_retry_is_not_sent_to_where_nobody_would_get_it(
+    broker: Broker, client: Client, daemon: Start
+) -> None:
+    worker = begin(daemon, config(broker.url, FAILS, handler=attempts(2)))
+    client.channel.queue_delete("jobs.due")
+    worker.wait_event("queue paused", queue="jobs.due")
+    client.publish("jobs", message_id="a")
+    refused = worker.wait_event("retry refused", job_id="a")
+    assert refused["text"] == "no queue 'jobs.due'"
+    client.declare("jobs.due", x_queue_type="quorum")
+    client.channel.queue_bind("jobs.due", "workerd.due", "*." * 25 + "jobs")
+    worker.wait_event("retry", job_id="a")
+    worker.wait_event("dead letter", job_id="a", attempt=2)
+    assert client.ready("workerd.unroutable") == 0
+
+
 @classic_too
 def test_a_retry_whose_confirm_is_lost_is_published_again_and_runs_once(
     broker: Broker, client: Client, daemon: Start, wire: Wire, kind: str

@@ -102,6 +102,8 @@ class Consumer:
         self.channels: dict[str, Channel] = {}
         #: What keeps a source from being consumed, in the broker's words.
         self.paused: dict[str, str] = {}
+        #: Those among them that are not there.
+        self.missing: set[str] = set()
         self.declarations = Declarations()
         self.ack_timeout = settings.broker.ack_timeout
         self.consuming = asyncio.Event()
@@ -227,7 +229,7 @@ class Consumer:
             declared, refusal = source, None
             opened_at = clock()
             self.channels[name] = channel
-            self.paused.pop(name, None)
+            self._resume(name)
             if source.due:
                 log.debug("consuming", queue=name)
             else:
@@ -254,7 +256,7 @@ class Consumer:
             if clock() - opened_at > reconnect_max:
                 delays = backoff(FIRST_PAUSE, reconnect_max)
             await first(asyncio.wait({link.ended}), changed.wait(), timeout=next(delays))
-        self.paused.pop(name, None)
+        self._resume(name)
 
     async def _declare(self, link: Link, source: Source) -> Trouble | None:
         """Declare a source, and what belongs to it; returns the broker's objection."""
@@ -327,12 +329,19 @@ class Consumer:
             log.warning("channel closed", queue=name, text=str(trouble))
 
     def _pause(self, name: str, trouble: Trouble) -> None:
-        missing = trouble.kind is Kind.MISSING
-        text = "waiting for it to be declared" if missing else str(trouble)
+        text = str(trouble)
+        self.missing.discard(name)
+        if trouble.kind is Kind.MISSING:
+            self.missing.add(name)
+            text = "waiting for it to be declared"
         if self.paused.get(name) != text:
             log.warning("queue paused", queue=name, text=str(trouble))
         self.paused[name] = text
         self._receiver.changed()
+
+    def _resume(self, name: str) -> None:
+        self.paused.pop(name, None)
+        self.missing.discard(name)
 
 
 def _sources(settings: Settings) -> Mapping[str, Source]:

@@ -337,6 +337,11 @@ class Ledger:
         """How many delivered jobs of a queue wait for a slot."""
         return len(self._waiting[queue])
 
+    @property
+    def suspects(self) -> int:
+        """How many jobs wait to run alone, before anything else."""
+        return len(self._waiting[ALONE])
+
     def owes(self) -> bool:
         """Whether a redelivery would let something be settled that cannot be settled now."""
         return self.memory.unsent or any(run.delivery is None for run in self.running)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from workerd import log, topology
 from workerd.copies import Place, another_go, dead_letter
-from workerd.errors import Kind, Trouble, Unencodable
+from workerd.errors import Kind, Trouble, Unencodable, Unroutable
 from workerd.job import Job, Message, Report, new_id
 from workerd.ledger import Run
 from workerd.publisher import Publisher
@@ -82,6 +82,14 @@ class Outbox:
         whole = min(round(seconds), topology.MAX_DELAY)
         return await self._deliver(run, *topology.delayed(run.job.queue, whole), copy, refused)
 
+    async def _publish(self, run: Run, exchange: str, key: str, message: Message) -> None:
+        """Publish once. Raises Trouble, Unencodable."""
+        due = topology.due(run.job.queue)
+        # The broker would take it, and notice only when it comes due.
+        if exchange and due in self._worker.consumer.missing:
+            raise Unroutable(due)
+        await self.publisher.publish(exchange, key, message)
+
     async def _deliver(
         self, run: Run, exchange: str, key: str, copy: tuple[Message, list[str]], refused: str
     ) -> bool:
@@ -93,7 +101,7 @@ class Outbox:
         known = ""
         try:
             for delay in backoff(0.5, self._worker.settings.broker.reconnect_max):
-                publishing = asyncio.ensure_future(self.publisher.publish(exchange, key, message))
+                publishing = asyncio.ensure_future(self._publish(run, exchange, key, message))
                 await first(asyncio.wait({publishing}), drain.interrupted())
                 if not publishing.done():
                     publishing.cancel()

@@ -93,6 +93,8 @@ class Status:
             f"handler {name} paused: {pause.summary}"
             for name, pause in sorted(worker.pauses.paused.items())
         ]
+        if worker.ledger.suspects:
+            parts.append(f"{worker.ledger.suspects} jobs to run alone first")
         if worker.pressure.short:
             parts.append("short of memory: one job at a time")
         if worker.outbox.publisher.blocked:

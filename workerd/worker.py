@@ -139,8 +139,11 @@ class Worker:
     async def _execute(self, job: Job) -> Report:
         """Give the job to its handler, if there is one that may have it, and log what it made."""
         began = time.monotonic()
+        has_started = False
 
         def started() -> None:
+            nonlocal has_started
+            has_started = True
             alone = True if job.lost_starts else None
             log.event("start", self.routine, redelivered=job.redelivered, alone=alone)
             if self.pauses.available(str(job.type)):
@@ -155,8 +158,9 @@ class Worker:
         except BadJob as bad:
             report = Report(Outcome.REJECTED, bad.reason, error=str(bad), ran=False)
         except Exception:  # noqa: BLE001 - whatever a handler does, the job is not lost
+            outcome = Outcome.FAILED if has_started else Outcome.UNAVAILABLE
             error = traceback.format_exc().rstrip()
-            report = Report(Outcome.UNAVAILABLE, "bug", error=error)
+            report = Report(outcome, "bug", error=error, ran=has_started)
         if report.outcome is Outcome.UNAVAILABLE:
             if self.pauses.unavailable(str(job.type), report.error, time.monotonic()):
                 log.error(
