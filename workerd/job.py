@@ -160,6 +160,10 @@ class Report:
     signal: str | None = None
     error: str = ""
     output: bytes = b""
+    #: Seconds that the job asked for before its next attempt; None: it did not ask.
+    retry_after: float | None = None
+    #: What the job itself says of its end.
+    note: str = ""
 
 
 def new_id() -> str:

@@ -35,8 +35,13 @@ LOOK_INTERVAL = 0.1
 class Handler(Protocol):
     """What runs jobs of one type."""
 
-    async def run(self, job: Job, stop: asyncio.Future[None]) -> Report:
-        """Run the job; when ``stop`` is done, interrupt it. Raises nothing on the job's account."""
+    async def run(
+        self, job: Job, stop: asyncio.Future[None], started: Callable[[], None]
+    ) -> Report:
+        """Run the job; when ``stop`` is done, interrupt it. Raises nothing on the job's account.
+
+        ``started`` is called once, when it has really begun.
+        """
 
 
 class Worker:
@@ -134,7 +139,7 @@ class Worker:
         known = ""
         for delay in backoff(1.0, 60.0):
             try:
-                report = await self._handler_for(job).run(job, self.drain.interrupt)
+                report = await self._handler_for(job).run(job, self.drain.interrupt, _begun)
             except BadJob as bad:
                 return Report(Outcome.REJECTED, bad.reason, error=str(bad))
             except Exception:  # noqa: BLE001 - whatever a handler does, the job is not lost
@@ -336,6 +341,10 @@ class Worker:
             log.event(report.outcome.value, "info", **facts)
         else:
             log.warning(report.outcome.value, **facts, error=report.error[-500:] or None)
+
+
+def _begun() -> None:
+    """A job has begun."""
 
 
 def _slots(settings: Settings) -> dict[str, int]:
