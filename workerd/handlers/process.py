@@ -77,8 +77,9 @@ class Process:
 
     def read_now(self) -> None:
         """Hand all that it has written so far to the callbacks."""
-        _read_rest(self._stdout, self._on_stdout)
-        _read_rest(self._stderr, self._on_stderr)
+        if not self._exited.done():
+            _read_rest(self._stdout, self._on_stdout)
+            _read_rest(self._stderr, self._on_stderr)
 
     def end_after(self, seconds: float, cause: str, grace: float) -> None:
         """Call `end` unless it has ended by itself within so many seconds."""

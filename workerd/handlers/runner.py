@@ -139,6 +139,9 @@ class Runner:
         self._lines = lines
         self._loop = asyncio.get_running_loop()
         self._parser = Parser(self._settings.output_limit)
+        #: What it has printed on descriptors 1 and 2, until its messages before are read.
+        self._printed_itself: list[tuple[str, bytes]] = []
+        self._listening = False
         #: Printed while it had no job.
         self._between: dict[str, Output] = {}
         #: What it did against the protocol.
@@ -163,14 +166,14 @@ class Runner:
                 program.environment | {b"WORKERD_PROTOCOL": b"%d" % VERSION},
                 program.directory,
                 b"",
-                functools.partial(self._printed, "stdout"),
-                functools.partial(self._printed, "stderr"),
+                functools.partial(self._listen, "stdout"),
+                functools.partial(self._listen, "stderr"),
                 guardian,
                 (frames, answers),
             )
             undo.pop_all()
         self.pid = self._process.pid
-        self._loop.add_reader(self._answers, self._read)
+        self._loop.add_reader(self._answers, self._listen)
         self._process.when_over(self._over)
         self._starting = self._loop.call_later(self._settings.start_timeout, self._late)
 
@@ -218,23 +221,36 @@ class Runner:
         self._pool.unfit(self, text)
         self.end("unfit")
 
-    def _read(self) -> None:
-        try:
-            data = os.read(self._answers, _CHUNK)
-        except BlockingIOError:
+    def _listen(self, stream: str = "", data: bytes = b"") -> None:
+        """It has sent something, or printed this by itself: what it sent comes first."""
+        if data:
+            self._printed_itself.append((stream, data))
+        if self._listening:
             return
-        if not data:
-            self._loop.remove_reader(self._answers)
-            return
-        # What its jobs have printed themselves, before they were answered, comes first.
-        self._process.read_now()
-        self._parse(data)
+        self._listening = True
+        with contextlib.suppress(BlockingIOError):
+            sent = os.read(self._answers, _CHUNK)
+            if sent:
+                self._parse(sent)
+            else:
+                self._loop.remove_reader(self._answers)
+        self._listening = False
+        self._tell_printed()
+
+    def _tell_printed(self) -> None:
+        printed, self._printed_itself = self._printed_itself, []
+        for stream, data in printed:
+            self._printed(stream, data)
 
     def _parse(self, data: bytes) -> None:
         if self._fault:
             return
         try:
             for message in self._parser.feed(data):
+                if isinstance(message, Answer):
+                    # What the job has printed by itself is in the pipes by now.
+                    self._process.read_now()
+                    self._tell_printed()
                 self._act(message)
         except Broken as broken:
             self._fault = f"broke the protocol: {broken}"
