@@ -45,14 +45,14 @@ exit status:
 
 examples:
   workerd run-once resize < photo.json
-  workerd run-once --header trace=abc --attempt 3 resize < photo.json
+  workerd run-once --attempt 3 --header trace=abc resize < photo.json
 """
 
 
 def add_run_once(parser: argparse.ArgumentParser) -> None:
     """Its own options; those that all commands have are there already."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.add_argument("handler", metavar="HANDLER", help="the handler's name: the job's type")
+    parser.add_argument("handler", metavar="HANDLER", help="its name, which is the job's type")
     parser.add_argument(
         "--header", action="append", default=[], metavar="K=V", help="a header; may be repeated"
     )
