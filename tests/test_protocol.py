@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import shutil
@@ -153,7 +154,7 @@ def test_messages_are_the_same_however_they_are_cut(cuts: list[int], keep: int) 
     edges = [0, *sorted(cuts), len(CONVERSATION)]
     found = [
         message
-        for start, end in zip(edges, edges[1:], strict=False)
+        for start, end in itertools.pairwise(edges)
         for message in parser.feed(CONVERSATION[start:end])
     ]
     printed = b"".join(each.data for each in found if isinstance(each, Printed))

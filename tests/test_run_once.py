@@ -40,8 +40,10 @@ COMMANDS = {
 def once(tmp_path: Path, program: Start) -> Callable[..., Program]:
     (tmp_path / "app.py").write_text(APP)
     lines = ['[log]\nformat = "json"']
-    for name in ("f", "retry", "reject", "fail", "crash", "slow", "missing"):
-        lines.append(f'[handlers.{name}]\npython = "app:{name}"\nworking_directory = "{tmp_path}"')
+    lines += [
+        f'[handlers.{name}]\npython = "app:{name}"\nworking_directory = "{tmp_path}"'
+        for name in ("f", "retry", "reject", "fail", "crash", "slow", "missing")
+    ]
     lines += [f"[handlers.{name}]\ncommand = {json.dumps(c)}" for name, c in COMMANDS.items()]
     lines.append('[handlers.short]\ncommand = ["sleep", "600"]\ntimeout = "100ms"\nmax_body = 10')
     lines.append('[handlers.nowhere]\nstream = ["/no/such/program"]')

@@ -10,6 +10,7 @@ import resource
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ def named(name: str, body: bytes = b"") -> Job:
     return job(body, message_id=name)
 
 
-async def told(events: list[dict[str, object]], event: str, **fields: object) -> None:
+async def told(events: list[dict[str, Any]], event: str, **fields: object) -> None:
     """Wait until this was logged."""
     while not any(e["event"] == event and fields.items() <= e.items() for e in events):
         await asyncio.sleep(0.005)
@@ -79,7 +80,7 @@ def test_jobs_run_at_once_in_as_many_processes_as_configured_and_the_others_wait
     assert sum(event["event"] == "child ready" for event in events) == 2
 
 
-def begun(events: list[dict[str, object]]) -> list[object]:
+def begun(events: list[dict[str, Any]]) -> list[str]:
     return [event["job_id"] for event in events if event["event"] == "begun"]
 
 
@@ -462,7 +463,8 @@ def test_a_process_that_has_grown_is_replaced(tmp_path: Path) -> None:
 
     (first, second, third, fourth, fifth), events = outcome(scenario())
     assert first == second == third != fourth == fifth
-    assert [e["reason"] for e in events if e["event"] == "child leaves"][0] == "memory_limit"
+    first_to_leave = next(e for e in events if e["event"] == "child leaves")
+    assert first_to_leave["reason"] == "memory_limit"
 
 
 def test_a_job_behind_one_that_ends_its_process_is_done_by_another() -> None:
@@ -599,7 +601,7 @@ def test_a_job_is_never_settled_by_a_second_answer_to_the_one_before() -> None:
     sleep 600
     """
 
-    async def scenario() -> list[Report]:
+    async def scenario() -> tuple[Report, Report]:
         async with pool(sh(script, processes=1), depth=2) as warm:
             warm.start()
             await warm.await_ready()

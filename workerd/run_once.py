@@ -29,8 +29,9 @@ EX_TEMPFAIL = 75
 TIMED_OUT = 124
 
 DESCRIPTION = """\
-Run a handler here for one job, its body on standard input, as the daemon would, but
-without a broker. The result goes to standard output, the log to standard error."""
+Run a handler here for one job, its body on standard input, as the daemon would,
+but without a broker. The result goes to standard output, the log to standard
+error."""
 EPILOG = """\
 exit status:
   0    done
