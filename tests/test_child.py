@@ -291,6 +291,11 @@ HOSTILE = {
         "class E(Exception):\n        def __str__(self): raise SystemExit\n    raise E",
         "E",
     ),
+    "no cause": (
+        "class E(Exception):\n        @property\n        def __cause__(self): raise SystemExit\n"
+        "    raise E",
+        "E, and showing it ended in SystemExit",
+    ),
     "no class": (
         "class E(BaseException):\n        __reduce__ = None\n        lock = __import__"
         "('threading').Lock()\n    raise E",
@@ -362,10 +367,13 @@ def f(job):
     return ran
 
 
+UMASK = os.umask(0o22)
+os.umask(UMASK)
+
 DEEDS = {
     "directory": ("os.chdir('/')", "os.getcwd()", "{folder}"),
     "removed directory": ("os.mkdir('x'); os.chdir('x'); os.rmdir('../x')", "os.getcwd()", None),
-    "umask": ("os.umask(0)", "oct(os.umask(0o22))", None),
+    "umask": ("os.umask(0o123)", "oct(os.umask(0o22))", oct(UMASK)),
     "variables": (
         "os.environ['NEW'] = '1'; os.environ['HOME'] = 'x'; del os.environ['PATH']",
         "os.popen('echo $NEW$HOME').read() + os.environ['PATH']",
@@ -399,7 +407,9 @@ DEEDS = {
     "closed descriptors 0 to 2": ("os.closerange(0, 3)", "os.system('echo heard') or None", ""),
     "closed descriptors": ("os.closerange(3, 1024)", "'well'", "well"),
     "other files instead": (
-        "os.closerange(3, 1024); [os.open(os.devnull, os.O_RDWR) for _ in range(200)]",
+        # Which take whatever is written, and say nothing for ever.
+        "os.closerange(3, 1024); global a, b; import socket; a, b = socket.socketpair();"
+        " [os.dup2(a.fileno(), fd) for fd in range(64, 80)]",
         "'well'",
         "well",
     ),
@@ -419,8 +429,8 @@ DEEDS = {
     "fork that returns": ("os.fork()", "'well'", "well"),
     "fork that fails": ("exec('if os.fork() == 0: raise ValueError')", "'well'", "well"),
     "thread that prints": (
-        "threading.Thread(target=lambda: [print('x' * 5000) for _ in range(200)]).start()",
-        "time.sleep(0.1) or 'well'",
+        "threading.Thread(target=lambda: [print('x' * 5000) for _ in range(2000)]).start()",
+        "[print('y' * 5000) for _ in range(300)] and 'well'",
         "well",
     ),
 }
@@ -447,11 +457,10 @@ def test_a_forked_copy_never_answers_and_its_prints_are_the_jobs(tmp_path: Path)
         if os.fork() == 0:
             print("copy")
             return "copy"
-        os.wait()
-        return "original"
+        return f"original {os.wait()[1]}"
     """
     ran = do_all(python(tmp_path, code), job(), job())
-    assert ran.report.output == b"original"
+    assert ran.report.output == b"original 0"
     lines = ran.lines()
     assert lines.count("copy") == 2
     assert sum(line.startswith("part") for line in lines) == 80

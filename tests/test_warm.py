@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.commands import open_descriptors
+from tests.commands import alone, open_descriptors
 from tests.harness import processes
 from tests.harness.waiting import TIMEOUT, until
 from tests.pools import do, do_all, in_loop, job, logged, outcome, pool, python, sh
@@ -640,6 +640,32 @@ def test_five_hundred_spawns_leave_no_zombie_and_no_descriptor() -> None:
 
     in_loop(scenario())
     until(lambda: not processes.strays(), "no strays")
+
+
+def test_children_come_by_exec_and_no_lock_of_the_daemon_goes_with_them() -> None:
+    # Whoever forks this process runs what is registered here; posix_spawn does not.
+    said = alone(
+        """
+        import asyncio, logging, threading
+        from tests.pools import job, pool, sh
+        os.register_at_fork(before=lambda: print("forked"))
+        held = logging.StreamHandler()
+        threading.Thread(target=held.acquire, daemon=True).start()
+        logging.root.addHandler(held)
+        settings = sh("ready; while next; do answer x; done", recycle_after=1, processes=4)
+
+        async def scenario():
+            async with pool(settings) as warm:
+                for _ in range(20):
+                    reports = await asyncio.gather(*(warm.do(job()) for _ in range(10)))
+                    assert {report.output for report in reports} == {b"x"}, reports
+
+        asyncio.run(scenario())
+        sys.stdout.flush()
+        os._exit(0)  # the lock is still held
+        """
+    )
+    assert "forked" not in said
 
 
 def test_a_program_is_found_in_the_path_of_its_handler(tmp_path: Path) -> None:

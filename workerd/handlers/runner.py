@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import fcntl
 import functools
 import os
+import struct
+import termios
 from collections import deque
 from collections.abc import Callable
 from typing import Literal, Protocol, TypedDict
@@ -51,7 +54,8 @@ class Turn:
         self.report: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
         #: The process that holds it.
         self.runner: Runner | None = None
-        self.number = 0
+        #: Its number among the jobs of that process, and the bytes that it takes there.
+        self.number = self.size = 0
         self._started: Callable[[], None] | None = started
         # What the job says is logged with the fields of whoever waits for it.
         self._context = contextvars.copy_context()
@@ -148,12 +152,8 @@ class Runner:
         self._fault = ""
         #: It has said that it takes no job after the one that it answered.
         self._gave_up = False
-        #: The first of its jobs never reached it.
-        self._unreached = False
         self._exited = False
         self._unsent = bytearray()
-        #: Some of what is unsent has been sent before.
-        self._sending = False
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
@@ -189,6 +189,7 @@ class Runner:
         self.turns.append(turn)
         turn.begin()
         data = frame(turn.number, turn.job, self._settings.retry.attempts)
+        turn.size = len(data)
         if self._unsent:
             self._unsent += data
         else:
@@ -346,9 +347,9 @@ class Runner:
             self._timer.cancel()
         self._loop.remove_reader(self._answers)
         os.close(self._answers)
+        charged = self._charged()
         self._hang_up()
         self._close_between()
-        charged = self._charged()
         unbegun = list(self.turns)[charged:]
         for turn in list(self.turns)[:charged]:
             turn.end(self._crash(turn, status))
@@ -359,9 +360,17 @@ class Runner:
         """For how many of the jobs that it holds its end is an end."""
         if self._process.cause == "drain":
             return len(self.turns)  # nobody waits any more for those that it has not begun
-        if self._gave_up or self._unreached:
+        if self._gave_up or not self.turns:
             return 0
-        return min(1, len(self.turns))
+        if self._unread() >= sum(turn.size for turn in self.turns):
+            self.taken -= len(self.turns)
+            return 0  # it died before it had a look at them
+        return 1
+
+    def _unread(self) -> int:
+        """How many bytes of what it was to be sent it never read."""
+        count = fcntl.ioctl(self._frames, termios.FIONREAD, struct.pack("i", 0))
+        return len(self._unsent) + int(struct.unpack("i", count)[0])
 
     def _crash(self, turn: Turn, status: int) -> Report:
         outcome, reason = _CAUSES.get(self._process.cause, (Outcome.FAILED, "crashed"))
@@ -409,11 +418,8 @@ class Runner:
         except BlockingIOError:
             sent = 0
         except BrokenPipeError:
-            # It has ended, which will be told soon. Without a job, if this was to be the first.
-            if len(self.turns) == 1 and not self._sending:
-                self._unreached = True
-                self.taken -= 1
-            return
+            self._unsent += data
+            return  # it has ended, which will be told soon
         if sent < len(data):
             self._unsent += memoryview(data)[sent:]
             self._loop.add_writer(self._frames, self._send_rest)
@@ -422,9 +428,7 @@ class Runner:
         self._loop.remove_writer(self._frames)
         data = bytes(self._unsent)
         self._unsent.clear()
-        self._sending = True
         self._send(data)
-        self._sending = bool(self._unsent)
 
     def _hang_up(self) -> None:
         """End of file: it leaves by itself, or is told to after ``kill_grace``."""
