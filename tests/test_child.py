@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -408,8 +409,8 @@ DEEDS = {
     "closed descriptors": ("os.closerange(3, 1024)", "'well'", "well"),
     "other files instead": (
         # Which take whatever is written, and say nothing for ever.
-        "os.closerange(3, 1024); global a, b; import socket; a, b = socket.socketpair();"
-        " [os.dup2(a.fileno(), fd) for fd in range(64, 80)]",
+        "global a, b; import socket; a, b = socket.socketpair();"
+        " [os.dup2(a.fileno(), fd) for fd in (64, 65)]",
         "'well'",
         "well",
     ),
@@ -430,7 +431,7 @@ DEEDS = {
     "fork that fails": ("exec('if os.fork() == 0: raise ValueError')", "'well'", "well"),
     "thread that prints": (
         "threading.Thread(target=lambda: [print('x' * 5000) for _ in range(2000)]).start()",
-        "[print('y' * 5000) for _ in range(300)] and 'well'",
+        "[print('y' * 5000, file=sys.stderr) for _ in range(300)] and 'well'",
         "well",
     ),
 }
@@ -454,16 +455,35 @@ def test_a_forked_copy_never_answers_and_its_prints_are_the_jobs(tmp_path: Path)
     def f(job):
         with multiprocessing.get_context("fork").Pool(4) as processes:
             processes.map(part, range(40))
-        if os.fork() == 0:
+        pid = os.fork()
+        if pid == 0:
             print("copy")
             return "copy"
-        return f"original {os.wait()[1]}"
+        return f"original {os.waitpid(pid, 0)[1]}"
     """
     ran = do_all(python(tmp_path, code), job(), job())
     assert ran.report.output == b"original 0"
     lines = ran.lines()
     assert lines.count("copy") == 2
     assert sum(line.startswith("part") for line in lines) == 80
+
+
+def test_a_forked_copy_dies_of_sigterm_even_when_it_cannot_run_a_handler(tmp_path: Path) -> None:
+    code = """
+    import os, signal, threading
+    def f(job):
+        pid = os.fork()
+        if pid == 0:
+            with open("blocked", "w"):
+                pass
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+            signal.sigwait([signal.SIGUSR1])  # whatever else comes is not looked at
+        while not os.path.exists("blocked"):
+            pass
+        os.kill(pid, signal.SIGTERM)
+        return os.waitpid(pid, 0)[1]
+    """
+    assert do(python(tmp_path, code), job()).output == b"%d" % signal.SIGTERM
 
 
 def test_a_thread_that_a_job_leaves_behind_is_told(tmp_path: Path) -> None:

@@ -239,6 +239,12 @@ class State:
 
     def restore(self) -> bool:
         """Put back what can be put back cheaply; False: this process had better end."""
+        try:
+            return self._restore()
+        except OSError:
+            return False  # a copy that it would be restored from was closed
+
+    def _restore(self) -> bool:
         for stream in (sys.stdout, sys.stderr):
             _flush(stream)
         self._restore_streams()
@@ -310,6 +316,12 @@ class Child:
         self._terminated = False
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._terminate)
+            self._masks = threading.local()
+            os.register_at_fork(
+                before=self._hold_sigterm,
+                after_in_parent=self._release_sigterm,
+                after_in_child=self._be_mortal,
+            )
         self._state = State(channel)
         faulthandler.enable(self._state.stderr)
 
@@ -364,10 +376,10 @@ class Child:
             fit = isinstance(error, Exception) and not isinstance(
                 error, (MemoryError, RecursionError)
             )
-        fit = self._state.restore() and fit
         if self._channel.broken:
             os.write(self._state.stderr, b"the job has closed the descriptors of the protocol\n")
             os._exit(70)
+        fit = self._state.restore() and fit
         if not fit:
             answer["last"] = True
         self._channel.send(answer, result)
@@ -406,10 +418,22 @@ class Child:
 
     def _terminate(self, _number: int, _frame: object) -> None:
         self._terminated = True
-        if not self._channel.ours:
-            self._die()
         if self._may_end:
             raise Terminated
+
+    # A forked copy dies of SIGTERM at once, as it would if this process did not handle it: also
+    # in the moment before it waits for a lock, when no handler would run; and in its first moment.
+
+    def _hold_sigterm(self) -> None:
+        self._masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    def _release_sigterm(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._masks.before)
+
+    def _be_mortal(self) -> None:
+        if signal.getsignal(signal.SIGTERM) == self._terminate:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._release_sigterm()
 
     def _die(self) -> NoReturn:
         """End as a program ends that does not know SIGTERM."""
