@@ -625,6 +625,18 @@ def test_ten_thousand_lines_and_keys_nobody_knows_are_no_breach() -> None:
     assert ran.omitted("log") == 9998
 
 
+def test_no_text_of_a_process_can_forge_anything() -> None:
+    script = """
+    ready
+    next
+    text='a\\\\nb\\\\u001b[31m\\\\ud800'
+    printf '{"frame":1,"outcome":"failed","error":"%b","note":"\\\\r"}\\n' "$text" >&4
+    next
+    """
+    report = do(sh(script), job())
+    assert (report.error, report.note) == ("a\nb\\x1b[31m\\ud800", "\\r")
+
+
 # Many
 
 

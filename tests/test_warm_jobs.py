@@ -41,12 +41,19 @@ class Subject:
         self.folder = folder
         (folder / "app.py").write_text(APP)
 
-    def text(self, *, worker: dict[str, Any] | None = None, **handlers: dict[str, Any]) -> str:
+    def text(
+        self,
+        *,
+        worker: dict[str, Any] | None = None,
+        queue: dict[str, Any] | None = None,
+        **handlers: dict[str, Any],
+    ) -> str:
         tables: dict[str, dict[str, Any]] = {
             "broker": {"urls": [self._url], "reconnect_max": "500ms"},
             "worker": worker or {},
             "log": {"level": "debug", "format": "json"},
-            "queues.default": {"concurrency": 4},
+            "queues.default": {"concurrency": 4, **(queue or {})},
+            "queues.other": {},
         }
         for name, keys in handlers.items():
             tables[f"handlers.{name}"] = {"retry.attempts": 1, **keys}
@@ -163,6 +170,30 @@ def test_a_drain_waits_for_what_runs_gives_back_what_waits_and_ends_every_proces
     assert ended | {waited} == {"a", "b", "c"}
     assert len(ended) == 2
     client.await_ready("default", 1)
+
+
+def test_what_goes_back_in_a_drain_makes_room_for_nobody(
+    broker: Broker, client: Client, daemon: Start, tmp_path: Path
+) -> None:
+    subject = Subject(daemon, broker, tmp_path)
+    worker = subject.start(
+        queue={"concurrency": 2, "prefetch": 3},
+        function={**DO, "processes": 1, "queue": "other"},
+        command={"command": ["true"]},
+    )
+    gate = tmp_path / "gate"
+    for name in ("runs", "waits"):
+        client.publish("default", bytes(gate), type="function", message_id=name)
+    worker.wait_event("start", count=2)
+    worker.wait_event("output", stream="stdout")
+    client.publish("default", type="command", message_id="late")
+    until(lambda: broker.queues()["default"].unacked == 3, "one that waits for a slot")
+    worker.signal(signal.SIGTERM)
+    worker.wait_event("interrupted")
+    gate.touch()
+    assert worker.wait_exit() == 0
+    assert not worker.events("start", job_id="late")
+    client.await_ready("default", 2)
 
 
 def test_a_job_that_outlasts_the_drain_goes_back(

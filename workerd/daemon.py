@@ -111,7 +111,7 @@ async def _serve(
     bugs: list[object] = []
 
     def stop() -> None:
-        handlers.drain()
+        handlers.hold()
         worker.stop()
 
     def broken(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -137,9 +137,19 @@ async def _serve(
     reload = Reload(worker, systemd, lambda: _load(config, instance), apply)
     loop.add_signal_handler(signal.SIGHUP, reload.request)
     loop.add_signal_handler(signal.SIGUSR1, worker.status.log_state)
+    resting = loop.create_task(_rest(worker, handlers), name="rest")
     await worker.run()
+    await resting
     await handlers.close()
     return EX_SOFTWARE if bugs else 0
+
+
+async def _rest(worker: Worker, handlers: Handlers) -> None:
+    """Once the drain has begun, and none takes its place, let go of what waits for a process."""
+    await worker.drain.wanted.wait()
+    while not worker.ledger.draining:
+        await asyncio.sleep(0)  # its first step is already on its way
+    handlers.drain()
 
 
 def _memory_trouble(text: str) -> None:

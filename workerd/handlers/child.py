@@ -78,7 +78,7 @@ class Job:
 
     def __init__(self, frame: dict[str, Any], body: bytes, log: logging.Logger) -> None:
         self.id: str = frame["id"]
-        self.type: str = frame["type"]
+        self.type: str | None = frame["type"]
         self.queue: str = frame["queue"]
         self.attempt: int = frame["attempt"]
         self.max_attempts: int = frame["max_attempts"]

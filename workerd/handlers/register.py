@@ -58,8 +58,13 @@ class Handlers:
             warm.start()
         return warm
 
+    def hold(self) -> None:
+        """No job starts any more."""
+        for handler in self._all():
+            handler.hold()
+
     def drain(self) -> None:
-        """No job starts any more; those that wait for a process go back."""
+        """The jobs that wait for a process go back; processes that have none leave."""
         for handler in self._all():
             handler.drain()
 

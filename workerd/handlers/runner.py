@@ -36,6 +36,8 @@ from workerd.options import Handler
 
 #: The end of stderr that a dead letter carries, in bytes.
 ERROR_LIMIT = 8192
+#: Of what a process says of itself or of a job, in characters.
+_LONGEST_TEXT = 16 * 1024
 _CHUNK = 1 << 16
 #: What is written to a process at once; the rest waits until it has room.
 _PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
@@ -274,7 +276,7 @@ class Runner:
                 self._close_between()
                 self._pool.ready(self)
             case Unfit() if self.state == "starting":
-                self._unfit(message.text)
+                self._unfit(_safe(message.text))
             case Ready():
                 if self.count or self.turns:
                     raise Broken("ready again")
@@ -315,10 +317,10 @@ class Runner:
         return Report(
             outcome,
             reason,
-            error=answer.error,
+            error=_safe(answer.error),
             output=answer.output,
             retry_after=answer.retry_after,
-            note=answer.note,
+            note=_safe(answer.note),
         )
 
     def room(self, depth: int) -> int:
@@ -466,6 +468,11 @@ class Runner:
                 return int(file.read().split()[1]) * _PAGE_SIZE
         except OSError:
             return 0
+
+
+def _safe(text: str) -> str:
+    """The text without what could forge or hide something; its lines stay, and its end."""
+    return "\n".join(map(log.safe, text[-_LONGEST_TEXT:].split("\n")))
 
 
 class _Facts(TypedDict, total=False):

@@ -56,6 +56,7 @@ class WarmHandler:
         #: Processes that start, wait or work; `_leaving`: that take no job any more.
         self._runners: list[Runner] = []
         self._leaving: set[Runner] = set()
+        self._held = False
         self._draining = False
         self._retired = False
         #: Why the last one could not start; None once one could.
@@ -101,6 +102,10 @@ class WarmHandler:
             if not turn.report.done() or turn.report.cancelled():
                 self._interrupt(turn)
 
+    def hold(self) -> None:
+        """Start no job any more; those that wait go on waiting until `drain`."""
+        self._held = True
+
     def retire(self) -> None:
         """Another takes its place: every process leaves once no job is left for it."""
         self._retired = True
@@ -116,7 +121,7 @@ class WarmHandler:
         self.retire()
 
     async def close(self) -> None:
-        """Drain, and wait until every process is gone; bounded by twice ``kill_grace``."""
+        """Drain, and wait until every process is gone: twice ``kill_grace`` at most."""
         self.drain()
         while self.processes:
             self._gone.clear()
@@ -126,6 +131,8 @@ class WarmHandler:
 
     def _hand_out(self) -> None:
         """Give what waits to who is free, evenly; start processes for the rest, or give up."""
+        if self._held:
+            return
         while self._waiting:
             runner = max(self._runners, key=self._room, default=None)
             if runner is None or self._room(runner) <= 0:
