@@ -2,7 +2,6 @@
 
 import os
 import pwd
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -236,18 +235,3 @@ def test_root_stays_root_on_a_host_without_the_service_user(
     monkeypatch.setattr(module, "service_account", lambda: None)
     drop_to_service_user()
     assert calls == []
-
-
-def test_check_refuses_a_handler_that_run_refuses(tmp_path: Path) -> None:
-    file = tmp_path / "workerd.toml"
-    file.write_text('[handlers.x]\npython = "os:getcwd"\n')
-    for word in ("check", "run"):
-        ended = subprocess.run(
-            [sys.executable, "-m", "workerd", word, "--config", file, "--instance", "refused"],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert ended.returncode == 78
-        assert f"{file}: handlers.x: this version runs command handlers only" in ended.stderr

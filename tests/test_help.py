@@ -11,7 +11,16 @@ from tests.harness.trixie import CHECKOUT
 from workerd import cli, submit
 
 DEAD = ("list", "show", "requeue", "drop", "export")
-COMMANDS = ("", "run", "check", "submit", "setup", "dead", *(f"dead {name}" for name in DEAD))
+COMMANDS = (
+    "",
+    "run",
+    "check",
+    "submit",
+    "setup",
+    "run-once",
+    "dead",
+    *(f"dead {name}" for name in DEAD),
+)
 
 
 @pytest.fixture(params=COMMANDS, ids=lambda name: name or "workerd")

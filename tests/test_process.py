@@ -48,8 +48,7 @@ def start(*argv: str, heard: Callable[[bytes], None] = lambda _: None) -> Proces
     """Start a child; what it writes to either stream goes to `heard`."""
     environment = {name.encode(): value.encode() for name, value in ENVIRONMENT.items()}
     command = [argument.encode() for argument in argv]
-    with open(os.devnull, "w") as report:
-        return Process(command, environment, None, b"", heard, heard, unguarded, report.fileno())
+    return Process(command, environment, None, b"", heard, heard, unguarded)
 
 
 # How it is started

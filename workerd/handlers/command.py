@@ -7,15 +7,14 @@ import errno
 import json
 import os
 import re
-import shutil
-import signal
 from collections.abc import Callable, Mapping
 
 from workerd import log
 from workerd.handlers import wishes
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.output import Output
-from workerd.handlers.process import Process
+from workerd.handlers.process import Process, signal_name
+from workerd.handlers.program import Program
 from workerd.job import BadJob, Job, Outcome, Report
 from workerd.retry import limit
 from workerd.settings import Handler
@@ -25,16 +24,6 @@ from workerd.template import Placeholder, Template
 _ERROR_LIMIT = 8192
 _HEADER_VALUE_LIMIT = 4096
 _HEADERS_LIMIT = 32 * 1024
-
-_PRIVATE = re.compile(
-    "NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|JOURNAL_STREAM|INVOCATION_ID|CREDENTIALS_DIRECTORY"
-    "|.*_DIRECTORY|WORKERD_BROKER_URL|WORKERD_.*"
-)
-
-
-def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The daemon's environment without its secrets and without what systemd gave it alone."""
-    return {name: value for name, value in environ.items() if not _PRIVATE.fullmatch(name)}
 
 
 class CommandHandler:
@@ -46,15 +35,8 @@ class CommandHandler:
         self._settings = settings
         self._guardian = guardian
         self._templates = [Template.parse(argument) for argument in settings.command]
-        inherited = clean_environment(environ).items()
-        # What comes from a message or the configuration is UTF-8, in whatever locale we run.
-        self._environment = {os.fsencode(name): os.fsencode(value) for name, value in inherited} | {
-            name.encode(): value.encode() for name, value in settings.environment.items()
-        }
-        self._directory = str(settings.working_directory) if settings.working_directory else None
-        self._search = os.get_exec_path({**environ, **settings.environment})
         self._output_lines = output_lines
-        self._program = self._find()
+        self._program = Program(settings.command[0], settings, environ)
 
     async def run(
         self, job: Job, stop: asyncio.Future[None], started: Callable[[], None]
@@ -82,18 +64,17 @@ class CommandHandler:
             process = Process(
                 self._arguments(job),
                 self._environment_for(job),
-                self._directory,
+                self._program.directory,
                 job.body,
                 stdout.feed,
                 stderr.feed,
                 self._guardian,
-                report,
+                [report],
             )
         except ValueError:
             raise BadJob("bad-argument", "an argument contains a NUL byte") from None
         except OSError as error:
             return self._spawn_failed(error)
-
         started()
 
         def interrupt(_stop: object) -> None:
@@ -113,7 +94,7 @@ class CommandHandler:
             outcome,
             reason,
             exit_status=status if status >= 0 else None,
-            signal=_signal_name(-status) if status < 0 else None,
+            signal=signal_name(-status) if status < 0 else None,
             error=log.text_lines(stderr.tail) if outcome is not Outcome.DONE else "",
             output=stdout.tail,
             retry_after=wished.retry_after,
@@ -138,21 +119,11 @@ class CommandHandler:
     def _spawn_failed(self, error: OSError) -> Report:
         if error.errno == errno.E2BIG:
             raise BadJob("too-large", "arguments and environment too long")
-        self._program = self._find()  # it may have moved: a deploy, another PATH entry
-        program = self._settings.command[0]
-        where = f" in {self._directory}" if self._directory else ""
-        text = f"cannot run {program}{where}: {error.strerror}"
+        text = self._program.cannot_run(error)
         return Report(Outcome.UNAVAILABLE, "cannot-run", error=text, ran=False)
 
-    def _find(self) -> bytes:
-        """The program's path: looked up in the PATH that it will itself be given."""
-        program = self._settings.command[0].encode()
-        # As it will be looked up from its working directory.
-        places = (os.path.join(self._directory or "", place) for place in self._search)
-        return shutil.which(program, path=os.pathsep.join(places)) or program
-
     def _arguments(self, job: Job) -> list[bytes]:
-        arguments = [self._program]
+        arguments = [self._program.path]
         options_end = False
         values = _Values(job)
         for template in self._templates[1:]:
@@ -171,7 +142,7 @@ class CommandHandler:
 
     def _environment_for(self, job: Job) -> dict[bytes, bytes]:
         message = job.message
-        environment = self._environment | {
+        environment = self._program.environment | {
             b"WORKERD_JOB_ID": job.id.encode(),
             b"WORKERD_JOB_TYPE": (job.type or "").encode(),
             b"WORKERD_QUEUE": job.queue.encode(),
@@ -256,10 +227,3 @@ def _found(values: Mapping[str, object], name: str, reason: str, missing: str) -
         return _text_of(values[name])
     except UnicodeEncodeError:
         raise BadJob(reason, f"the value of {name!r} is half a surrogate pair") from None
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from workerd import log
 
 #: Longer lines are cut; journald's own limit is 48 KiB.
@@ -74,6 +76,38 @@ class Output:
             stream=self._stream,
             text=text + ("…" if len(line) > MAX_LINE else ""),
         )
+
+
+class Records:
+    """What one job says through its language's logging; bounded like an `Output`."""
+
+    def __init__(self, lines: int) -> None:
+        self._head = lines - lines // 2
+        self._last: deque[tuple[log.Level, str, str]] = deque(maxlen=lines // 2)
+        self._rest_lines = 0
+
+    def add(self, level: log.Level, logger: str, text: str) -> None:
+        """A record; each of its lines is a line of the log."""
+        for line in text.split("\n"):
+            if self._head > 0:
+                self._head -= 1
+                self._log(level, logger, line)
+            else:
+                self._rest_lines += 1
+                self._last.append((level, logger, line))
+
+    def close(self) -> None:
+        """The end of them: log what was held back."""
+        omitted = self._rest_lines - len(self._last)
+        if omitted > 0:
+            log.event("output omitted", stream="log", lines=omitted)
+        for entry in self._last:
+            self._log(*entry)
+
+    @staticmethod
+    def _log(level: log.Level, logger: str, line: str) -> None:
+        text = log.safe(line[:MAX_LINE])
+        log.event("output", level, stream="log", logger=log.safe(logger[:200]), text=text)
 
 
 def _append(buffer: bytearray, data: bytes, limit: int) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from workerd.handlers.guardian import Guardian
 
@@ -24,8 +25,7 @@ _DEFAULT_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 class Process:
     """A running child: its standard input is ``body``, its output goes to two callbacks.
 
-    It gets ``report`` as its descriptor 3.
-
+    ``more`` are descriptors that it gets as 3, 4 …; the caller closes its own copies.
     ``cause`` says why it was told to end (`end`), "" when it ended by itself.
     """
 
@@ -38,7 +38,7 @@ class Process:
         on_stdout: Callable[[bytes], None],
         on_stderr: Callable[[bytes], None],
         guardian: Guardian,
-        report: int,
+        more: Sequence[int] = (),
     ) -> None:
         """Start it. Raises OSError (no such program, no more processes …) and ValueError (NUL)."""
         self._loop = asyncio.get_running_loop()
@@ -47,14 +47,13 @@ class Process:
         self._timers: list[asyncio.TimerHandle] = []
         with contextlib.ExitStack() as undo:
             with contextlib.ExitStack() as theirs:
-                stdin, self._stdin = _pipe(theirs, undo)
-                stdout, self._stdout = reversed(_pipe(undo, theirs))
-                stderr, self._stderr = reversed(_pipe(undo, theirs))
+                stdin, self._stdin = make_pipe(theirs, undo)
+                stdout, self._stdout = reversed(make_pipe(undo, theirs))
+                stderr, self._stderr = reversed(make_pipe(undo, theirs))
                 for fd in (self._stdin, self._stdout, self._stderr):
                     os.set_blocking(fd, False)
-                self.pid = _spawn(
-                    argv, environment, working_directory, (stdin, stdout, stderr, report)
-                )
+                theirs_in_order = (stdin, stdout, stderr, *more)
+                self.pid = _spawn(argv, environment, working_directory, theirs_in_order)
                 undo.callback(_put_down, self.pid)
             # Only now, when the child's ends are closed: without a descriptor for it, the
             # program would have begun and be killed, and run again.
@@ -63,13 +62,24 @@ class Process:
         self._guardian = guardian
         guardian.started(self.pid)
         self._feed(memoryview(body))
+        self._on_stdout, self._on_stderr = on_stdout, on_stderr
         self._listen(self._stdout, on_stdout)
         self._listen(self._stderr, on_stderr)
-        self._loop.add_reader(self._pidfd, self._reap, on_stdout, on_stderr)
+        self._loop.add_reader(self._pidfd, self._reap)
 
     async def wait(self) -> int:
         """Its exit status; minus the signal's number when a signal ended it."""
         return await asyncio.shield(self._exited)
+
+    def when_over(self, callback: Callable[[int], None]) -> None:
+        """Call this with what `wait` returns, once it has ended."""
+        self._exited.add_done_callback(lambda exited: callback(exited.result()))
+
+    def read_now(self) -> None:
+        """Hand all that it has written so far to the callbacks."""
+        if not self._exited.done():
+            _read_rest(self._stdout, self._on_stdout)
+            _read_rest(self._stderr, self._on_stderr)
 
     def end_after(self, seconds: float, cause: str, grace: float) -> None:
         """Call `end` unless it has ended by itself within so many seconds."""
@@ -123,7 +133,7 @@ class Process:
             else:
                 self._loop.remove_reader(fd)
 
-    def _reap(self, on_stdout: Callable[[bytes], None], on_stderr: Callable[[bytes], None]) -> None:
+    def _reap(self) -> None:
         self._loop.remove_reader(self._pidfd)
         # What it left behind in its process group ends with it. Before it is reaped, so
         # that the group's number cannot be somebody else's yet.
@@ -134,8 +144,7 @@ class Process:
             timer.cancel()
         # All that it wrote is in the pipes by now. Not until end of file: a daemonised
         # grandchild may hold the other end for ever.
-        _read_rest(self._stdout, on_stdout)
-        _read_rest(self._stderr, on_stderr)
+        self.read_now()
         self._stdout = self._drop(self._stdout)
         self._stderr = self._drop(self._stderr)
         self._stdin = self._drop(self._stdin)
@@ -150,12 +159,19 @@ class Process:
         return -1
 
 
-def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
+def make_pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
     """A pipe: the end to read and the end to write, each closed by its stack."""
     read, write = os.pipe2(os.O_CLOEXEC)
     reader.callback(os.close, read)
     writer.callback(os.close, write)
     return read, write
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _put_down(pid: int) -> None:
@@ -167,10 +183,16 @@ def _spawn(
     argv: list[bytes],
     environment: Mapping[bytes, bytes],
     working_directory: str | None,
-    descriptors: tuple[int, ...],
+    descriptors: Sequence[int],
 ) -> int:
-    actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(descriptors)]
-    with _directory(working_directory):
+    with contextlib.ExitStack() as undo, _directory(working_directory):
+        actions = []
+        for number, fd in enumerate(descriptors):
+            if fd < len(descriptors):
+                # It would be overwritten before it is used.
+                fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, len(descriptors))
+                undo.callback(os.close, fd)
+            actions.append((os.POSIX_SPAWN_DUP2, fd, number))
         return os.posix_spawn(
             argv[0],
             argv,

@@ -1,0 +1,688 @@
+"""Warm processes: who gets a job, what becomes of a process and of the jobs that it holds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import alone, open_descriptors
+from tests.harness import processes
+from tests.harness.waiting import TIMEOUT, until
+from tests.pools import do, do_all, in_loop, job, logged, outcome, pool, python, sh
+from workerd.handlers import warm as module
+from workerd.job import Job, Outcome, Report
+from workerd.options import Handler
+
+MiB = 1 << 20
+
+#: Answers with its process id; a body that is a path is waited for first.
+PID = """
+import os, time
+def f(job):
+    print("runs", flush=True)
+    while job.body and not os.path.exists(job.body):
+        time.sleep(0.005)
+    return os.getpid()
+"""
+#: Does what its body says.
+EVAL = "import ctypes, os, signal, sys, time\ndef f(job): return eval(job.body)"
+
+
+def named(name: str, body: bytes = b"") -> Job:
+    return job(body, message_id=name)
+
+
+async def told(events: list[dict[str, Any]], event: str, **fields: object) -> None:
+    """Wait until this was logged."""
+    while not any(e["event"] == event and fields.items() <= e.items() for e in events):
+        await asyncio.sleep(0.005)
+
+
+# Who gets a job
+
+
+def test_a_process_handles_one_job_after_another(tmp_path: Path) -> None:
+    async def scenario() -> list[Report]:
+        async with pool(python(tmp_path, PID)) as warm:
+            return [await warm.do(job()) for _ in range(5)]
+
+    pids = {report.output for report in in_loop(scenario())}
+    assert len(pids) == 1
+
+
+def test_jobs_run_at_once_in_as_many_processes_as_configured_and_the_others_wait(
+    tmp_path: Path,
+) -> None:
+    gate = tmp_path / "gate"
+
+    async def scenario() -> None:
+        async with pool(python(tmp_path, PID, processes=2)) as warm:
+            tasks = [warm.soon(named(str(n), bytes(gate))) for n in range(4)]
+            for name in ("0", "1"):
+                await told(events, "output", job_id=name, text="runs")
+            assert begun(events) == ["0", "1"]
+            gate.touch()
+            reports = await asyncio.gather(*tasks)
+            assert len({report.output for report in reports}) == 2
+
+    with logged() as events:
+        in_loop(scenario())
+    assert sorted(begun(events)) == ["0", "1", "2", "3"]
+    assert sum(event["event"] == "child ready" for event in events) == 2
+
+
+def begun(events: list[dict[str, Any]]) -> list[str]:
+    return [event["job_id"] for event in events if event["event"] == "begun"]
+
+
+def test_a_large_body_and_the_end_of_a_large_result_arrive_whole(tmp_path: Path) -> None:
+    code = """
+    import hashlib
+    def f(job):
+        return job.body[::-1] + hashlib.sha256(job.body).digest()
+    """
+    body = os.urandom(MiB) * 20
+    report = do(python(tmp_path, code, output_limit=5 * MiB), job(body))
+    expected = body[::-1] + hashlib.sha256(body).digest()
+    assert report.output == expected[-5 * MiB :]
+
+
+def test_without_room_for_a_result_none_is_kept(tmp_path: Path) -> None:
+    assert do(python(tmp_path, "def f(job): return b'x'", output_limit=0), job()).output == b""
+
+
+def test_a_process_has_no_descriptors_but_its_own_five() -> None:
+    foreign = {fd for fd in open_descriptors() if os.get_inheritable(int(fd))}
+    script = "ready; next; answer \"$(ls /proc/self/fd | tr '\\n' ' ')\""
+
+    async def scenario() -> list[Report]:
+        async with pool(sh(script, processes=4)) as warm:
+            return await asyncio.gather(*(warm.do(job()) for _ in range(4)))
+
+    for report in in_loop(scenario()):
+        # The sixth is the folder that ls reads.
+        assert set(report.output.decode().split()) - foreign <= {"0", "1", "2", "3", "4", "5"}
+
+
+def test_several_jobs_in_a_pipe_go_evenly_to_the_processes(tmp_path: Path) -> None:
+    async def scenario() -> list[Report]:
+        async with pool(python(tmp_path, PID, processes=2), depth=8) as warm:
+            warm.start()
+            await asyncio.gather(warm.do(job()), warm.do(job()))
+            await warm.await_ready(2)
+            return await asyncio.gather(*(warm.do(job()) for _ in range(16)))
+
+    pids = [report.output for report in in_loop(scenario())]
+    assert sorted(pids.count(pid) for pid in set(pids)) == [8, 8]
+
+
+# When a process ends
+
+
+@pytest.mark.parametrize(
+    ("end", "facts"),
+    [
+        ("ctypes.string_at(0)", (None, "SIGSEGV")),
+        ("os.abort()", (None, "SIGABRT")),
+        ("os._exit(3)", (3, None)),
+        ("os.kill(os.getpid(), signal.SIGKILL)", (None, "SIGKILL")),
+    ],
+)
+def test_a_crash_costs_its_own_job_an_attempt_and_disturbs_no_other(
+    tmp_path: Path, end: str, facts: tuple[int | None, str | None]
+) -> None:
+    async def scenario() -> list[Report]:
+        async with pool(python(tmp_path, EVAL, processes=2)) as warm:
+            warm.start()
+            other = warm.soon(named("other", b"time.sleep(0.5) or os.getpid()"))
+            crash = f"sys.stderr.write('last words\\n') and {end}".encode()
+            reports = [await warm.do(named("crash", crash))]
+            reports += [await warm.do(named("next", b"os.getpid()")), await other]
+            return reports
+
+    (crashed, after, other), events = outcome(scenario())
+    assert (crashed.outcome, crashed.reason) == (Outcome.FAILED, "crashed")
+    assert (crashed.exit_status, crashed.signal) == facts
+    assert crashed.error.startswith("last words")
+    assert after.outcome is other.outcome is Outcome.DONE
+    (ended,) = [event for event in events if event["event"] == "child ended"]
+    assert ended["level"] == "warning"
+    assert str(ended["child"]).encode() not in (after.output, other.output)
+
+
+def test_only_the_job_that_was_being_done_has_failed_and_those_behind_it_go_to_another(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> list[Report]:
+        async with pool(python(tmp_path, EVAL, processes=1), depth=4) as warm:
+            warm.start()
+            await warm.await_ready()
+            bodies = [b"'well'", b"os._exit(1)", b"'well'", b"os._exit(2)", b"'well'", b"'well'"]
+            return await asyncio.gather(
+                *(warm.do(named(str(n), body)) for n, body in enumerate(bodies))
+            )
+
+    reports, events = outcome(scenario())
+    assert [report.exit_status for report in reports] == [None, 1, None, 2, None, None]
+    assert [report.outcome is Outcome.DONE for report in reports] == [True, False] * 2 + [True] * 2
+    # Each has begun once, also those that two processes had.
+    assert sorted(begun(events)) == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_a_process_that_dies_without_a_job_is_replaced_and_no_job_pays(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with pool(python(tmp_path, PID, processes=1)) as warm:
+            first = await warm.do(job())
+            os.kill(int(first.output), signal.SIGKILL)
+            # Neither one that comes before the death is known, nor one that comes after it.
+            os.waitid(os.P_PID, int(first.output), os.WEXITED | os.WNOWAIT)
+            second = await warm.do(job())
+            assert second.outcome is Outcome.DONE
+            os.kill(int(second.output), signal.SIGKILL)
+            while [int(second.output)] == await warm.await_ready():
+                await asyncio.sleep(0.01)
+            assert (await warm.do(job())).outcome is Outcome.DONE
+
+    in_loop(scenario())
+
+
+def test_what_it_leaves_in_its_group_ends_with_it(tmp_path: Path) -> None:
+    code = """
+    import subprocess
+    def f(job):
+        return subprocess.Popen(["sleep", "600"]).pid
+    """
+    report = do(python(tmp_path, code), job())
+    assert processes.has_ended(int(report.output), TIMEOUT / 4)
+
+
+# When a job takes too long, or must stop
+
+
+def test_a_job_that_takes_too_long_is_ended_with_its_group_and_the_next_is_done() -> None:
+    script = """
+    ready
+    while next; do
+        [ "$body" ] || { trap '' TERM; sleep 600 & sleep 600; }
+        answer "$body"
+    done
+    """
+
+    async def scenario() -> list[Report]:
+        settings = sh(script, timeout=0.3, kill_grace=0.1, processes=1)
+        async with pool(settings) as warm:
+            return [await warm.do(job(b"quick")), await warm.do(job()), await warm.do(job(b"next"))]
+
+    quick, late, following = in_loop(scenario())
+    assert quick.outcome is following.outcome is Outcome.DONE
+    assert (late.outcome, late.reason, late.signal) == (Outcome.FAILED, "timeout", "SIGKILL")
+
+
+def test_the_time_of_a_job_counts_from_its_own_beginning(tmp_path: Path) -> None:
+    async def scenario() -> list[Report]:
+        settings = python(tmp_path, EVAL, processes=1, timeout=0.8)
+        async with pool(settings, depth=8) as warm:
+            warm.start()
+            await warm.await_ready()
+            return await asyncio.gather(*(warm.do(job(b"time.sleep(0.3)")) for _ in range(5)))
+
+    assert {report.outcome for report in in_loop(scenario())} == {Outcome.DONE}
+
+
+def test_a_stop_interrupts_those_that_run_and_those_that_wait(tmp_path: Path) -> None:
+    async def scenario() -> list[Report]:
+        settings = python(tmp_path, EVAL, processes=1)
+        async with pool(settings, depth=2) as warm:
+            stop = asyncio.get_running_loop().create_future()
+            tasks = [warm.soon(named(str(n), b"time.sleep(600)"), stop) for n in range(3)]
+            await told(events, "begun")
+            stop.set_result(None)
+            return [*await asyncio.gather(*tasks), await warm.do(job(), stop)]
+
+    with logged() as events:
+        reports = in_loop(scenario())
+    assert {(r.outcome, r.reason) for r in reports} == {(Outcome.INTERRUPTED, "drain")}
+
+
+@pytest.mark.parametrize("cause", ["drain", "timeout"])
+def test_a_job_that_is_done_in_its_grace_is_done(tmp_path: Path, cause: str) -> None:
+    code = """
+    import time
+    def f(job):
+        try:
+            print("runs", flush=True)
+            time.sleep(600)
+        except SystemExit:
+            return "nevertheless"
+    """
+
+    async def scenario() -> Report:
+        async with pool(python(tmp_path, code, timeout=0.3 if cause == "timeout" else 600)) as warm:
+            stop = asyncio.get_running_loop().create_future()
+            task = warm.soon(job(), stop)
+            if cause == "drain":
+                await told(events, "output", text="runs")
+                stop.set_result(None)
+            return await task
+
+    with logged() as events:
+        report = in_loop(scenario())
+    assert (report.outcome, report.output) == (Outcome.DONE, b"nevertheless")
+
+
+def test_a_job_that_nobody_waits_for_any_more_is_ended(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with pool(python(tmp_path, EVAL)) as warm:
+            task = warm.soon(job(b"time.sleep(600)"))
+            await told(events, "begun")
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    with logged() as events:
+        in_loop(scenario())
+
+
+# When a process cannot start
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses between two starts are short."""
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.05)
+
+
+def test_a_job_does_not_wait_for_an_interpreter_that_is_missing(
+    tmp_path: Path, hasty: None
+) -> None:
+    interpreter = tmp_path / "python"
+
+    async def scenario() -> list[Report]:
+        async with pool(python(tmp_path, PID, interpreter=interpreter)) as warm:
+            reports = [await warm.do(job()) for _ in range(3)]
+            interpreter.symlink_to(os.path.realpath("/proc/self/exe"))
+            report = await warm.do(job())
+            while report.outcome is Outcome.UNAVAILABLE:
+                await asyncio.sleep(0.01)
+                report = await warm.do(job())
+            return [*reports, report]
+
+    (*missing, there), events = outcome(scenario())
+    for report in missing:
+        assert (report.outcome, report.reason) == (Outcome.UNAVAILABLE, "cannot-run")
+        assert report.error == f"cannot run {interpreter} in {tmp_path}: No such file or directory"
+    assert there.outcome is Outcome.DONE
+    # Told once.
+    assert sum(event["event"] == "child failed" for event in events) == 1
+
+
+def test_a_module_that_cannot_be_imported_is_no_jobs_fault(tmp_path: Path, hasty: None) -> None:
+    async def scenario() -> list[Report]:
+        settings = python(tmp_path, "import nothing_of_this_name\n" + PID)
+        async with pool(settings) as warm:
+            reports = await asyncio.gather(*(warm.do(job()) for _ in range(3)))
+            python(tmp_path, PID + "# of another size\n")
+            report = await warm.do(job())
+            while report.outcome is Outcome.UNAVAILABLE:
+                await asyncio.sleep(0.01)
+                report = await warm.do(job())
+            return [*reports, report]
+
+    (*broken, mended), events = outcome(scenario())
+    for report in broken:
+        assert (report.outcome, report.reason) == (Outcome.UNAVAILABLE, "cannot-start")
+        assert report.error.startswith("Traceback")
+        assert report.error.endswith("No module named 'nothing_of_this_name'")
+    assert mended.outcome is Outcome.DONE
+    (failed,) = [event for event in events if event["event"] == "child failed"]
+    assert failed["level"] == "error"
+    assert failed["handler"] == "test"
+    assert "job_id" not in failed
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        ("echo why >&2; exit 3", "ended with status 3 before it was ready\nwhy"),
+        ("kill -9 $$", "ended with SIGKILL before it was ready"),
+        ("echo '{\"ready\":2}' >&4; sleep 600", "broke the protocol: it speaks version 2, not 1"),
+        ("echo nonsense >&4; sleep 600", "broke the protocol: a line that is not a JSON object"),
+        ('echo \'{"error":"no database"}\' >&4; sleep 600', "no database"),
+        ("ready", "it ended as soon as it was ready"),
+    ],
+)
+def test_a_process_that_does_not_come_up_is_no_jobs_fault(script: str, error: str) -> None:
+    began = time.monotonic()
+    report = do(sh(script, kill_grace=0.1), job())
+    assert (report.outcome, report.reason) == (Outcome.UNAVAILABLE, "cannot-start")
+    assert error in report.error
+    assert time.monotonic() - began < TIMEOUT / 4
+
+
+def test_a_process_that_hangs_at_its_start_is_given_up_and_started_again_after_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.4)
+    starts = tmp_path / "starts"
+    code = f"import time\nopen({str(starts)!r}, 'a').write('x')\ntime.sleep(600)\n"
+
+    async def scenario() -> list[Report]:
+        settings = python(tmp_path, code, start_timeout=0.3, kill_grace=0.1)
+        async with pool(settings) as warm:
+            reports = list(await asyncio.gather(*(warm.do(job()) for _ in range(2))))
+            before = time.monotonic()
+            # A storm of jobs is no storm of starts.
+            while time.monotonic() < before + 1.5:
+                reports.append(await warm.do(job()))
+                await asyncio.sleep(0.01)
+            return reports
+
+    reports, events = outcome(scenario())
+    assert {report.outcome for report in reports} == {Outcome.UNAVAILABLE}
+    assert {report.error for report in reports} == {"not ready within 0.3 s"}
+    # Two at first, for two jobs; then one after each pause.
+    assert 3 <= len(starts.read_text()) <= 8
+    assert len([event for event in events if event["event"] == "child failed"]) == 1
+
+
+def test_while_one_process_works_no_job_fails_for_want_of_another(tmp_path: Path) -> None:
+    # Only the first one finds the way free.
+    code = f"""
+    import os, time
+    os.mkdir({str(tmp_path / "first")!r})
+    {"def f(job): return os.getpid()"}
+    """
+
+    async def scenario() -> list[Report]:
+        async with pool(python(tmp_path, code, processes=2)) as warm:
+            return await asyncio.gather(*(warm.do(job()) for _ in range(20)))
+
+    reports = in_loop(scenario())
+    assert {report.outcome for report in reports} == {Outcome.DONE}
+    assert len({report.output for report in reports}) == 1
+
+
+def test_without_descriptors_no_job_pays(tmp_path: Path, hasty: None) -> None:
+    async def scenario() -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        async with pool(python(tmp_path, PID)) as warm:
+            loop_has = max(map(int, open_descriptors()))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (loop_has + 4, hard))
+            try:
+                report = await warm.do(job())
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert report.outcome is Outcome.UNAVAILABLE
+            assert "Too many open files" in report.error
+            while report.outcome is Outcome.UNAVAILABLE:
+                await asyncio.sleep(0.01)
+                report = await warm.do(job())
+            assert report.outcome is Outcome.DONE
+
+    in_loop(scenario())
+
+
+# When a process is replaced
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_a_process_is_replaced_after_so_many_jobs(tmp_path: Path, depth: int) -> None:
+    async def scenario() -> list[Report]:
+        settings = python(tmp_path, PID, processes=1, recycle_after=3)
+        async with pool(settings, depth=depth) as warm:
+            return await asyncio.gather(*(warm.do(job()) for _ in range(9)))
+
+    pids = [report.output for report in in_loop(scenario())]
+    assert len(set(pids)) == 3
+    assert {pids.count(pid) for pid in pids} == {3}
+
+
+def test_a_process_that_has_grown_is_replaced(tmp_path: Path) -> None:
+    code = """
+    import os
+    kept = []
+    def f(job):
+        kept.append(b"x" * int(job.body))
+        return os.getpid()
+    """
+
+    async def scenario() -> list[bytes]:
+        settings = python(tmp_path, code, processes=1, memory_limit=100 * MiB)
+        async with pool(settings) as warm:
+            return [(await warm.do(job(b"%d" % size))).output for size in (1, 1, 150 * MiB, 1, 1)]
+
+    (first, second, third, fourth, fifth), events = outcome(scenario())
+    assert first == second == third != fourth == fifth
+    first_to_leave = next(e for e in events if e["event"] == "child leaves")
+    assert first_to_leave["reason"] == "memory_limit"
+
+
+def test_a_job_behind_one_that_ends_its_process_is_done_by_another() -> None:
+    script = """
+    ready
+    while next; do
+        printf '{"frame":%d,"outcome":"done","last":true,"length":%d}\\n%s' \
+            "$frame" "${#body}" "$body" >&4
+        exit 1
+    done
+    """
+
+    async def scenario() -> list[Report]:
+        async with pool(sh(script, processes=1), depth=4) as warm:
+            warm.start()
+            await warm.await_ready()
+            return await asyncio.gather(*(warm.do(job(b"%d" % n)) for n in range(4)))
+
+    reports = in_loop(scenario())
+    assert [report.output for report in reports] == [b"0", b"1", b"2", b"3"]
+    assert {report.outcome for report in reports} == {Outcome.DONE}
+
+
+def test_processes_leave_at_the_end_of_their_input() -> None:
+    settings = sh("ready; while next; do answer x; done; echo left")
+
+    async def scenario() -> Report:
+        async with pool(settings) as warm:
+            return await warm.do(job())
+
+    report, events = outcome(scenario())
+    assert report.outcome is Outcome.DONE
+    assert [e["text"] for e in events if e["event"] == "output"] == ["left"]
+    assert [e["handler"] for e in events if e["event"] == "output"] == ["test"]
+    assert not [e for e in events if e["event"] == "child ended"]
+
+
+def test_a_process_that_does_not_leave_is_killed() -> None:
+    began = time.monotonic()
+    settings = sh("trap '' TERM; ready; next; answer x; sleep 600", kill_grace=0.1)
+    assert do(settings, job()).outcome is Outcome.DONE
+    assert time.monotonic() - began < TIMEOUT / 4
+
+
+def test_a_drain_lets_those_that_run_end_and_starts_none(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+
+    async def scenario() -> list[Report]:
+        async with pool(python(tmp_path, PID, processes=1)) as warm:
+            tasks = [warm.soon(named(str(n), bytes(gate))) for n in range(2)]
+            await told(events, "output", text="runs")
+            warm.drain()
+            waiting = await tasks[1]
+            gate.touch()
+            running = await tasks[0]
+            return [running, waiting, await warm.do(job())]
+
+    with logged() as events:
+        running, *others = in_loop(scenario())
+    assert running.outcome is Outcome.DONE
+    assert {report.outcome for report in others} == {Outcome.INTERRUPTED}
+    assert begun(events) == ["0"]
+
+
+def test_those_that_have_been_replaced_still_do_what_they_have(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+
+    async def scenario() -> list[Report]:
+        async with pool(python(tmp_path, PID, processes=1)) as warm:
+            tasks = [warm.soon(named(str(n), bytes(gate))) for n in range(3)]
+            await told(events, "output", text="runs")
+            warm.retire()
+            gate.touch()
+            reports = await asyncio.gather(*tasks)
+            while warm.processes:
+                await asyncio.sleep(0.01)
+            return reports
+
+    with logged() as events:
+        reports = in_loop(scenario())
+    assert len({report.output for report in reports}) == 1
+
+
+# What breaks the protocol
+
+BREACHES = {
+    "nonsense": "echo nonsense",
+    "an empty line": "echo",
+    "an array": "echo '[]'",
+    "deeper than any parser": "head -c 500000 /dev/zero | tr '\\0' '['; echo",
+    "unknown": "echo '{\"what\":1}'",
+    "ready again": "echo '{\"ready\":1}'",
+    "another frame": 'echo \'{"frame":99,"outcome":"done"}\'',
+    "no outcome": "echo '{\"frame\":1}'",
+    "a wrong outcome": 'echo \'{"frame":1,"outcome":"unavailable"}\'',
+    "a length below nothing": 'echo \'{"frame":1,"outcome":"done","length":-1}\'',
+    "a length in words": 'echo \'{"frame":1,"outcome":"done","length":"1"}\'',
+    "a delay below nothing": 'echo \'{"frame":1,"outcome":"failed","retry_after":-1}\'',
+    "a wrong level": 'echo \'{"log":"loud","text":"x"}\'',
+    "a wrong stream": 'echo \'{"output":"stdin","length":1}\'; echo',
+    "a line without end": "head -c 3000000 /dev/zero",
+}
+
+
+@pytest.mark.parametrize("name", BREACHES)
+def test_a_process_that_breaks_the_protocol_is_replaced_and_has_failed_its_job(name: str) -> None:
+    script = f"""
+    ready
+    while next; do
+        if [ "$body" = bad ]; then echo cause >&2; {{ {BREACHES[name]}; }} >&4; sleep 600; fi
+        answer "$body"
+    done
+    """
+
+    async def scenario() -> list[Report]:
+        async with pool(sh(script, processes=1, kill_grace=600.0)) as warm:
+            return [await warm.do(job(b"bad")), await warm.do(job(b"good"))]
+
+    (bad, good), events = outcome(scenario())
+    assert (bad.outcome, bad.reason) == (Outcome.FAILED, "crashed")
+    assert bad.error.startswith("broke the protocol: ")
+    assert bad.error.endswith("\ncause")
+    assert (good.outcome, good.output) == (Outcome.DONE, b"good")
+    assert [e for e in events if e["event"] == "child ended"]
+
+
+def test_a_job_is_never_settled_by_a_second_answer_to_the_one_before() -> None:
+    # Both answers are there before the next job is.
+    script = """
+    ready
+    next
+    printf '{"frame":1,"outcome":"done"}\\n{"frame":1,"outcome":"done"}\\n' >&4
+    next
+    sleep 600
+    """
+
+    async def scenario() -> tuple[Report, Report]:
+        async with pool(sh(script, processes=1), depth=2) as warm:
+            warm.start()
+            await warm.await_ready()
+            return await asyncio.gather(warm.do(job()), warm.do(job()))
+
+    first, second = in_loop(scenario())
+    assert first.outcome is Outcome.DONE
+    assert (second.outcome, second.reason) == (Outcome.FAILED, "crashed")
+
+
+def test_ten_thousand_lines_and_keys_nobody_knows_are_no_breach() -> None:
+    script = """
+    echo '{"ready":1,"name":"new"}' >&4
+    while next; do
+        yes '{"log":"debug","logger":"a","text":"b","new":1}' | head -n 10000 >&4
+        printf '{"frame":%d,"outcome":"failed","error":"no","note":"n","new":[]}\\n' "$frame" >&4
+    done
+    """
+    ran = do_all(sh(script), job(), output_lines=2)
+    assert (ran.report.outcome, ran.report.error, ran.report.note) == (Outcome.FAILED, "no", "n")
+    assert ran.omitted("log") == 9998
+
+
+def test_no_text_of_a_process_can_forge_anything() -> None:
+    script = """
+    ready
+    next
+    text='a\\\\nb\\\\u001b[31m\\\\ud800'
+    printf '{"frame":1,"outcome":"failed","error":"%b","note":"\\\\r"}\\n' "$text" >&4
+    next
+    """
+    report = do(sh(script), job())
+    assert (report.error, report.note) == ("a\nb\\x1b[31m\\ud800", "\\r")
+
+
+# Many
+
+
+def test_five_hundred_spawns_leave_no_zombie_and_no_descriptor() -> None:
+    # in_loop looks for both.
+    settings = sh("ready; while next; do answer x; done", recycle_after=1, processes=4)
+
+    async def scenario() -> None:
+        async with pool(settings) as warm:
+            for _ in range(25):
+                reports = await asyncio.gather(*(warm.do(job()) for _ in range(20)))
+                assert {report.outcome for report in reports} == {Outcome.DONE}
+
+    in_loop(scenario())
+    until(lambda: not processes.strays(), "no strays")
+
+
+def test_children_come_by_exec_and_no_lock_of_the_daemon_goes_with_them() -> None:
+    # Whoever forks this process runs what is registered here; posix_spawn does not.
+    said = alone(
+        """
+        import asyncio, logging, threading
+        from tests.pools import job, pool, sh
+        os.register_at_fork(before=lambda: print("forked"))
+        held = logging.StreamHandler()
+        threading.Thread(target=held.acquire, daemon=True).start()
+        logging.root.addHandler(held)
+        settings = sh("ready; while next; do answer x; done", recycle_after=1, processes=4)
+
+        async def scenario():
+            async with pool(settings) as warm:
+                for _ in range(20):
+                    reports = await asyncio.gather(*(warm.do(job()) for _ in range(10)))
+                    assert {report.output for report in reports} == {b"x"}, reports
+
+        asyncio.run(scenario())
+        sys.stdout.flush()
+        os._exit(0)  # the lock is still held
+        """
+    )
+    assert "forked" not in said
+
+
+def test_a_program_is_found_in_the_path_of_its_handler(tmp_path: Path) -> None:
+    script = tmp_path / "handler"
+    script.write_text("#!/bin/sh\necho '{\"ready\":1}' >&4\nread -r line <&3\n")
+    script.chmod(0o755)
+    settings = Handler("test", stream=("handler",), environment={"PATH": f"{tmp_path}:/bin"})
+    assert do(settings, job()).reason == "crashed"

@@ -1,0 +1,125 @@
+"""Many jobs through warm processes that are killed at random: `pytest -m campaign -rP`.
+
+What a worker does with reports is done here in small: a failed attempt is followed by the next,
+and what could not start is tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.harness.processes import MissingTool
+from tests.harness.trixie import CHECKOUT
+from tests.harness.waiting import SEEDS
+from tests.pools import Warm, in_loop, job, logged, pool, python
+from workerd.handlers import warm as module
+from workerd.job import ATTEMPT, Outcome
+from workerd.options import Handler
+
+JOBS = 1_000 if SEEDS <= 2 else 10_000
+
+pytestmark = pytest.mark.campaign
+
+
+def in_python(folder: Path) -> Handler:
+    code = f"""
+    import os
+    journal = os.open({str(folder / "journal")!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    def f(job):
+        os.write(journal, f"{{job.id}} {{job.attempt}}\\n".encode())
+        return job.id
+    """
+    return python(folder, code, processes=4, recycle_after=200)
+
+
+def in_javascript(folder: Path) -> Handler:
+    if shutil.which("node") is None:
+        raise MissingTool("no node is installed")
+    text = (CHECKOUT / "docs" / "protocol.md").read_text()
+    (code,) = re.findall(r"```javascript\n(.*?)```", text, re.DOTALL)
+    handle = (
+        "async (job, body) => "
+        f'(fs.appendFileSync("{folder}/journal", `${{job.id}} ${{job.attempt}}\\n`), job.id);'
+    )
+    was = "async (job, body) => body.toString().toUpperCase();"
+    assert was in code
+    (folder / "handler.js").write_text(code.replace(was, handle))
+    stream = ("node", str(folder / "handler.js"))
+    return Handler("test", stream=stream, processes=4, recycle_after=200)
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("make", [in_python, in_javascript])
+def test_a_killed_process_costs_its_job_one_attempt_and_no_job_is_lost_or_done_twice(
+    make: object, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert callable(make)
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.05)
+    chance = random.Random(seed)
+    depth = 1 if seed % 2 else 4
+    crashes: Counter[str] = Counter()
+    kills = 0
+
+    async def one(warm: Warm, name: str) -> None:
+        while True:
+            headers = {ATTEMPT: crashes[name]} if crashes[name] else {}
+            report = await warm.do(job(message_id=name, headers=headers))
+            if report.outcome is Outcome.DONE:
+                assert report.output == name.encode()
+                return
+            if report.outcome is Outcome.UNAVAILABLE:
+                await asyncio.sleep(0.05)
+                continue
+            assert (report.outcome, report.reason, report.signal) == (
+                Outcome.FAILED,
+                "crashed",
+                "SIGKILL",
+            )
+            crashes[name] += 1
+
+    async def kill(warm: Warm) -> None:
+        nonlocal kills
+        while kills < JOBS // 20:
+            await asyncio.sleep(chance.uniform(0.002, 0.04))
+            ready = [runner for runner in warm._runners if runner.state == "ready"]
+            if ready:
+                kills += 1
+                os.kill(chance.choice(ready).pid, signal.SIGKILL)
+
+    async def scenario() -> None:
+        names = iter([f"job-{number}" for number in range(JOBS)])
+
+        async def slot(warm: Warm) -> None:
+            for name in names:
+                await one(warm, name)
+
+        async with pool(make(tmp_path), depth=depth) as warm:
+            killer = asyncio.ensure_future(kill(warm))
+            await asyncio.gather(*(slot(warm) for _ in range(16)))
+            killer.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await killer
+
+    with logged() as events:
+        in_loop(scenario())
+    runs = Counter((tmp_path / "journal").read_text().splitlines())
+    last = Counter(line.split()[0] for line in runs)
+    print(f"depth {depth}: {kills} kills, {sum(crashes.values())} failed attempts of {JOBS} jobs")
+    # None is lost, and no attempt was made twice.
+    assert set(last) == {f"job-{number}" for number in range(JOBS)}
+    assert set(runs.values()) == {1}
+    # Each attempt that was charged has had its one process killed.
+    assert 0 < sum(crashes.values()) <= kills
+    assert all(last[name] <= 1 + crashes[name] for name in last)
+    assert not [event for event in events if "broke" in str(event.get("error"))]

@@ -1,0 +1,52 @@
+"""The program that a handler names: where it is, its environment, its working directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+
+from workerd.settings import Handler
+
+_PRIVATE = re.compile(
+    "NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|JOURNAL_STREAM|INVOCATION_ID|CREDENTIALS_DIRECTORY"
+    "|.*_DIRECTORY|WORKERD_BROKER_URL|WORKERD_.*"
+)
+
+
+def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The daemon's environment without its secrets and without what systemd gave it alone."""
+    return {name: value for name, value in environ.items() if not _PRIVATE.fullmatch(name)}
+
+
+class Program:
+    """A program of a handler's.
+
+    ``path`` is where it was when it was last looked for, ``environment`` what every one of
+    its processes gets, ``directory`` where they start; None: where the daemon is.
+    """
+
+    def __init__(self, name: str, settings: Handler, environ: Mapping[str, str]) -> None:
+        inherited = clean_environment(environ).items()
+        # What comes from a message or the configuration is UTF-8, in whatever locale we run.
+        self.environment = {os.fsencode(name): os.fsencode(value) for name, value in inherited} | {
+            name.encode(): value.encode() for name, value in settings.environment.items()
+        }
+        self.directory = str(settings.working_directory) if settings.working_directory else None
+        self._name = name
+        self._search = os.get_exec_path({**environ, **settings.environment})
+        self.path = self._find()
+
+    def cannot_run(self, error: OSError) -> str:
+        """What is told when it could not be started. The next time it is looked for anew."""
+        self.path = self._find()  # it may have moved: a deploy, another PATH entry
+        where = f" in {self.directory}" if self.directory else ""
+        return f"cannot run {self._name}{where}: {error.strerror}"
+
+    def _find(self) -> bytes:
+        """The program's path: looked up in the PATH that it will itself be given."""
+        program = self._name.encode()
+        # As it will be looked up from its working directory.
+        places = (os.path.join(self.directory or "", place) for place in self._search)
+        return shutil.which(program, path=os.pathsep.join(places)) or program

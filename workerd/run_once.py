@@ -1,0 +1,164 @@
+"""`workerd run-once`: one job, run by its handler as the daemon would, without a broker."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+
+from workerd import job as jobs
+from workerd import log
+from workerd.admission import admit
+from workerd.check import drop_to_service_user, untrusted_programs
+from workerd.errors import SettingsError
+from workerd.handlers.guardian import Guardian
+from workerd.handlers.register import Handlers
+from workerd.job import BadJob, Job, Outcome, Report
+from workerd.options import Settings
+from workerd.settings import load
+from workerd.waiting import complete
+from workerd.wording import did_you_mean
+
+EX_USAGE = 64
+EX_DATAERR = 65
+EX_UNAVAILABLE = 69
+EX_TEMPFAIL = 75
+TIMED_OUT = 124
+
+DESCRIPTION = """\
+Run a handler here for one job, its body on standard input, as the daemon would,
+but without a broker. The result goes to standard output, the log to standard
+error."""
+EPILOG = """\
+exit status:
+  0    done
+  1    failed; or the command's own exit status
+  64   usage, or no such handler
+  65   rejected: the job itself is wrong
+  69   the handler cannot run: a program is missing, an import fails
+  75   failed, and the job asks for another attempt later
+  78   bad configuration
+  124  timed out
+  128+n  killed by signal n; 130: interrupted
+
+examples:
+  workerd run-once resize < photo.json
+  workerd run-once --attempt 3 --header trace=abc resize < photo.json
+"""
+
+
+def add_run_once(parser: argparse.ArgumentParser) -> None:
+    """Its own options; those that all commands have are there already."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.add_argument("handler", metavar="HANDLER", help="its name, which is the job's type")
+    parser.add_argument(
+        "--header", action="append", default=[], metavar="K=V", help="a header; may be repeated"
+    )
+    parser.add_argument("--id", metavar="ID", help="the job's id (default: a new UUID)")
+    parser.add_argument(
+        "--attempt", type=int, default=1, metavar="N", help="which attempt it is (default: 1)"
+    )
+    parser.set_defaults(carry_out=run_once)
+
+
+def run_once(args: argparse.Namespace) -> int:
+    """Carry the command out; returns the exit status. Raises SettingsError."""
+    settings = load(args.config, args.instance)
+    handler = settings.handlers.get(args.handler)
+    headers = dict(header.partition("=")[::2] for header in args.header)
+    problem = ""
+    if handler is None:
+        hint = did_you_mean(args.handler, settings.handlers)
+        problem = f"no handler is named {args.handler!r}{hint}"
+    elif not all("=" in header for header in args.header):
+        problem = "--header: expected NAME=VALUE"
+    elif args.attempt < 1:
+        problem = "--attempt: expected 1 or more"
+    if handler is None or problem:
+        sys.stderr.write(f"workerd run-once: {problem}\n")
+        return EX_USAGE
+    # The application's code gets no more rights than a job has.
+    drop_to_service_user()
+    settings = replace(settings, handlers={handler.name: handler})
+    if problems := untrusted_programs(settings):
+        raise SettingsError(*problems)
+    message = jobs.Message(
+        sys.stdin.buffer.read(),
+        type=handler.name,
+        message_id=args.id or jobs.new_id(),
+        headers={**headers, jobs.ATTEMPT: args.attempt - 1},
+    )
+    guardian = Guardian()
+    log.begin(log.writer(settings.log.format), settings.log.level, args.instance)
+    try:
+        report = complete(_run(settings, jobs.decode(message, handler.queue), guardian))
+    finally:
+        guardian.close()
+        log.flush(2.0)
+    sys.stdout.buffer.write(report.output)
+    return exit_status(report)
+
+
+async def _run(settings: Settings, job: Job, guardian: Guardian) -> Report:
+    (handler,) = settings.handlers.values()
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[None] = loop.create_future()
+
+    def interrupt() -> None:
+        if not stop.done():
+            stop.set_result(None)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)
+    handlers = Handlers(os.environ, guardian)
+    runs = handlers.of(settings)[handler.name]
+    with log.job_fields(job_id=job.id, job_type=job.type, queue=job.queue, attempt=job.attempt):
+        began = time.monotonic()
+        try:
+            admit(job, settings, time.time())
+            report = await runs.run(job, stop, lambda: log.event("start"))
+        except BadJob as bad:
+            report = Report(Outcome.REJECTED, bad.reason, error=str(bad), ran=False)
+        log.event(
+            report.outcome.value,
+            "info" if report.outcome is Outcome.DONE else "warning",
+            duration_ms=round((time.monotonic() - began) * 1000),
+            reason=report.reason or None,
+            exit_status=report.exit_status,
+            signal=report.signal,
+            retry_after=report.retry_after,
+            note=report.note or None,
+            error=report.error or None,
+        )
+    await handlers.close()
+    return report
+
+
+def exit_status(report: Report) -> int:
+    """The exit status that tells how a job has ended."""
+    match report.outcome:
+        case Outcome.DONE:
+            return 0
+        case Outcome.UNAVAILABLE:
+            return EX_UNAVAILABLE
+        case Outcome.INTERRUPTED:
+            return 128 + signal.SIGINT
+        case Outcome.REJECTED:
+            return report.exit_status or EX_DATAERR
+        case Outcome.FAILED:
+            return _of_failure(report)
+
+
+def _of_failure(report: Report) -> int:
+    if report.reason == "timeout":
+        return TIMED_OUT
+    if report.signal:
+        name, _, number = report.signal.partition(" ")
+        return 128 + (int(number) if number else signal.Signals[name])
+    if report.retry_after is not None:
+        return EX_TEMPFAIL
+    return report.exit_status or 1
