@@ -26,6 +26,10 @@ OPEN = b"O"
 WAIT = b"W"
 #: A run begins; its delivery came on this channel.
 START = b"S"
+#: A run has its slot, and does not begin yet; its delivery came on this channel.
+TAKE = b"T"
+#: A run that had its slot begins.
+BEGIN = b"G"
 #: A run has ended with a verdict, sent on this channel or one of `memory`'s stand-ins.
 END = b"E"
 #: A run has ended with a verdict that must not settle a redelivery.
@@ -104,6 +108,8 @@ class History:
         self.cut_off: dict[bytes, CutOff] = {}
         #: The channels that brought the running jobs.
         self._running: dict[bytes, list[int]] = {}
+        #: How many of those have not begun.
+        self._unbegun: Counter[bytes] = Counter()
         #: How many jobs of each key are in hand and have not started.
         self._waiting: Counter[bytes] = Counter()
         #: Channels on which nothing can have been lost: those that are open, and those that
@@ -158,11 +164,14 @@ class History:
         self._last = when
         if kind == WAIT:
             self._waiting[key] += 1
-        elif kind == START:
+        elif kind in (START, TAKE):
             self._end_wait(key)
+            self._unbegun[key] += kind == TAKE
             self._running.setdefault(key, []).append(channel)
             if channel != NEVER_SENT:
                 self._open.add(place)
+        elif kind == BEGIN:
+            self._unbegun[key] -= 1
         elif kind in (END, OVER, BACK):
             self._end_run(key)
             if kind == BACK:
@@ -194,6 +203,7 @@ class History:
         elif kind == OPEN:
             # In a new segment, those that are in hand follow.
             self._running.clear()
+            self._unbegun.clear()
             self._waiting.clear()
 
     def _end_wait(self, key: bytes) -> None:
@@ -212,13 +222,15 @@ class History:
     def end_process(self) -> None:
         """The process that wrote is no more, and its jobs with it; so are its open channels."""
         for key, runs in self._running.items():
-            # Once, for each of several equal jobs.
-            self.cut_off[key] = CutOff(self.lost_starts(key) + 1, self._last)
+            if len(runs) > self._unbegun[key]:
+                # Once, for each of several equal jobs.
+                self.cut_off[key] = CutOff(self.lost_starts(key) + 1, self._last)
             self._waiting[key] += len(runs)
         # What was in hand went back, and must run, whatever equal ones have been finished.
         for key, count in self._waiting.items():
             self.returns.setdefault(key, []).extend([(self._last, 1)] * count)
         self._running.clear()
+        self._unbegun.clear()
         self._waiting.clear()
         self._open.clear()
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from workerd.history import (
     BACK,
+    BEGIN,
     CLOSED,
     CUT_OFF,
     END,
@@ -28,6 +29,7 @@ from workerd.history import (
     RECALLED,
     RETURNED,
     START,
+    TAKE,
     WAIT,
     CutOff,
     History,
@@ -83,6 +85,8 @@ class HostMemory(Memory):
         #: Runs that have begun and not ended, to be carried into each new segment, and the
         #: channels that brought them; NEVER_SENT for one that is lost.
         self._running: dict[bytes, list[int]] = {}
+        #: How many of those have not begun.
+        self._unbegun: dict[bytes, int] = {}
         self._returns: dict[bytes, Returns] = {}
         #: The attempts that were cut off by the end of an earlier process.
         self._cut_off: dict[bytes, CutOff] = {}
@@ -103,10 +107,18 @@ class HostMemory(Memory):
         self._waiting[key] = self._waiting.get(key, 0) + 1
         self._append(WAIT, NEVER_SENT, key)
 
-    def started(self, key: bytes, channel: int) -> None:
+    def started(self, key: bytes, channel: int, begun: bool = True) -> None:
         self._end_wait(key)
         self._running.setdefault(key, []).append(channel)
-        self._append(START, channel, key)
+        if not begun:
+            self._unbegun[key] = self._unbegun.get(key, 0) + 1
+        self._append(START if begun else TAKE, channel, key)
+
+    def begun(self, key: bytes) -> None:
+        self._unbegun[key] -= 1
+        if not self._unbegun[key]:
+            del self._unbegun[key]
+        self._append(BEGIN, NEVER_SENT, key)
 
     def settled(self, key: bytes, channel: int) -> None:
         super().settled(key, channel)
@@ -247,8 +259,9 @@ class HostMemory(Memory):
         self._segments.append(path)
         self._append(OPEN, NEVER_SENT, self._nonce)
         for key, channels in self._running.items():
-            for channel in channels:
-                self._append(START, channel, key)
+            unbegun = self._unbegun.get(key, 0)
+            for number, channel in enumerate(channels):
+                self._append(TAKE if number < unbegun else START, channel, key)
         for key, cut_off in self._cut_off.items():
             self._write(encode(CUT_OFF, cut_off.number, key, cut_off.when))
         for key, count in self._waiting.items():
@@ -260,7 +273,7 @@ class HostMemory(Memory):
             if time.monotonic() < self._retry_at:
                 return
             (self._open if self._lock < 0 else self._begin_segment)()
-            if kind in (START, WAIT):
+            if kind in (START, TAKE, BEGIN, WAIT):
                 return  # the new segment begins with all that is in hand
         self._write(encode(kind, channel, key, time.time()))
 

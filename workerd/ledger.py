@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from workerd.job import Delivery, Job
@@ -59,11 +59,13 @@ PATIENCE = 5.0
 class Run:
     """A job that is being worked on. ``delivery`` is None once its channel is lost.
 
-    ``over`` says that its handler has ended; a copy of the job may still have to be published.
+    It has ``begun`` once its handler gives it to a process. ``over`` says that the handler has
+    ended; a copy of the job may still have to be published.
     """
 
     job: Job
     delivery: Delivery | None
+    begun: bool = True
     over: bool = False
 
 
@@ -85,7 +87,13 @@ class Settle:
 class Ledger:
     """The state of every job that this process holds. See the rules above."""
 
-    def __init__(self, concurrency: Mapping[str, int], memory: Memory | None = None) -> None:
+    def __init__(
+        self,
+        concurrency: Mapping[str, int],
+        memory: Memory | None = None,
+        begins_at_once: Callable[[Job], bool] = lambda _job: True,
+    ) -> None:
+        self._begins_at_once = begins_at_once
         self.memory = Memory() if memory is None else memory
         self.running: set[Run] = set()
         self.draining = False
@@ -216,14 +224,20 @@ class Ledger:
 
     def _start(self, line: str, delivery: Delivery) -> Run:
         self._waiting[line].remove(delivery)
-        run = Run(delivery.job, delivery)
+        run = Run(delivery.job, delivery, self._begins_at_once(delivery.job))
         self.running.add(run)
         self._active.add(run)
         if line == ALONE:
             self._alone = run
         self._busy[run.job.queue] += 1
-        self.memory.started(run.job.key, delivery.channel)
+        self.memory.started(run.job.key, delivery.channel, run.begun)
         return run
+
+    def begins(self, run: Run) -> None:
+        """The handler of a run is about to give it to a process: from now on it is an attempt."""
+        if not run.begun:
+            run.begun = True
+            self.memory.begun(run.job.key)
 
     def ended(self, run: Run) -> None:
         """The handler of a run has ended; its verdict is still to be carried out."""
@@ -234,6 +248,7 @@ class Ledger:
 
     def finished(self, run: Run, verdict: Verdict) -> Settle | None:
         """A run has its verdict: the delivery to settle now, or None when that was lost."""
+        self.begins(run)  # or no longer: what has ended is told of those that have
         self.ended(run)
         self.running.remove(run)
         self._busy[run.job.queue] -= 1

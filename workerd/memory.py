@@ -51,8 +51,11 @@ class Memory:
     def waits(self, key: bytes) -> None:
         """A delivery is in hand, and its job cannot start yet."""
 
-    def started(self, key: bytes, channel: int) -> None:
-        """A run is about to begin, for a delivery of this channel."""
+    def started(self, key: bytes, channel: int, begun: bool = True) -> None:
+        """A run has its slot, for a delivery of this channel; it has ``begun``, or will."""
+
+    def begun(self, key: bytes) -> None:
+        """A run that had not begun begins: from now on it is an attempt."""
 
     def settled(self, key: bytes, channel: int) -> None:
         """A run has its verdict, or a redelivery of it was settled: sent on this channel."""

@@ -40,6 +40,9 @@ WORN = 10
 class Handler(Protocol):
     """What runs jobs of one type."""
 
+    #: Whether each job begins at once; elsewhere it may have to wait for a free process.
+    immediate: bool
+
     async def run(
         self, job: Job, stop: asyncio.Future[None], started: Callable[[], None]
     ) -> Report:
@@ -64,7 +67,7 @@ class Worker:
         self.settings = settings
         self.handlers = handlers
         self.notifier = notifier
-        self.ledger = Ledger(_slots(settings), memory)
+        self.ledger = Ledger(_slots(settings), memory, self._begins_at_once)
         self.consumer = Consumer(settings, f"workerd@{place.instance}.{place.host}", self)
         self.drain = Drain(self)
         self.outbox = Outbox(self, place)
@@ -125,7 +128,7 @@ class Worker:
         """The life of a job, from its start to the order that settles its delivery."""
         job = run.job
         with log.job_fields(job_id=job.id, job_type=job.type, queue=job.queue, attempt=job.attempt):
-            report = await self._execute(job)
+            report = await self._execute(run)
             self.ledger.ended(run)
             verdict = await self._carry_out(self._judge(job, report), run, report)
             self.status.count(verdict)
@@ -136,14 +139,16 @@ class Worker:
                 log.event("verdict kept", verdict=verdict.value)  # for the redelivery
         self._start_more()
 
-    async def _execute(self, job: Job) -> Report:
+    async def _execute(self, run: Run) -> Report:
         """Give the job to its handler, if there is one that may have it, and log what it made."""
+        job = run.job
         began = time.monotonic()
         has_started = False
 
         def started() -> None:
             nonlocal has_started
             has_started = True
+            self.ledger.begins(run)
             alone = True if job.lost_starts else None
             log.event("start", self.routine, redelivered=job.redelivered, alone=alone)
             if self.pauses.available(str(job.type)):
@@ -170,6 +175,11 @@ class Worker:
         else:
             self._log_outcome(report, time.monotonic() - began)
         return report
+
+    def _begins_at_once(self, job: Job) -> bool:
+        """Whether nothing but its slot keeps a job from beginning."""
+        handler = self.handlers.get(str(job.type))
+        return handler is None or handler.immediate
 
     def _retry_policy(self, job: Job) -> Retry:
         handler = self.settings.handlers.get(str(job.type))

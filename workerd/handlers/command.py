@@ -29,6 +29,8 @@ _HEADERS_LIMIT = 32 * 1024
 class CommandHandler:
     """Runs the command of a handler; see `run`."""
 
+    immediate = True
+
     def __init__(
         self, settings: Handler, environ: Mapping[str, str], output_lines: int, guardian: Guardian
     ) -> None:

@@ -31,6 +31,8 @@ class WarmHandler:
     at a time, or up to ``depth`` in its pipe.
     """
 
+    immediate = False
+
     def __init__(
         self,
         settings: Handler,
