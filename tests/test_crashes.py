@@ -130,10 +130,48 @@ def test_a_job_whose_start_died_with_the_daemon_runs_alone(
     oracle.release(alone["job_id"])
     other = second.wait_event("start", count=2)
     assert other["alone"] is True
-    assert {alone["job_id"], other["job_id"]} == {"a", "b"}
-    assert not second.events("start", job_id="c")
     oracle.release(other["job_id"])
     assert "alone" not in second.wait_event("start", job_id="c")
+    lives = [
+        (entry["event"], entry["job_id"])
+        for entry in second.events()
+        if entry["event"] in ("start", "done")
+    ]
+    one, two = alone["job_id"], other["job_id"]
+    assert {one, two} == {"a", "b"}
+    assert lives == [
+        ("start", one),
+        ("done", one),
+        ("start", two),
+        ("done", two),
+        ("start", "c"),
+    ]
+
+
+def test_a_job_that_runs_alone_holds_up_nobody_when_its_retry_is_refused(
+    broker: Broker, client: Client, daemon: Start, oracle: Oracle
+) -> None:
+    text = config(
+        broker.url,
+        oracle.command(status=1),
+        handler={"retry": {"delay": "1s", "multiplier": 1.0, "jitter": False}},
+        queues={"jobs": {}, "others": {}},
+        worker={"drain_timeout": "0s"},
+    )
+    first = daemon(text)
+    first.wait_event("consuming", queue="jobs.due")
+    oracle.hold("a")
+    client.publish("jobs", message_id="a")
+    first.wait_event("start", job_id="a")
+    first.kill()
+    second = daemon(text)
+    second.wait_event("declared", what="delays")
+    second.wait_event("start", job_id="a", alone=True)
+    client.channel.exchange_delete("workerd.delay.00")
+    oracle.release("a")
+    second.wait_event("retry refused", job_id="a")
+    client.publish("others", message_id="b")
+    second.wait_event("start", job_id="b")
 
 
 def test_a_job_that_killed_two_instances_is_counted_by_both(

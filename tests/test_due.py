@@ -85,7 +85,9 @@ def test_as_many_due_jobs_run_at_once_as_others(
 def test_a_backlog_does_not_hold_up_a_job_that_is_due(
     broker: Broker, client: Client, daemon: Start, oracle: Oracle
 ) -> None:
-    text = config(broker.url, oracle.command(seconds=0.05), queues={"jobs": {"concurrency": 2}})
+    # Much of it is here already, and would take longer than a job may be late.
+    queues = {"jobs": {"concurrency": 2, "prefetch": 200}}
+    text = config(broker.url, oracle.command(seconds=0.05), queues=queues)
     consuming(daemon, text).stop()
     backlog = [f"backlog-{number}" for number in range(300)]
     client.publish_jobs("jobs", backlog)

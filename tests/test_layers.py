@@ -63,7 +63,10 @@ def test_a_library_is_imported_in_one_place(library: str, place: str) -> None:
     assert all(within(name, place) for name in users), users
 
 
-@pytest.mark.parametrize("name", ["job", "retry", "ledger", "topology", "template", "times"])
+CORE = ["admission", "copies", "job", "ledger", "pauses", "retry", "template", "times", "topology"]
+
+
+@pytest.mark.parametrize("name", CORE)
 def test_the_core_is_pure(name: str) -> None:
     forbidden = {"asyncio", "threading", "socket", "subprocess", "logging", "pika", "workerd.log"}
     assert below(f"workerd.{name}") & forbidden == set()

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from tests.episodes import STEPS, Episode
-from workerd.job import ATTEMPT, REPLAY, Delivery, Message, decode
+from workerd.job import ATTEMPT, COPY, REPLAY, Delivery, Message, decode
 from workerd.ledger import Ledger, Rejoined, Run, Settle
-from workerd.memory import Memory
+from workerd.memory import Elsewhere, Memory
 from workerd.retry import Verdict
 
 NAMED = Message(b"body", message_id="id")
 NAMELESS = Message(b"body")
 OTHER = Message(b"body", message_id="other")
+#: What workerd itself has published.
+COPIED = Message(b"body", message_id="id", headers={COPY: "mark"})
 
 either = pytest.mark.parametrize("message", [NAMED, NAMELESS], ids=["named", "nameless"])
 finally_ = pytest.mark.parametrize("verdict", [Verdict.DONE, Verdict.DEAD])
@@ -36,18 +39,23 @@ class Channel:
         ledger.opened(serial)
 
     def deliver(
-        self, message: Message = NAMED, redelivered: bool = False, received: float = 0.0
+        self,
+        message: Message = NAMED,
+        redelivered: bool = False,
+        received: float = 0.0,
+        delayed: bool = False,
     ) -> Run | Settle | Rejoined | None:
         self.tag += 1
         job = decode(message, self.queue, redelivered)
-        self.last = Delivery(self.serial, self.tag, received, job)
+        self.last = Delivery(self.serial, self.tag, received, job, delayed)
         return self.ledger.delivered(self.last)
 
     def run(self, message: Message = NAMED, redelivered: bool = False) -> Run:
         """Deliver what is to start at once."""
         run = self.deliver(message, redelivered)
         assert isinstance(run, Run)
-        assert run.delivery is self.last
+        assert run.delivery
+        assert (run.delivery.channel, run.delivery.tag) == (self.serial, self.tag)
         return run
 
     def lose(self) -> None:
@@ -300,7 +308,88 @@ def test_a_job_that_went_back_runs_once_more_and_is_then_remembered() -> None:
     assert isinstance(Channel(ledger, 2).deliver(redelivered=True), Settle)
 
 
-# 3. A drain.
+# 4. A job that workerd itself has published is one, however often it comes.
+
+
+again = pytest.mark.parametrize("redelivered", [False, True], ids=["new", "redelivered"])
+
+
+@again
+def test_a_copy_that_comes_twice_is_settled_while_the_first_runs(redelivered: bool) -> None:
+    ledger = a_ledger()
+    channel = Channel(ledger, 1)
+    run = channel.run(COPIED)
+    assert channel.deliver(COPIED, redelivered) == Settle(channel.last, Verdict.DONE)
+    assert ledger.running == {run}
+
+
+@again
+def test_a_copy_that_comes_twice_is_settled_while_the_first_waits(redelivered: bool) -> None:
+    ledger = a_ledger(concurrency=1)
+    channel = Channel(ledger, 1)
+    channel.run(OTHER)
+    assert channel.deliver(COPIED) is None
+    assert channel.deliver(COPIED, redelivered) == Settle(channel.last, Verdict.DONE)
+    assert ledger.waiting("queue") == 1
+
+
+@again
+@pytest.mark.parametrize("verdict", [each for each in Verdict if each.remembered])
+def test_a_copy_that_comes_twice_is_settled_once_the_first_is_finished(
+    verdict: Verdict, redelivered: bool
+) -> None:
+    ledger = a_ledger()
+    channel = Channel(ledger, 1)
+    ledger.finished(channel.run(COPIED), verdict)
+    for _ in range(3):
+        assert channel.deliver(COPIED, redelivered) == Settle(channel.last, Verdict.DONE)
+
+
+def test_a_redelivered_copy_rejoins_its_run_and_its_twin_is_settled() -> None:
+    ledger = a_ledger()
+    first = Channel(ledger, 1)
+    run = first.run(COPIED)
+    first.lose()
+    second = Channel(ledger, 2)
+    assert second.deliver(COPIED, redelivered=True) == Rejoined(run)
+    assert isinstance(second.deliver(COPIED, redelivered=True), Settle)
+    assert ledger.running == {run}
+
+
+def test_a_copy_that_went_back_is_run_and_then_its_twin_is_settled() -> None:
+    ledger = a_ledger()
+    channel = Channel(ledger, 1)
+    ledger.finished(channel.run(COPIED), Verdict.RETURN)
+    ledger.finished(channel.run(COPIED, redelivered=True), Verdict.DONE)
+    assert isinstance(channel.deliver(COPIED), Settle)
+
+
+def test_two_copies_are_two_jobs_when_their_marks_differ() -> None:
+    channel = Channel(a_ledger(), 1)
+    channel.run(COPIED)
+    channel.run(replace(COPIED, headers={COPY: "another mark"}))
+
+
+class Sibling(Memory):
+    """The memory of a host whose other instance says this of every job."""
+
+    def __init__(self, says: Elsewhere) -> None:
+        super().__init__()
+        self._says = says
+
+    def elsewhere(self, key: bytes) -> Elsewhere:
+        return self._says
+
+
+@pytest.mark.parametrize("says", [each for each in Elsewhere if each is not Elsewhere.UNKNOWN])
+def test_a_copy_whose_twin_came_to_a_sibling_is_settled(says: Elsewhere) -> None:
+    ledger = Ledger({"queue": 2}, Sibling(says))
+    channel = Channel(ledger, 1)
+    assert channel.deliver(COPIED) == Settle(channel.last, Verdict.DONE)
+    channel.run(NAMED)
+
+
+# 5. A drain.
 
 
 def test_nothing_starts_in_a_drain() -> None:
@@ -346,7 +435,7 @@ def test_a_redelivery_in_a_drain_is_still_settled_from_memory() -> None:
     assert isinstance(Channel(ledger, 2).deliver(redelivered=True), Settle)
 
 
-# 4. Slots.
+# 6. Slots, and whose turn it is.
 
 
 def test_the_longest_waiting_starts_when_a_slot_becomes_free() -> None:
@@ -398,6 +487,147 @@ def test_a_delivery_on_a_channel_that_is_gone_is_a_mistake() -> None:
     channel.lose()
     with pytest.raises(AssertionError, match="channel that is gone"):
         channel.deliver()
+
+
+def order(ledger: Ledger, run: Run | None) -> list[str]:
+    """Finish this run and all that start after it, one by one; returns the jobs' ids."""
+    ids = []
+    while run:
+        ids.append(run.job.id)
+        ledger.finished(run, Verdict.DONE)
+        run = ledger.next()
+    return ids
+
+
+def test_jobs_that_come_due_start_before_those_that_were_never_delayed() -> None:
+    ledger = a_ledger(concurrency=1)
+    channel = Channel(ledger, 1)
+    run = channel.run(Message(message_id="runs"))
+    for name in ("backlog-1", "due-1", "backlog-2", "due-2"):
+        channel.deliver(Message(message_id=name), delayed=name.startswith("due"))
+    assert order(ledger, run) == ["runs", "due-1", "due-2", "backlog-1", "backlog-2"]
+
+
+def test_nothing_of_a_paused_queue_starts_and_the_others_go_on() -> None:
+    ledger = a_ledger()
+    ledger.paused = {"queue"}
+    assert Channel(ledger, 1).deliver() is None
+    Channel(ledger, 2, "other").run(OTHER)
+    assert ledger.next() is None
+    ledger.paused = set()
+    started = ledger.next()
+    assert started
+    assert started.job.queue == "queue"
+
+
+def test_one_at_a_time_is_so_across_queues_until_a_handler_has_ended() -> None:
+    ledger = a_ledger()
+    ledger.one_at_a_time = True
+    run = Channel(ledger, 1).run()
+    assert Channel(ledger, 2, "other").deliver(OTHER) is None
+    ledger.ended(run)  # its copy is still to be published
+    assert ledger.next()
+    assert ledger.next() is None
+
+
+def test_what_ran_already_goes_on_when_one_is_started_at_a_time() -> None:
+    ledger = a_ledger(concurrency=3)
+    channel = Channel(ledger, 1)
+    runs = [channel.run(NAMED), channel.run(OTHER)]
+    ledger.one_at_a_time = True
+    assert channel.deliver(NAMELESS) is None
+    ledger.finished(runs[0], Verdict.DONE)
+    assert ledger.next() is None
+    ledger.finished(runs[1], Verdict.DONE)
+    assert ledger.next()
+
+
+# Jobs whose last start ended with the daemon.
+
+
+def cut_off(ledger: Ledger, message: Message, times: int = 1) -> None:
+    """So many runs of this job have brought the daemon down, or were there when it died."""
+    for _ in range(times):
+        ledger.memory.spent(decode(message, "queue").key)
+
+
+def test_a_suspect_waits_until_no_handler_runs_and_none_starts_beside_it() -> None:
+    ledger = a_ledger(concurrency=3)
+    channel = Channel(ledger, 1)
+    neighbour = channel.run(OTHER)
+    cut_off(ledger, NAMED)
+    assert channel.deliver(NAMED, redelivered=True) is None
+    # Or it would wait for ever.
+    assert channel.deliver(Message(message_id="later")) is None
+    ledger.ended(neighbour)
+    suspect = ledger.next()
+    assert suspect
+    assert suspect.job.id == "id"
+    assert ledger.next() is None
+    assert Channel(ledger, 2, "other").deliver(NAMELESS) is None
+    ledger.ended(suspect)
+    assert ledger.next()
+    assert ledger.next()
+    assert ledger.next() is None
+
+
+def test_two_suspects_run_one_after_the_other() -> None:
+    ledger = a_ledger()
+    channel = Channel(ledger, 1)
+    for message in (NAMED, OTHER):
+        cut_off(ledger, message)
+    run = channel.run(NAMED, redelivered=True)
+    assert channel.deliver(OTHER, redelivered=True) is None
+    assert order(ledger, run) == ["id", "other"]
+
+
+def test_the_starts_that_were_cut_off_are_attempts() -> None:
+    ledger = a_ledger()
+    cut_off(ledger, NAMED, times=2)
+    run = Channel(ledger, 1).run(NAMED, redelivered=True)
+    assert (run.job.attempt, run.job.lost_starts) == (3, 2)
+
+
+def test_a_message_that_was_never_delivered_before_is_no_suspect() -> None:
+    ledger = a_ledger()
+    cut_off(ledger, NAMED)
+    channel = Channel(ledger, 1)
+    assert channel.run(NAMED).job.attempt == 1
+    channel.run(OTHER)
+
+
+def test_a_run_whose_copy_could_not_be_published_has_spent_its_attempt() -> None:
+    ledger = a_ledger()
+    channel = Channel(ledger, 1)
+    run = channel.run()
+    assert ledger.finished(run, Verdict.SPEND) == Settle(channel.last, Verdict.SPEND)
+    run = channel.run(redelivered=True)
+    assert run.job.attempt == 2
+    # A drain takes nothing back of that, and adds nothing.
+    ledger.finished(run, Verdict.RETURN)
+    run = channel.run(redelivered=True)
+    assert run.job.attempt == 2
+    ledger.finished(run, Verdict.DONE)
+    assert channel.run(redelivered=True).job.attempt == 1
+
+
+def test_a_suspect_of_a_paused_queue_holds_up_no_other() -> None:
+    ledger = a_ledger()
+    ledger.paused = {"queue"}
+    cut_off(ledger, NAMED)
+    assert Channel(ledger, 1).deliver(NAMED, redelivered=True) is None
+    Channel(ledger, 2, "other").run(OTHER)
+
+
+def test_a_suspect_that_waits_is_given_back_like_any_other() -> None:
+    ledger = a_ledger()
+    channel = Channel(ledger, 1)
+    channel.run(OTHER)
+    cut_off(ledger, NAMED)
+    channel.deliver(NAMED, redelivered=True)
+    ledger.drain()
+    [back] = ledger.unstarted()
+    assert (back.channel, back.tag) == (channel.serial, channel.tag)
 
 
 # A consumer that the broker cancelled, on a channel that stays open.
