@@ -191,7 +191,7 @@ def test_a_job_whose_time_is_over_while_it_waits_for_a_slot_does_not_start(
 def test_a_retry_that_no_exchange_takes_leaves_the_original_and_pauses_its_queue_alone(
     broker: Broker, client: Client, daemon: Start, oracle: Oracle
 ) -> None:
-    queues = {"jobs": {}, "others": {}}
+    queues: dict[str, dict[str, Any]] = {"jobs": {}, "others": {}}
     script = f'[ "$1" = bad ] && exit 1; exec {" ".join(oracle.command("$1"))}'
     command = ["sh", "-c", script, "sh", "{id}"]
     worker = begin(daemon, config(broker.url, command, handler=attempts(2), queues=queues))
