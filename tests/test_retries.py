@@ -261,6 +261,7 @@ def test_a_retry_that_is_not_confirmed_is_published_again_and_runs_once(
     for _ in range(2):
         client.publish("jobs.due", message_id="a", headers={ATTEMPT: 1, COPY: "mark"})
     worker.wait_event("settled from memory", job_id="a")
+    worker.wait_event("done", job_id="a")
     assert starts(worker, "a") == [2]
     worker.stop()
     assert client.ready("jobs.due") == 0
