@@ -46,7 +46,6 @@ def refusal(of: Job) -> str:
         job(returns=3),
         job(attempt=1).after_lost_starts(1),
     ],
-    ids=str,
 )
 def test_a_job_that_keeps_to_the_limits_may_start(good: Job) -> None:
     assert admit(good, SETTINGS, NOW) is RESIZE
@@ -66,7 +65,6 @@ def test_a_job_that_keeps_to_the_limits_may_start(good: Job) -> None:
         (job(attempt=2).after_lost_starts(1), "worker-lost"),
         (job(redelivered=True, returns=3), "max-deliveries"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_job_beyond_a_limit_is_a_dead_letter_with_the_reason(bad: Job, reason: str) -> None:
     assert refusal(bad) == reason

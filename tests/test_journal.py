@@ -214,6 +214,16 @@ def test_runs_that_ended_with_their_daemon_are_counted_until_the_job_has_its_ver
     assert looking(other).cut_off(SLEEP) == 0
 
 
+def test_equal_jobs_that_ended_with_one_daemon_are_blamed_once(
+    remember: Callable[..., HostMemory],
+) -> None:
+    memory = remember()
+    for _ in range(4):
+        memory.started(SLEEP, 1)
+    dies(memory)
+    assert looking(remember("2")).cut_off(SLEEP) == 1
+
+
 def test_a_start_leaves_one_segment_however_many_there_were(
     remember: Callable[..., HostMemory], tmp_path: Path
 ) -> None:
