@@ -529,6 +529,35 @@ def test_a_drain_lets_those_that_run_end_and_starts_none(tmp_path: Path) -> None
     assert begun(events) == ["0"]
 
 
+def test_a_process_that_dies_in_a_drain_leaves_its_jobs_to_nobody(tmp_path: Path) -> None:
+    async def scenario() -> list[Report]:
+        async with pool(python(tmp_path, EVAL, processes=1), depth=3) as warm:
+            warm.start()
+            (pid,) = await warm.await_ready()
+            body = b"print('runs') or time.sleep(600)"
+            tasks = [warm.soon(named(str(n), body)) for n in range(3)]
+            await told(events, "output", text="runs")
+            warm.hold()
+            warm.drain()
+            os.kill(pid, signal.SIGKILL)
+            return await asyncio.gather(*tasks)
+
+    with logged() as events:
+        reports = in_loop(scenario())
+    assert [report.reason for report in reports] == ["crashed", "drain", "drain"]
+
+
+def test_a_process_that_is_ready_and_ends_is_told_once(hasty: None) -> None:
+    async def scenario() -> None:
+        async with pool(sh("ready")) as warm:
+            for _ in range(5):
+                assert (await warm.do(job())).outcome is Outcome.UNAVAILABLE
+                await asyncio.sleep(0.06)  # a new one may be started then
+
+    _, events = outcome(scenario())
+    assert len([event for event in events if event["event"] == "child failed"]) == 1
+
+
 def test_those_that_have_been_replaced_still_do_what_they_have(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
 

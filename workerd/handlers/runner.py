@@ -472,7 +472,7 @@ class Runner:
 
 def _safe(text: str) -> str:
     """The text without what could forge or hide something; its lines stay, and its end."""
-    return "\n".join(map(log.safe, text[-_LONGEST_TEXT:].split("\n")))
+    return "\n".join(map(log.safe, text[-_LONGEST_TEXT:].split("\n"))) if text else ""
 
 
 class _Facts(TypedDict, total=False):
