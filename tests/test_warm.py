@@ -227,6 +227,11 @@ def test_a_job_that_takes_too_long_is_ended_with_its_group_and_the_next_is_done(
     assert (late.outcome, late.reason, late.signal) == (Outcome.FAILED, "timeout", "SIGKILL")
 
 
+def test_a_process_that_never_looks_at_its_job_has_failed_it() -> None:
+    report = do(sh("ready; sleep 600", timeout=0.2), job())
+    assert (report.outcome, report.reason) == (Outcome.FAILED, "timeout")
+
+
 def test_the_time_of_a_job_counts_from_its_own_beginning(tmp_path: Path) -> None:
     async def scenario() -> list[Report]:
         settings = python(tmp_path, EVAL, processes=1, timeout=0.8)

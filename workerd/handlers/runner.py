@@ -363,6 +363,8 @@ class Runner:
             return len(self.turns)  # nobody waits any more for those that it has not begun
         if self._gave_up or not self.turns:
             return 0
+        if self._process.cause == "timeout":
+            return 1
         if self._unread() >= sum(turn.size for turn in self.turns):
             self.taken -= len(self.turns)
             return 0  # it died before it had a look at them
