@@ -478,9 +478,9 @@ def test_a_job_behind_one_that_ends_its_process_is_done_by_another(tmp_path: Pat
     ready
     if mkdir {tmp_path}/first 2>/dev/null; then
         next
-        line='{{"frame":1,"outcome":"done","last":true}}'
+        said='{{"frame":1,"outcome":"done","last":true}}'
         next
-        echo "$line" >&4
+        echo "$said" >&4
         exit 1
     fi
     while next; do answer "$body"; done
