@@ -18,6 +18,8 @@ from typing import Any
 
 from tests import commands
 from tests.commands import ENVIRONMENT, Ran, in_loop, job, unguarded
+from tests.harness import processes
+from tests.harness.waiting import TIMEOUT
 from workerd import log
 from workerd.handlers.warm import WarmHandler
 from workerd.job import Job, Report
@@ -93,7 +95,10 @@ async def pool(
     try:
         yield warm
     finally:
-        await warm.close()
+        try:
+            await asyncio.wait_for(warm.close(), TIMEOUT / 2)
+        finally:
+            processes.kill_trees([runner.pid for runner in (*warm._runners, *warm._leaving)])
 
 
 def do_all(settings: Handler, *jobs: Job, **options: Any) -> Ran:

@@ -445,6 +445,9 @@ def test_what_a_job_does_to_its_process_does_not_reach_the_next(tmp_path: Path, 
         assert ran.report.output.decode() == seen.format(folder=tmp_path)
     if "heard" in look:
         assert ran.lines() == ["heard"]
+    if name == "thread that prints":
+        # Nor has the first one noticed.
+        assert not [event for event in ran.events if event["event"] == "child ended"]
 
 
 def test_a_forked_copy_never_answers_and_its_prints_are_the_jobs(tmp_path: Path) -> None:

@@ -227,6 +227,11 @@ def test_a_job_that_takes_too_long_is_ended_with_its_group_and_the_next_is_done(
     assert (late.outcome, late.reason, late.signal) == (Outcome.FAILED, "timeout", "SIGKILL")
 
 
+def test_a_process_that_never_looks_at_its_job_has_failed_it() -> None:
+    report = do(sh("ready; sleep 600", timeout=0.2), job())
+    assert (report.outcome, report.reason) == (Outcome.FAILED, "timeout")
+
+
 def test_the_time_of_a_job_counts_from_its_own_beginning(tmp_path: Path) -> None:
     async def scenario() -> list[Report]:
         settings = python(tmp_path, EVAL, processes=1, timeout=0.8)
@@ -467,14 +472,18 @@ def test_a_process_that_has_grown_is_replaced(tmp_path: Path) -> None:
     assert first_to_leave["reason"] == "memory_limit"
 
 
-def test_a_job_behind_one_that_ends_its_process_is_done_by_another() -> None:
-    script = """
+def test_a_job_behind_one_that_ends_its_process_is_done_by_another(tmp_path: Path) -> None:
+    # The first process has read the second job already, but not begun it.
+    script = f"""
     ready
-    while next; do
-        printf '{"frame":%d,"outcome":"done","last":true,"length":%d}\\n%s' \
-            "$frame" "${#body}" "$body" >&4
+    if mkdir {tmp_path}/first 2>/dev/null; then
+        next
+        said='{{"frame":1,"outcome":"done","last":true}}'
+        next
+        echo "$said" >&4
         exit 1
-    done
+    fi
+    while next; do answer "$body"; done
     """
 
     async def scenario() -> list[Report]:
@@ -484,7 +493,7 @@ def test_a_job_behind_one_that_ends_its_process_is_done_by_another() -> None:
             return await asyncio.gather(*(warm.do(job(b"%d" % n)) for n in range(4)))
 
     reports = in_loop(scenario())
-    assert [report.output for report in reports] == [b"0", b"1", b"2", b"3"]
+    assert [report.output for report in reports] == [b"", b"1", b"2", b"3"]
     assert {report.outcome for report in reports} == {Outcome.DONE}
 
 
@@ -527,6 +536,35 @@ def test_a_drain_lets_those_that_run_end_and_starts_none(tmp_path: Path) -> None
     assert running.outcome is Outcome.DONE
     assert {report.outcome for report in others} == {Outcome.INTERRUPTED}
     assert begun(events) == ["0"]
+
+
+def test_a_process_that_dies_in_a_drain_leaves_its_jobs_to_nobody(tmp_path: Path) -> None:
+    async def scenario() -> list[Report]:
+        async with pool(python(tmp_path, EVAL, processes=1), depth=3) as warm:
+            warm.start()
+            (pid,) = await warm.await_ready()
+            body = b"print('runs') or time.sleep(600)"
+            tasks = [warm.soon(named(str(n), body)) for n in range(3)]
+            await told(events, "output", text="runs")
+            warm.hold()
+            warm.drain()
+            os.kill(pid, signal.SIGKILL)
+            return await asyncio.gather(*tasks)
+
+    with logged() as events:
+        reports = in_loop(scenario())
+    assert [report.reason for report in reports] == ["crashed", "drain", "drain"]
+
+
+def test_a_process_that_is_ready_and_ends_is_told_once(hasty: None) -> None:
+    async def scenario() -> None:
+        async with pool(sh("ready")) as warm:
+            for _ in range(5):
+                assert (await warm.do(job())).outcome is Outcome.UNAVAILABLE
+                await asyncio.sleep(0.06)  # a new one may be started then
+
+    _, events = outcome(scenario())
+    assert len([event for event in events if event["event"] == "child failed"]) == 1
 
 
 def test_those_that_have_been_replaced_still_do_what_they_have(tmp_path: Path) -> None:
@@ -592,12 +630,12 @@ def test_a_process_that_breaks_the_protocol_is_replaced_and_has_failed_its_job(n
 
 
 def test_a_job_is_never_settled_by_a_second_answer_to_the_one_before() -> None:
-    # Both answers are there before the next job is.
+    # It has read the next job when it sends them.
     script = """
     ready
     next
-    printf '{"frame":1,"outcome":"done"}\\n{"frame":1,"outcome":"done"}\\n' >&4
     next
+    printf '{"frame":1,"outcome":"done"}\\n{"frame":1,"outcome":"done"}\\n' >&4
     sleep 600
     """
 

@@ -11,6 +11,7 @@ through its command line, its signals, its log, its notify socket and its queues
     daemon      the daemon, its log as a list of events, and its notify socket
     tables      a configuration as TOML
     programs    any other program, such as `submit`
+    pythons     virtual environments of other Pythons
     network     two network namespaces and the faults of the cable between them
     octets      messages byte by byte, as no well-behaved client would send them
     wire        a TCP relay to the broker that can be slow, held and cut

@@ -143,11 +143,12 @@ class Parser:
                         yield Printed(self._head["output"], part)
                 else:
                     self._payload += part
-                    # Not `-keep`, which for 0 is the beginning.
-                    del self._payload[: max(0, len(self._payload) - self._keep)]
+                    if len(self._payload) > 2 * self._keep:
+                        self._cut()
                 if self._missing:
                     break
                 if "frame" in self._head:
+                    self._cut()
                     yield _answer(self._head, bytes(self._payload))
             end = data.find(b"\n", start)
             if end < 0:
@@ -163,6 +164,10 @@ class Parser:
         self._rest = data[start:]
         if len(self._rest) > MAX_LINE:
             raise Broken(f"a line of more than {MAX_LINE} bytes")
+
+    def _cut(self) -> None:
+        # Not `-keep`, which for 0 is the beginning.
+        del self._payload[: max(0, len(self._payload) - self._keep)]
 
 
 def _head(line: bytes) -> dict[str, Any]:

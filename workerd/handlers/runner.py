@@ -156,7 +156,7 @@ class Runner:
         #: It has said that it takes no job after the one that it answered.
         self._gave_up = False
         self._exited = False
-        self._unsent = bytearray()
+        self._unsent: deque[memoryview] = deque()
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
@@ -193,10 +193,9 @@ class Runner:
         turn.begin()
         data = frame(turn.number, turn.job, limit(turn.job, self._settings.retry))
         turn.size = len(data)
-        if self._unsent:
-            self._unsent += data
-        else:
-            self._send(data)
+        self._unsent.append(memoryview(data))
+        if len(self._unsent) == 1:
+            self._send()
 
     def leave(self, reason: str) -> None:
         """Have it end once it has done what it holds; a process that is starting ends now."""
@@ -365,6 +364,8 @@ class Runner:
             return len(self.turns)  # nobody waits any more for those that it has not begun
         if self._gave_up or not self.turns:
             return 0
+        if self._process.cause == "timeout":
+            return 1
         if self._unread() >= sum(turn.size for turn in self.turns):
             self.taken -= len(self.turns)
             return 0  # it died before it had a look at them
@@ -373,7 +374,7 @@ class Runner:
     def _unread(self) -> int:
         """How many bytes of what it was to be sent it never read."""
         count = fcntl.ioctl(self._frames, termios.FIONREAD, struct.pack("i", 0))
-        return len(self._unsent) + int(struct.unpack("i", count)[0])
+        return sum(map(len, self._unsent)) + int(struct.unpack("i", count)[0])
 
     def _crash(self, turn: Turn, status: int) -> Report:
         outcome, reason = _CAUSES.get(self._process.cause, (Outcome.FAILED, "crashed"))
@@ -415,23 +416,21 @@ class Runner:
 
     # What it is sent.
 
-    def _send(self, data: bytes) -> None:
+    def _send(self) -> None:
+        """Write as far as the pipe takes it; a process that does not read holds nobody up."""
         try:
-            sent = os.write(self._frames, data)
+            while self._unsent:
+                sent = os.write(self._frames, self._unsent[0])
+                if sent < len(self._unsent[0]):
+                    self._unsent[0] = self._unsent[0][sent:]
+                else:
+                    self._unsent.popleft()
         except BlockingIOError:
-            sent = 0
+            self._loop.add_writer(self._frames, self._send)
+            return
         except BrokenPipeError:
-            self._unsent += data
-            return  # it has ended, which will be told soon
-        if sent < len(data):
-            self._unsent += memoryview(data)[sent:]
-            self._loop.add_writer(self._frames, self._send_rest)
-
-    def _send_rest(self) -> None:
+            pass  # it has ended, which will be told soon
         self._loop.remove_writer(self._frames)
-        data = bytes(self._unsent)
-        self._unsent.clear()
-        self._send(data)
 
     def _hang_up(self) -> None:
         """End of file: it leaves by itself, or is told to after ``kill_grace``."""
@@ -473,7 +472,7 @@ class Runner:
 
 def _safe(text: str) -> str:
     """The text without what could forge or hide something; its lines stay, and its end."""
-    return "\n".join(map(log.safe, text[-_LONGEST_TEXT:].split("\n")))
+    return "\n".join(map(log.safe, text[-_LONGEST_TEXT:].split("\n"))) if text else ""
 
 
 class _Facts(TypedDict, total=False):

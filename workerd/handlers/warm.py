@@ -61,7 +61,7 @@ class WarmHandler:
         self._held = False
         self._draining = False
         self._retired = False
-        #: Why the last one could not start; None once one could.
+        #: Why the last one could not start; None once one has done a job.
         self._trouble: Report | None = None
         self._pauses: Iterator[float] = iter(())
         self._next_start = 0.0
@@ -196,7 +196,6 @@ class WarmHandler:
 
     def ready(self, runner: Runner) -> None:
         log.debug("child ready", child=runner.pid)
-        self._trouble = None
         self._next_start = 0.0
         self._hand_out()
         self._dismiss_idle()
@@ -208,6 +207,7 @@ class WarmHandler:
         self._hand_out()
 
     def free(self, runner: Runner) -> None:
+        self._trouble = None
         if self._waiting:
             self._hand_out()
         elif self._retired:
@@ -217,6 +217,8 @@ class WarmHandler:
         log.debug("child leaves", child=runner.pid, reason=reason, jobs=runner.count)
         self._runners.remove(runner)
         self._leaving.add(runner)
+        if runner.count:
+            self._trouble = None
         self._replace()
 
     def ended(self, runner: Runner, unbegun: list[Turn]) -> None:
@@ -227,7 +229,9 @@ class WarmHandler:
                 self._cannot_start("cannot-start", "it ended as soon as it was ready")
             self._replace()
         for turn in reversed(unbegun):
-            if not turn.report.done():
+            if self._draining:
+                turn.end(Report(Outcome.INTERRUPTED, "drain"))
+            elif not turn.report.done():
                 self._waiting.appendleft(turn)
         self._hand_out()
         self._dismiss_idle()
