@@ -39,7 +39,7 @@ def _check_attempts(job: Job, most: int) -> None:
     if job.lost_starts:
         raise BadJob(
             "worker-lost",
-            f"{job.lost_starts} of its {spent} attempts ended with the daemon that had started "
-            f"them; it may have {most}",
+            f"the daemon ended before it could settle {job.lost_starts} of its {spent} attempts; "
+            f"it may have {most}",
         )
     raise BadJob("attempts-spent", f"{spent} attempts are spent; it may have {most}")

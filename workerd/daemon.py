@@ -106,13 +106,9 @@ async def _serve(
     )
     systemd = service.Systemd()
     handlers = Handlers(os.environ, guardian)
-    worker = Worker(settings, handlers.of(settings), place, connect, systemd, memory)
+    worker = Worker(settings, handlers, place, connect, systemd, memory)
     loop = asyncio.get_running_loop()
     bugs: list[object] = []
-
-    def stop() -> None:
-        handlers.hold()
-        worker.stop()
 
     def broken(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
@@ -123,33 +119,22 @@ async def _serve(
         # A callback that broke off may have left a job that nobody will settle any more.
         if "handle" in context:
             bugs.append(error)
-            stop()
+            worker.stop()
 
     loop.set_exception_handler(broken)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, worker.stop)
 
     def apply(new: Settings) -> None:
         _begin_log(new, instance)
         memory.remember = new.worker.remember
-        worker.reload(new, handlers.of(new))
+        worker.reload(new)
 
     reload = Reload(worker, systemd, lambda: _load(config, instance), apply)
     loop.add_signal_handler(signal.SIGHUP, reload.request)
     loop.add_signal_handler(signal.SIGUSR1, worker.status.log_state)
-    resting = loop.create_task(_rest(worker, handlers), name="rest")
     await worker.run()
-    await resting
-    await handlers.close()
     return EX_SOFTWARE if bugs else 0
-
-
-async def _rest(worker: Worker, handlers: Handlers) -> None:
-    """Once the drain has begun, and none takes its place, let go of what waits for a process."""
-    await worker.drain.wanted.wait()
-    while not worker.ledger.draining:
-        await asyncio.sleep(0)  # its first step is already on its way
-    handlers.drain()
 
 
 def _memory_trouble(text: str) -> None:

@@ -104,6 +104,7 @@ class Drain:
         straight to us again.
         """
         await self._worker.consumer.cancel()
+        self._worker.register.drain()
         await self._worker.give_back(self._worker.ledger.unstarted())
 
     async def _runs_end(self) -> None:
@@ -114,6 +115,8 @@ class Drain:
         """
         worker = self._worker
         ledger, consumer = worker.ledger, worker.consumer
+        if not consumer.channels:
+            worker.register.drain()
         while ledger.running:
             await worker.until(lambda: not ledger.running or bool(consumer.channels))
             if consumer.channels:

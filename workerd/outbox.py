@@ -18,6 +18,8 @@ from workerd.waiting import first
 if TYPE_CHECKING:
     from workerd.worker import Worker
 
+#: Seconds for the broker to confirm a copy that is under way when running jobs must end.
+LAST_CONFIRM = 1.0
 #: Seconds that a copy may take which is published instead of a return.
 RENEWAL_TIMEOUT = 5.0
 
@@ -103,6 +105,9 @@ class Outbox:
             for delay in backoff(0.5, self._worker.settings.broker.reconnect_max):
                 publishing = asyncio.ensure_future(self._publish(run, exchange, key, message))
                 await first(asyncio.wait({publishing}), drain.interrupted())
+                if not publishing.done():
+                    # Without the answer the original goes back as well, and both run.
+                    await asyncio.wait({publishing}, timeout=LAST_CONFIRM)
                 if not publishing.done():
                     publishing.cancel()
                     return False

@@ -52,20 +52,37 @@ class Handler(Protocol):
         """
 
 
+class Register(Protocol):
+    """What makes the handlers of a configuration, and ends them."""
+
+    def of(self, settings: Settings) -> Mapping[str, Handler]:
+        """The handlers of these settings, by name; those of earlier ones finish what they have."""
+
+    def hold(self) -> None:
+        """No job begins any more; those that wait for a process go on waiting."""
+
+    def drain(self) -> None:
+        """The jobs that wait for a process are interrupted; processes without a job leave."""
+
+    async def close(self) -> None:
+        """Wait until every process is gone, once no job runs any more."""
+
+
 class Worker:
     """Consumes, runs and settles jobs until `stop` is called; see `run`."""
 
     def __init__(
         self,
         settings: Settings,
-        handlers: Mapping[str, Handler],
+        register: Register,
         place: Place,
         connect: Connect,
         notifier: Notifier,
         memory: Memory | None = None,
     ) -> None:
         self.settings = settings
-        self.handlers = handlers
+        self.register = register
+        self.handlers = register.of(settings)
         self.notifier = notifier
         self.ledger = Ledger(_slots(settings), memory, self._begins_at_once)
         self.consumer = Consumer(settings, f"workerd@{place.instance}.{place.host}", self)
@@ -106,18 +123,20 @@ class Worker:
                 log.event("ready")
             await self.drain.wanted.wait()
             await self.drain.run()
+            await self.register.close()
             for task in (*background, *self._performing):
                 task.cancel()
 
     def stop(self) -> None:
         """Drain and return from `run`. Called again, it cuts the drain short."""
+        self.register.hold()
         self.drain.request()
         self.changed()
 
-    def reload(self, settings: Settings, handlers: Mapping[str, Handler]) -> None:
+    def reload(self, settings: Settings) -> None:
         """From now on work with these; jobs that run keep the old."""
         self.settings = settings
-        self.handlers = handlers
+        self.handlers = self.register.of(settings)
         self.ledger.configure(_slots(settings))
         self.consumer.reload(settings)
         # What was wrong with a handler may be right now.
