@@ -76,7 +76,7 @@ def test_what_is_wrong_with_the_message_comes_first() -> None:
 
 
 def test_a_dead_letter_says_how_many_attempts_ended_with_their_daemon() -> None:
-    with pytest.raises(BadJob, match="1 of its 3 attempts ended with the daemon"):
+    with pytest.raises(BadJob, match="could settle 1 of its 3 attempts"):
         admit(job(attempt=2).after_lost_starts(1), SETTINGS, NOW)
 
 
