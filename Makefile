@@ -1,12 +1,12 @@
 # make help lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check mutants campaign clean
+.PHONY: help demo test check deb mutants campaign clean
 
 python := .venv/bin/python
 cache := $(CURDIR)/.cache
 # Tests mostly wait, so more of them than processors fit side by side.
 jobs ?= 3
-pytest := $(python) -m pytest -n $(jobs)
+pytest := $(python) -m pytest -n $(jobs) --dist loadgroup
 # Multiplies every time limit of the tests; only a test that fails ever waits so long.
 export WORKERD_TEST_SCALE ?= 3
 
@@ -28,6 +28,10 @@ check: ## linters, formatting, types
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
+
+deb: ## build the Debian package: dist/workerd_<version>_all.deb
+	@tests/install deb
+	@packaging/deb/build dist
 
 mutants: ## plant every known bug, one at a time, and see its test catch it
 	@tests/install test
