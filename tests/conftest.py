@@ -20,7 +20,7 @@ sys.path[:0] = filter(
     None, [os.environ.get("WORKERD_TEST_PIKA"), str(Path(__file__).resolve().parents[1])]
 )
 
-from tests.harness import processes  # noqa: E402
+from tests.harness import processes, system  # noqa: E402
 from tests.harness.amqp import Client  # noqa: E402
 from tests.harness.broker import Broker  # noqa: E402
 from tests.harness.daemon import Daemon  # noqa: E402
@@ -29,6 +29,7 @@ from tests.harness.network import Network  # noqa: E402
 from tests.harness.oracle import Oracle  # noqa: E402
 from tests.harness.peer import Peer  # noqa: E402
 from tests.harness.programs import Program  # noqa: E402
+from tests.harness.system import Machine  # noqa: E402
 from tests.harness.waiting import TIMEOUT, until  # noqa: E402
 from tests.harness.wire import Wire  # noqa: E402
 
@@ -62,6 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
     processes.adopt_orphans()
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
@@ -69,10 +71,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("broker")
         if "network" in fixtures:
             item.add_marker("network")
-        if not fixtures & {"broker", "own_broker", "network", "daemon"} and not any(
-            item.iter_markers("system")
-        ):
+        if "machine" in fixtures:
+            item.add_marker("system")
+            # They share what they have booted.
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if not fixtures & {"broker", "own_broker", "network", "daemon", "machine"}:
             item.add_marker("pure")
+    # One after the other they take longest, so they begin first.
+    items.sort(key=lambda item: not any(item.iter_markers("system")))
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -276,6 +282,30 @@ def network() -> Iterator[Network]:
     network = Network()
     yield network
     network.close()
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Debian package."""
+    return system.build(tmp_path_factory.mktemp("package"))
+
+
+@pytest.fixture(scope="module")
+def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    machine = Machine(tmp_path_factory.mktemp("machine"), system.RELEASES[VERSION])
+    yield machine
+    machine.close()
+
+
+@pytest.fixture
+def machine(
+    booted: Machine, testify: Callable[[str, Callable[[], str]], None]
+) -> Iterator[Machine]:
+    """A Debian with RabbitMQ that has booted, for the tests of one file. No workerd runs in it."""
+    since = booted.mark()
+    testify("journal", lambda: booted.transcript(since))
+    yield booted
+    booted.tidy()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ through its command line, its signals, its log, its notify socket and its queues
     wire        a TCP relay to the broker that can be slow, held and cut
     clock       a wall clock that jumps
     journald    the journal's socket, which can be missing, frozen and refused
+    system      a Debian that boots, with real systemd, journald and RabbitMQ
     oracle      the judge: jobs write a journal, and it says what was lost or ran twice
 
 Start at `broker.Broker` and `daemon.Daemon`; the fixtures are in `tests/conftest.py`.
