@@ -63,7 +63,6 @@ def pytest_configure(config: pytest.Config) -> None:
     processes.adopt_orphans()
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
@@ -73,12 +72,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("network")
         if "machine" in fixtures:
             item.add_marker("system")
-            # They share what they have booted.
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if not fixtures & {"broker", "own_broker", "network", "daemon", "machine"}:
             item.add_marker("pure")
-    # One after the other they take longest, so they begin first.
-    items.sort(key=lambda item: not any(item.iter_markers("system")))
 
 
 @pytest.hookimpl(hookwrapper=True)
