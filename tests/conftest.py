@@ -282,7 +282,10 @@ def network() -> Iterator[Network]:
 @pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Debian package."""
-    return system.build(tmp_path_factory.mktemp("package"))
+    base = tmp_path_factory.getbasetemp()
+    # One for all processes of the test run.
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return system.build(shared / "package")
 
 
 @pytest.fixture(scope="module")

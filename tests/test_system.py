@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from tests.harness.system import Machine
+from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import until
 
 # `hold` lasts until the test writes /srv/go; `say` prints.
@@ -59,6 +61,16 @@ def test_the_whole_life_of_a_members_job_is_in_the_journal(server: Machine) -> N
     assert entries[1]["WORKERD_TEXT"] == "hello from the job"
     (unit,) = {entry["_SYSTEMD_UNIT"] for entry in entries}
     assert unit == f"workerd@{entries[0]['WORKERD_INSTANCE']}.service"
+
+
+def test_the_journal_explains_what_has_happened_to_a_job(server: Machine) -> None:
+    start(server, "1")
+    job = server.submit("sleep", "soon")
+    server.wait("dead letter", job_id=job)
+    explained = server.sh(f"journalctl --catalog WORKERD_JOB_ID={job}")
+    assert f"Subject: Job {job} has failed" in explained
+    assert f"workerd dead show default {job}" in " ".join(explained.replace("░░", "").split())
+    assert "invalid time interval" in server.run("workerd", "dead", "show", "default", job).stdout
 
 
 def test_others_can_neither_read_the_configuration_nor_submit(server: Machine) -> None:
@@ -195,6 +207,16 @@ def test_a_drain_that_takes_longer_than_the_stop_may_asks_for_its_time(server: M
     server.wait("done", job_id=job)
 
 
+def test_at_once_many_jobs_are_logged_without_a_gap(server: Machine) -> None:
+    server.configure(HANDLERS + '[handlers.count]\ncommand = ["seq", "1000"]\n')
+    start(server, "1")
+    jobs = server.submit("count", "--lines", stdin="x\n" * 15).split()
+    for job in jobs:
+        server.wait("done", job_id=job)
+    # More than journald takes of a unit in 30 s by default.
+    assert [len(server.find("output", job_id=job)) for job in jobs] == [1000] * 15
+
+
 def test_the_target_stops_and_starts_all_of_them(server: Machine) -> None:
     server.run("systemctl", "enable", "--now", "workerd@1")
     start(server, "2")
@@ -208,10 +230,41 @@ def test_the_target_stops_and_starts_all_of_them(server: Machine) -> None:
     until(lambda: states() == ["active", "inactive"], "the one that is enabled runs")
 
 
-def test_a_restart_of_the_journal_loses_no_later_line(server: Machine) -> None:
+def test_a_journal_that_is_frozen_and_restarted_holds_up_nothing(server: Machine) -> None:
     start(server, "1")
+    frozen = "systemctl kill --kill-who=main --signal={} systemd-journald".format
+    server.sh(frozen("STOP"))
+    while_frozen = server.submit("say")
+    until(lambda: server.depth("default") == 0, "the job was taken")
+    server.sh(frozen("CONT"))
+    server.wait("done", job_id=while_frozen)
     server.run("systemctl", "restart", "systemd-journald")
     server.wait("done", job_id=server.submit("say"))
+    assert server.show("workerd@1", "NRestarts") == "0"
+
+
+LEAST = """
+[broker]
+urls = ["amqp://worker@localhost/jobs"]
+password_file = "/etc/workerd/password"
+"""
+
+
+def test_users_of_the_broker_need_no_more_than_the_documentation_gives_them(
+    server: Machine,
+) -> None:
+    page = (CHECKOUT / "docs/server.md").read_text()
+    (commands,) = re.findall(r"```sh\n(rabbitmqctl add_vhost.*?)```", page, re.DOTALL)
+    server.sh(commands)
+    assert server.sh("stat --format '%U:%G %a' /etc/workerd/password") == "root:workerd 640"
+    server.configure(HANDLERS + LEAST)
+    start(server, "1")
+    by_url = ("submit", "--url", "@/etc/workerd/submit-url", "say")
+    server.wait("done", job_id=server.run(*by_url, user="alice").stdout.strip())
+    # The worker's password is not for those who submit.
+    refused = server.run("submit", "say", user="alice", check=False)
+    assert refused.returncode == 77
+    assert "/etc/workerd/password: Permission denied" in refused.stderr
 
 
 SANDBOXED = """

@@ -87,6 +87,12 @@ def test_what_the_readme_says_about_a_server_is_so(bare: Machine, package: Path)
     assert "done" in said
 
 
+def test_the_test_that_the_package_brings_succeeds(bare: Machine, package: Path) -> None:
+    bare.install(package)
+    bare.copy(CHECKOUT / "packaging/deb/tests/first-job")
+    bare.run("/root/first-job")
+
+
 def test_an_installation_starts_nothing(bare: Machine, package: Path) -> None:
     bare.install(package)
     assert not bare.sh("systemctl list-units --no-legend 'workerd@*'")

@@ -6,6 +6,7 @@ that this machine's apt uses. A container has no network but its own loopback. N
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -79,12 +80,18 @@ OPTIONS = [
 
 
 def build(folder: Path) -> Path:
-    """Build the Debian package into a folder. Raises MissingTool."""
+    """Build the Debian package into a folder, unless it is there. Raises MissingTool."""
     if shutil.which("dh") is None:
         raise MissingTool("debhelper is not installed")
     folder.mkdir(exist_ok=True)
-    subprocess.run([CHECKOUT / "packaging/deb/build", folder], check=True)
-    (package,) = folder.glob("*.deb")
+    folder_lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(folder_lock, fcntl.LOCK_EX)
+        if not any(folder.iterdir()):
+            subprocess.run([CHECKOUT / "packaging/deb/build", folder], check=True)
+    finally:
+        os.close(folder_lock)
+    (package,) = folder.iterdir()
     return package
 
 
