@@ -9,8 +9,18 @@ from tests.harness.trixie import CHECKOUT
 from tests.mutants.catalogue import Mutant, load, table
 
 # The faults that the catalogue of docs/RELIABILITY.md must show.
-ROWS = {*range(1, 31), *range(34, 41), 42, *range(46, 52), 53, *range(56, 61), *range(62, 68), 71}
-# Faults of what is not there yet: warm processes, retries, packages; and 61, 68, 69, 70, 72.
+ROWS = {
+    *range(1, 31),
+    *range(34, 41),
+    42,
+    *range(46, 52),
+    53,
+    *range(56, 61),
+    *range(62, 68),
+    70,
+    71,
+}
+# Faults of what is not there yet: warm processes, retries; and 61, 68, 69, 72.
 
 
 def test_every_fault_has_a_test_and_a_bug_that_it_catches() -> None:

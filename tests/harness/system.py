@@ -43,7 +43,8 @@ _numbers = itertools.count(1)
 
 def image(release: str) -> Path:
     """Where the image of a Debian is, or is to be."""
-    return CHECKOUT / ".cache" / f"system-{release}.tar"
+    folder = os.environ.get("WORKERD_TEST_IMAGES", CHECKOUT / ".cache")
+    return Path(folder, f"system-{release}.tar")
 
 
 def make(release: str) -> None:
@@ -331,7 +332,11 @@ systemctl stop workerd.target 'workerd@*.service' 2>/dev/null ||
 systemctl reset-failed
 rm -f /srv/go
 rm -rf /etc/workerd/conf.d/* /etc/workerd/instances/* /etc/systemd/system/workerd*
-rm -rf /etc/systemd/system/rabbitmq-server.service.d /usr/sbin/policy-rc.d
+rm -rf /usr/sbin/policy-rc.d
+if [ -e /etc/systemd/journald.conf.d ]; then
+    rm -r /etc/systemd/journald.conf.d
+    systemctl restart systemd-journald
+fi
 systemctl daemon-reload
 systemctl is-active --quiet rabbitmq-server || systemctl start rabbitmq-server
 python3 - <<END
