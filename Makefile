@@ -1,12 +1,14 @@
 # make help lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check mutants campaign clean
+.PHONY: help demo test check deb mutants campaign clean
 
 python := .venv/bin/python
 cache := $(CURDIR)/.cache
 # Tests mostly wait, so more of them than processors fit side by side.
 jobs ?= 3
 pytest := $(python) -m pytest -n $(jobs)
+# Each of these files boots a Debian of its own.
+system := $(pytest) --dist loadfile -m system
 # Multiplies every time limit of the tests; only a test that fails ever waits so long.
 export WORKERD_TEST_SCALE ?= 3
 
@@ -17,17 +19,24 @@ demo: ## a private RabbitMQ, restarted under the tutorial's jobs; each runs once
 	@tests/install demo
 	@$(python) -m tests.demo
 
-test: check ## install what is missing and run every test, on both RabbitMQs and three pikas
+test: check ## install what is missing and run every test: two RabbitMQs, three pikas, two Debians
 	@tests/install test
-	WORKERD_TEST_PIKA=$(cache)/pika-1.2.0 WORKERD_TEST_RABBITMQ=3.10 $(pytest)
-	WORKERD_TEST_PIKA=$(cache)/pika-1.3.2 WORKERD_TEST_RABBITMQ=4.0 $(pytest) -m 'not pure'
+	WORKERD_TEST_PIKA=$(cache)/pika-1.2.0 WORKERD_TEST_RABBITMQ=3.10 $(pytest) -m 'not system'
+	WORKERD_TEST_PIKA=$(cache)/pika-1.3.2 WORKERD_TEST_RABBITMQ=4.0 $(pytest) \
+		-m 'not pure and not system'
 	WORKERD_TEST_RABBITMQ=3.10 $(pytest) -m pika
+	WORKERD_TEST_RABBITMQ=3.10 $(system)
+	WORKERD_TEST_RABBITMQ=4.0 $(system)
 
 check: ## linters, formatting, types
 	@tests/install check
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
+
+deb: ## build the Debian package: dist/workerd_<version>_all.deb
+	@tests/install deb
+	@packaging/deb/build dist
 
 mutants: ## plant every known bug, one at a time, and see its test catch it
 	@tests/install test

@@ -20,7 +20,7 @@ sys.path[:0] = filter(
     None, [os.environ.get("WORKERD_TEST_PIKA"), str(Path(__file__).resolve().parents[1])]
 )
 
-from tests.harness import processes  # noqa: E402
+from tests.harness import processes, system  # noqa: E402
 from tests.harness.amqp import Client  # noqa: E402
 from tests.harness.broker import Broker  # noqa: E402
 from tests.harness.daemon import Daemon  # noqa: E402
@@ -29,6 +29,7 @@ from tests.harness.network import Network  # noqa: E402
 from tests.harness.oracle import Oracle  # noqa: E402
 from tests.harness.peer import Peer  # noqa: E402
 from tests.harness.programs import Program  # noqa: E402
+from tests.harness.system import Machine  # noqa: E402
 from tests.harness.waiting import TIMEOUT, until  # noqa: E402
 from tests.harness.wire import Wire  # noqa: E402
 
@@ -69,9 +70,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("broker")
         if "network" in fixtures:
             item.add_marker("network")
-        if not fixtures & {"broker", "own_broker", "network", "daemon"} and not any(
-            item.iter_markers("system")
-        ):
+        if "machine" in fixtures:
+            item.add_marker("system")
+        if not fixtures & {"broker", "own_broker", "network", "daemon", "machine"}:
             item.add_marker("pure")
 
 
@@ -276,6 +277,33 @@ def network() -> Iterator[Network]:
     network = Network()
     yield network
     network.close()
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Debian package."""
+    base = tmp_path_factory.getbasetemp()
+    # One for all processes of the test run.
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return system.build(shared / "package")
+
+
+@pytest.fixture(scope="module")
+def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    machine = Machine(tmp_path_factory.mktemp("machine"), system.RELEASES[VERSION])
+    yield machine
+    machine.close()
+
+
+@pytest.fixture
+def machine(
+    booted: Machine, testify: Callable[[str, Callable[[], str]], None]
+) -> Iterator[Machine]:
+    """A Debian with RabbitMQ that has booted, for the tests of one file. No workerd runs in it."""
+    since = booted.mark()
+    testify("journal", lambda: booted.transcript(since))
+    yield booted
+    booted.tidy()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.harness.trixie import CHECKOUT
+from workerd.log import message_id
 from workerd.options import TLS, Broker, Control, Handler, Log, Queue, Retry, Worker
 from workerd.schema import Pairs, Section, kinds
 
@@ -72,8 +73,28 @@ def events() -> Iterator[str]:
                             yield part.value
 
 
+def documented() -> set[str]:
+    """The events that docs/logging.md lists."""
+    return set(re.findall(r"^\| `([a-z ]+)` \|", (DOCS / "logging.md").read_text(), re.MULTILINE))
+
+
+def test_every_event_is_explained_in_the_catalog_of_the_journal() -> None:
+    catalog = (CHECKOUT / "packaging/systemd/workerd.catalog").read_text()
+    explained = dict(
+        re.findall(r"^# ([a-z ]+)\n-- ([0-9a-f]{32})\nSubject: .", catalog, re.MULTILINE)
+    )
+    # A job's own output explains itself.
+    assert explained == {event: message_id(event) for event in documented() - {"output"}}
+
+
+def test_the_catalog_names_fields_that_there_are() -> None:
+    catalog = (CHECKOUT / "packaging/systemd/workerd.catalog").read_text()
+    fields = set(re.findall(r"`([a-z_]+)`", (DOCS / "logging.md").read_text()))
+    assert set(re.findall(r"@WORKERD_(\w+)@", catalog)) <= {name.upper() for name in fields}
+
+
 def test_every_event_is_documented() -> None:
-    listed = set(re.findall(r"^\| `([a-z ]+)` \|", (DOCS / "logging.md").read_text(), re.MULTILINE))
+    listed = documented()
     # These are the outcomes of runs, and what the log says of itself.
     computed = {"failed", "rejected", "interrupted", "log dropped"}
     # Of copies that the broker does not take.

@@ -241,6 +241,7 @@ def test_a_journal_entry_has_a_field_for_each_fact(journal: Journal, to_journal:
     to_journal()(record("done", "warning", job_id="a", attempt=2, signal=None, instance="1"))
     assert journal.receive() == {
         "MESSAGE": "done job_id=a attempt=2",
+        "MESSAGE_ID": log.message_id("done"),
         "PRIORITY": "4",
         "SYSLOG_IDENTIFIER": "workerd",
         "WORKERD_EVENT": "done",
@@ -263,6 +264,7 @@ def test_no_value_can_forge_a_field_of_the_journal(
     ]
     shown = text.encode("utf-8", "backslashreplace").decode()
     assert entry == {
+        "MESSAGE_ID": log.message_id("done"),
         "PRIORITY": "6",
         "SYSLOG_IDENTIFIER": "workerd",
         "WORKERD_EVENT": "done",

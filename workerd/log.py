@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import json
 import os
 import re
@@ -220,8 +221,10 @@ def journal(path: str, fallback: Callable[[Record], None]) -> Callable[[Record],
 
     def write(record: Record) -> None:
         _when, level, name, fields = record
-        entry = {
+        entry: dict[str, object] = {
             "MESSAGE": _plain(record),
+            # What a job has printed needs no explanation.
+            "MESSAGE_ID": message_id(name) if name != "output" else None,
             "PRIORITY": LEVELS[level],
             "SYSLOG_IDENTIFIER": "workerd",
             "WORKERD_EVENT": name,
@@ -234,6 +237,14 @@ def journal(path: str, fallback: Callable[[Record], None]) -> Callable[[Record],
             fallback(record)
 
     return write
+
+
+@functools.cache
+def message_id(event: str) -> str:
+    """The event's MESSAGE_ID: what `journalctl -x` finds its explanation by, the same for ever."""
+    import uuid  # only where there is a journal
+
+    return uuid.uuid5(uuid.UUID("6f1c5b1e-7d0f-4b55-9d86-3f1a0c6e2b47"), event).hex
 
 
 def _field(name: str, value: object) -> bytes:

@@ -17,12 +17,14 @@ through its command line, its signals, its log, its notify socket and its queues
     wire        a TCP relay to the broker that can be slow, held and cut
     clock       a wall clock that jumps
     journald    the journal's socket, which can be missing, frozen and refused
+    system      a Debian that boots, with real systemd, journald and RabbitMQ
     oracle      the judge: jobs write a journal, and it says what was lost or ran twice
 
 Start at `broker.Broker` and `daemon.Daemon`; the fixtures are in `tests/conftest.py`.
 
 Environment: `WORKERD_TEST_RABBITMQ` (3.10 or 4.0), `WORKERD_TEST_PIKA` (a folder that holds the
-pika to use), `WORKERD_TEST_TRIXIE` (the Debian 13 root), `WORKERD_TEST_SCALE` (every time limit is
-multiplied by it), `WORKERD_TEST_SEEDS` (how often tests of random moments are repeated), `CI`
-(a missing tool fails a test instead of skipping it).
+pika to use), `WORKERD_TEST_TRIXIE` (the Debian 13 root), `WORKERD_TEST_IMAGES` (the folder of the
+Debians that boot), `WORKERD_TEST_SCALE` (every time limit is multiplied by it),
+`WORKERD_TEST_SEEDS` (how often tests of random moments are repeated), `CI` (a missing tool fails a
+test instead of skipping it).
 """

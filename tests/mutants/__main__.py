@@ -14,9 +14,15 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tests.harness.system import image
 from tests.harness.trixie import CHECKOUT, root
 from tests.mutants.catalogue import Mutant, load, table
 
+# What the tests, and the build of the package, need of a checkout.
+PARTS = [
+    *("workerd", "tests", "etc", "docs", "packaging"),
+    *("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"),
+]
 # Each starts a RabbitMQ of its own.
 SIDE_BY_SIDE = 2
 
@@ -25,7 +31,7 @@ def survives(mutant: Mutant) -> str | None:
     """None when the test catches the bug; otherwise what happened."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         copy = Path(folder)
-        for name in ("workerd", "tests", "etc", "docs", "pyproject.toml", "README.md"):
+        for name in PARTS:
             source = CHECKOUT / name
             if source.is_dir():
                 shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -33,10 +39,14 @@ def survives(mutant: Mutant) -> str | None:
                 shutil.copy(source, copy / name)
         path = copy / mutant.file
         path.write_text(path.read_text().replace(mutant.find, mutant.replace))
+        places = {
+            "WORKERD_TEST_TRIXIE": str(root()),
+            "WORKERD_TEST_IMAGES": str(image("bookworm").parent),
+        }
         result = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutant.test],
             cwd=copy,
-            env={**os.environ, "CI": "true", "WORKERD_TEST_TRIXIE": str(root())},
+            env={**os.environ, "CI": "true", **places},
             capture_output=True,
             text=True,
             check=False,

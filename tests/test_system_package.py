@@ -1,0 +1,230 @@
+"""The life of the package on a booted Debian: installed, upgraded, removed, purged."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.harness import system
+from tests.harness.system import Machine
+from tests.harness.trixie import CHECKOUT
+from tests.harness.waiting import SCALE, until
+
+HOLD = """
+[worker]
+ready_wait = "1s"
+
+[handlers.hold]
+command = ["sh", "-c", "until [ -e /srv/go ]; do sleep 0.05; done"]
+"""
+# All files, but for those that are no package's, and those that dpkg and others keep.
+OF_OTHERS = "proc sys dev run tmp root var/cache var/log var/lib/dpkg var/lib/rabbitmq"
+FIND = (
+    f"cd / && find . -regextype egrep -regex './({'|'.join(OF_OTHERS.split())})' -prune -o -print"
+)
+
+
+@pytest.fixture
+def bare(machine: Machine) -> Machine:
+    """A machine that has never heard of workerd."""
+    machine.sh("dpkg --purge workerd 2>/dev/null")
+    return machine
+
+
+@pytest.fixture
+def previous(package: Path, tmp_path: Path) -> Path:
+    """The package as it was before this version."""
+    return rebuilt(package, tmp_path, "0.1.0~previous")
+
+
+def rebuilt(package: Path, folder: Path, version: str) -> Path:
+    """The same package under another version."""
+    tree, result = folder / version, folder / f"workerd_{version}_all.deb"
+    subprocess.run(["dpkg-deb", "--raw-extract", package, tree], check=True)
+    control = tree / "DEBIAN/control"
+    control.write_text(re.sub(r"(?m)^Version: .*", f"Version: {version}", control.read_text()))
+    subprocess.run(
+        ["dpkg-deb", "--build", "--root-owner-group", tree, result],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return result
+
+
+def files(machine: Machine) -> set[str]:
+    return set(machine.sh(FIND).split("\n"))
+
+
+def main_pids(machine: Machine) -> list[str]:
+    return [machine.show(f"workerd@{each}", "MainPID") for each in "12"]
+
+
+def test_what_the_readme_says_about_a_server_is_so(bare: Machine, package: Path) -> None:
+    bare.copy(package)
+    bare.run("useradd", "alice")
+    section = (CHECKOUT / "README.md").read_text().partition("\n## On a server\n")[2]
+    section = section.partition("\n## ")[0]
+    blocks = re.findall(r"```console\n(.*?)```", section, re.DOTALL)
+    shown_id = re.search(r"\$ submit sleep 1\n(\S+)\n", section)
+    assert shown_id
+    job = ""
+    began = time.monotonic()
+    for prompt, command in re.findall(r"^([#$]) (.*)", "".join(blocks), re.MULTILINE):
+        line = command.replace(shown_id[1], job)
+        if prompt == "$":
+            said = bare.run("sh", "-ec", line, user="alice").stdout
+        else:
+            said = bare.sh(f"cd /root; {line}")
+        if command == "submit sleep 1":
+            job = said.strip()
+            bare.wait("done", job_id=job)
+            assert time.monotonic() - began < 10 * SCALE
+    assert "start" in said
+    assert "done" in said
+
+
+def test_the_test_that_the_package_brings_succeeds(bare: Machine, package: Path) -> None:
+    bare.install(package)
+    bare.copy(CHECKOUT / "packaging/deb/tests/first-job")
+    bare.run("/root/first-job")
+
+
+def test_an_installation_starts_nothing(bare: Machine, package: Path) -> None:
+    bare.install(package)
+    assert not bare.sh("systemctl list-units --no-legend 'workerd@*'")
+    assert bare.run("workerd", "check", "--connect").stdout == "configuration is fine\n"
+    assert bare.sh("stat --format '%U:%G %a' /etc/workerd/workerd.toml") == (
+        "root:workerd-submit 640"
+    )
+
+
+def test_an_upgrade_under_load_loses_no_job_and_reruns_none(
+    bare: Machine, package: Path, previous: Path
+) -> None:
+    bare.install(previous)
+    bare.configure(HOLD)
+    bare.run("systemctl", "start", "workerd@1", "workerd@2")
+    held = bare.submit("hold")
+    bare.wait("start", job_id=held)
+    jobs = bare.submit("sleep", "--lines", stdin="0.2\n" * 50).split()
+    bare.wait("done", job_id=jobs[5])
+    before = main_pids(bare)
+    since = bare.mark()
+    began = time.monotonic()
+    said = bare.install(package)
+    # It does not wait for the job that is held.
+    assert time.monotonic() - began < 10 * SCALE
+    assert "Restarting workerd@1.service in the background" in said
+    bare.wait("draining", since)
+    assert not bare.find("done", job_id=held)
+    bare.write("/srv/go", "")
+    for job in [held, *jobs]:
+        bare.wait("done", job_id=job)
+    assert [len(bare.find("start", job_id=job)) for job in [held, *jobs]] == [1] * 51
+    for instance in "12":
+        bare.wait("starting", since, instance=instance)
+    until(lambda: "0" not in main_pids(bare), "both run")
+    assert not set(before) & set(main_pids(bare))
+    assert not bare.find("bug")
+    assert bare.depth("default.dead") == 0
+
+
+def test_an_upgrade_leaves_alone_what_policy_or_the_administrator_forbids(
+    bare: Machine, package: Path, previous: Path
+) -> None:
+    bare.install(previous)
+    bare.run("systemctl", "enable", "workerd@2")
+    bare.run("systemctl", "start", "workerd@1")
+    bare.write("/usr/sbin/policy-rc.d", "#!/bin/sh\nexit 101\n", mode=0o755)
+    before = main_pids(bare)
+    assert before[1] == "0"
+    bare.install(package)
+    assert bare.show("workerd@1", "ActiveState") == "active"
+    assert main_pids(bare) == before
+
+
+def test_a_removal_stops_first_and_a_new_installation_goes_on(bare: Machine, package: Path) -> None:
+    bare.install(package)
+    bare.configure(HOLD)
+    bare.run("systemctl", "enable", "--now", "workerd@1")
+    job = bare.submit("sleep", "0.5")
+    bare.wait("start", job_id=job)
+    bare.run("dpkg", "--remove", "workerd")
+    # The job had its time, and the daemon its files to the end.
+    assert bare.find("done", job_id=job)
+    assert not bare.find("bug")
+    assert bare.show("workerd@1", "ActiveState") == "inactive"
+    assert (bare.root / "etc/workerd/workerd.toml").exists()
+    bare.install(package)
+    until(lambda: bare.show("workerd@1", "ActiveState") == "active", "it runs again")
+
+
+def test_a_purge_leaves_only_what_the_administrator_wrote(bare: Machine, package: Path) -> None:
+    before, run = files(bare), bare.sh("ls /run")
+    bare.install(package)
+    bare.run("systemctl", "enable", "--now", "workerd@1")
+    bare.wait("done", job_id=bare.submit("sleep", "0"))
+    bare.configure("[log]\n", instance="1")
+    bare.drop_in("workerd@1.service", "[Service]\nMemoryMax=1G\n")
+    bare.run("dpkg", "--purge", "workerd")
+    assert files(bare) - before == {
+        "./etc/systemd/system/workerd@1.service.d",
+        "./etc/systemd/system/workerd@1.service.d/test.conf",
+        "./etc/workerd",
+        "./etc/workerd/instances",
+        "./etc/workerd/instances/1.toml",
+    }
+    assert bare.sh("ls /run") == run
+
+
+def test_without_systemd_it_installs_and_goes_as_well(
+    machine: Machine, package: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    image = system.image(machine.release)
+    subprocess.run(["tar", "-xf", image, "-C", root], check=True)
+    (root / "root" / package.name).write_bytes(package.read_bytes())
+    script = f"""
+        {FIND} > /tmp/before
+        dpkg --install /root/{package.name}
+        workerd check
+        dpkg --remove workerd
+        dpkg --purge workerd
+        {FIND} > /tmp/after
+        diff /tmp/before /tmp/after
+    """
+    enter = ["unshare", "--mount", "--pid", "--fork", "chroot", str(root), "sh", "-euc"]
+    done = subprocess.run(
+        [*enter, f"mount -t proc proc /proc\n{script}"],
+        env=system.ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "configuration is fine" in done.stdout
+
+
+def test_enabled_instances_are_there_after_a_reboot_before_their_broker(
+    bare: Machine, package: Path
+) -> None:
+    bare.install(package)
+    bare.configure(HOLD)
+    bare.run("systemctl", "enable", "workerd@1", "workerd@2")
+    bare.run("systemctl", "start", "workerd@1")
+    bare.wait("consuming")
+    bare.run("systemctl", "stop", "workerd@1")
+    job = bare.submit("sleep", "0")
+    bare.run("systemctl", "disable", "rabbitmq-server")
+    bare.reboot()
+    for instance in "12":
+        assert bare.show(f"workerd@{instance}", "ActiveState") == "active"
+    assert "broker localhost" in bare.show("workerd@1", "StatusText")
+    bare.run("systemctl", "enable", "--now", "rabbitmq-server")
+    bare.wait("done", job_id=job)
+    assert len(bare.find("start", job_id=job)) == 1
