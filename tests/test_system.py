@@ -65,7 +65,7 @@ def test_the_whole_life_of_a_members_job_is_in_the_journal(server: Machine) -> N
 
 def test_the_journal_explains_what_has_happened_to_a_job(server: Machine) -> None:
     start(server, "1")
-    job = server.submit("sleep", "soon")
+    job = server.submit("sleep", "soon", "--attempts", "1")
     server.wait("dead letter", job_id=job)
     explained = server.sh(f"journalctl --catalog WORKERD_JOB_ID={job}")
     assert f"Subject: Job {job} has failed" in explained
@@ -164,7 +164,8 @@ def test_a_killed_daemon_takes_its_jobs_with_it_and_comes_back(server: Machine) 
 
 def test_a_job_that_is_killed_has_failed_and_its_neighbour_goes_on(server: Machine) -> None:
     start(server, "1")
-    killed, neighbour = server.submit("sleep", "600"), server.submit("hold")
+    killed = server.submit("sleep", "600", "--attempts", "1")
+    neighbour = server.submit("hold")
     for job in (killed, neighbour):
         server.wait("start", job_id=job)
     server.run("pkill", "--signal", "KILL", "--full", "sleep 600")
