@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import socket
 import time
@@ -337,6 +338,22 @@ def test_a_redelivery_of_a_job_that_is_unknown_here_runs(
     assert (start["redelivered"], start["attempt"]) == (True, 1)
     workerd.wait_event("done", job_id="elsewhere")
     assert outputs(workerd, "elsewhere") == ["hello"]
+
+
+# Encodings, row 54
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "no-such-encoding"])
+def test_an_encoded_body_is_passed_through_as_it_is(
+    broker: Broker, client: Client, daemon: Start, encoding: str
+) -> None:
+    # Ten megabytes when it is decoded.
+    body = gzip.compress(bytes(10 << 20))
+    workerd = daemon(config(broker))
+    workerd.wait_ready()
+    client.publish("default", body, type="large", message_id="bomb", content_encoding=encoding)
+    workerd.wait_event("done", job_id="bomb")
+    assert outputs(workerd, "bomb") == [str(len(body))]
 
 
 # The dead letter

@@ -77,6 +77,7 @@ def test_others_can_neither_read_the_configuration_nor_submit(server: Machine) -
     refused = server.run("submit", "sleep", "0", user="nobody", check=False)
     assert refused.returncode == 78
     assert "/etc/workerd/workerd.toml: Permission denied" in refused.stderr
+    assert "ask an administrator: adduser nobody workerd-submit" in refused.stderr
 
 
 def test_the_sandbox_is_as_tight_as_was_promised(server: Machine) -> None:

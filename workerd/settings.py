@@ -1,7 +1,10 @@
 """The configuration files, read and laid over each other into one `Settings`; start at `load`."""
 
+import grp
 import os
+import pwd
 import re
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -138,7 +141,7 @@ def _read_file(file: Path, problems: list[str]) -> Layer:
             mode = os.fstat(stream.fileno()).st_mode
             content = stream.read()
     except OSError as error:
-        problems.append(f"{file}: {error.strerror}")
+        problems.append(f"{file}: {error.strerror}{_who_may_read(file)}")
         return {}
     reason = writable_by_others(file)
     if reason:
@@ -154,6 +157,19 @@ def _read_file(file: Path, problems: list[str]) -> Layer:
     if readable_by_all(mode) and _holds_a_password(layer):
         problems.append(_exposed(file))
     return layer
+
+
+def _who_may_read(file: Path) -> str:
+    """What to do for the right to read a file that its group can read."""
+    try:
+        status = file.stat()
+        if os.access(file, os.R_OK) or not status.st_mode & stat.S_IRGRP:
+            return ""
+        group = grp.getgrgid(status.st_gid).gr_name
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except (OSError, KeyError):
+        return ""
+    return f"; its group can read it, so ask an administrator: adduser {user} {group}"
 
 
 def _read_environment(urls: str, problems: list[str]) -> Layer:
