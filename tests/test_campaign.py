@@ -272,3 +272,41 @@ def test_signals_in_quick_succession_lose_no_job_and_end_in_no_traceback(
     extra = sum(report.starts.values()) - JOBS
     print(f"{sent} signals: {report}; {extra} extra runs, {interrupted} were interrupted")
     assert sent > 100
+
+
+# Jobs fail, and the broker as well
+
+
+def test_jobs_that_fail_run_once_for_each_attempt_whatever_the_broker_does(
+    broker: Broker, daemon: Start, oracle: Oracle, seed: int
+) -> None:
+    chance = random.Random(seed)
+    ids = [f"job-{number:03}-{chance.randrange(4)}" for number in range(60)]
+    # The last digit of its id says how often a job fails first.
+    record = " ".join(oracle.command("$1"))[: -len(" 0 0")]
+    script = f'[ "$WORKERD_ATTEMPT" -gt "${{1##*-}}" ] && s=0 || s=1; exec {record} 0.1 $s'
+    queue = {"concurrency": SLOTS, "type": "classic" if seed % 2 else "quorum"}
+    policy = {"retry": {"attempts": 5, "delay": "1s", "multiplier": 1.0}}
+    command = ["sh", "-c", script.replace("{", "{{").replace("}", "}}"), "sh", "{id}"]
+    text = config(broker.url, command, queues={"jobs": queue}, handler=policy)
+    workers = [daemon(text, instance) for instance in ("1", "2")]
+    for worker in workers:
+        worker.wait_event("consuming", queue="jobs.due")
+    with Client(broker.url) as client:
+        client.publish_jobs("jobs", ids)
+    for fault in chance.sample(["kill", "close", "close"], 3):
+        time.sleep(chance.uniform(0.2, 2.0))
+        if fault == "close":
+            broker.close_all_connections()
+        else:
+            broker.kill()
+            broker.start()
+    until(lambda: oracle.report(ids).finished == set(ids), "all of them")
+    report = oracle.check(ids)
+    assert all(report.starts[job] == 1 + int(job[-1]) for job in ids), report.starts
+    for worker in workers:
+        assert worker.stop() == 0
+        assert not worker.events("bug")
+    with Client(broker.url) as client:
+        left = [client.ready(name) for name in ("jobs", "jobs.due", "jobs.dead")]
+    assert left == [0, 0, 0]
