@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 from workerd import times, topology
 from workerd.copies import is_reserved, portable_headers
-from workerd.errors import Refused
-from workerd.job import EXPIRES, MAX_ATTEMPTS, Message, new_id
+from workerd.errors import Kind, Refused, Trouble
+from workerd.ids import new_id
+from workerd.job import COPY, EXPIRES, MAX_ATTEMPTS, Message
 from workerd.settings import Handler, Settings
 from workerd.wording import did_you_mean
 
@@ -115,6 +116,26 @@ def order(args: argparse.Namespace, settings: Settings) -> Order:
         due=due,
         ttl=args.ttl,
     )
+
+
+def explained(trouble: Trouble, exchange: str, queue: str) -> Trouble:
+    """With what to do about it, if it was met on the way through ``exchange`` to ``queue``.
+
+    ``exchange`` is "" where nothing was delayed.
+    """
+    if not exchange or trouble.kind is not Kind.MISSING:
+        return trouble
+    remedy = f"start a worker of {queue!r} once, or have 'workerd setup' declare it"
+    return Trouble(Kind.MISSING, f"{trouble}; a delay needs it: {remedy}", trouble.code)
+
+
+def marked(message: Message, mark: str | None, timestamp: int) -> Message:
+    """The message as one of several copies of a job, which the daemons take for one.
+
+    All copies have the same ``mark`` and ``timestamp``, and nothing else has that mark.
+    """
+    headers = message.headers if mark is None else {**message.headers, COPY: mark}
+    return replace(message, headers=headers, timestamp=timestamp)
 
 
 def _due(args: argparse.Namespace, now: float) -> float | None:
