@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from workerd import __version__, log
 from workerd.control import Answer, Peer, Request, member_of
 from workerd.errors import Refused, Trouble
-from workerd.exits import EX_NOPERM, EX_USAGE
+from workerd.exits import EX_NOPERM, EX_UNAVAILABLE, EX_USAGE
 from workerd.job import submitter
 from workerd.ledger import Run
+from workerd.order import is_short_text
 from workerd.submissions import accept
 from workerd.wording import did_you_mean
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 #: Running jobs that an answer names; there may be more.
 MOST_JOBS = 1000
-#: The longest id that can be cancelled; AMQP's limit.
-_MAX_ID = 255
 
 
 class Answers:
@@ -158,14 +157,17 @@ class Answers:
         self._may_steer(peer, what)
         worker = self._worker
         if worker.drain.wanted.is_set():
-            raise Refused(EX_USAGE, "it is draining: nothing starts any more, and nothing will")
+            raise Refused(EX_UNAVAILABLE, "it is draining: nothing starts any more")
         known = set(worker.ledger.concurrency)
         queue = request.get("queue")
-        if queue is not None and queue not in known:
-            hint = did_you_mean(str(queue), known)
-            text = f"this instance consumes no queue {str(queue)[:200]!r}{hint}"
-            raise Refused(EX_USAGE, text)
-        named = known if queue is None else {str(queue)}
+        if queue is None:
+            named = known
+        elif isinstance(queue, str) and queue in known:
+            named = {queue}
+        else:
+            text = str(queue)[:200]
+            hint = did_you_mean(text, known)
+            raise Refused(EX_USAGE, f"this instance consumes no queue {text!r}{hint}")
         before = worker.consumer.held_back
         after = before | named if what == "pause" else before - named
         changed = sorted(before ^ after)
@@ -179,7 +181,7 @@ class Answers:
 
     def _cancel(self, request: Request, peer: Peer) -> Answer:
         job_id = request.get("id")
-        if not isinstance(job_id, str) or not 0 < len(job_id.encode()) <= _MAX_ID:
+        if not isinstance(job_id, str) or not is_short_text(job_id):
             raise Refused(EX_USAGE, "cancel: the id of a job")
         worker = self._worker
         owner = None if self._is_operator(peer) else peer.uid

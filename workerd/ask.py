@@ -27,7 +27,7 @@ SOCKET = "control.sock"
 GROUP = "workerd-submit"
 #: The longest line, and the longest body, in bytes.
 MAX_LINE = 64 << 10
-MAX_BODY = 16 << 20
+MAX_BODY = 4 << 20
 
 #: Seconds for an answer that needs nobody but the daemon.
 TIMEOUT = 3.0

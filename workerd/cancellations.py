@@ -12,6 +12,8 @@ from workerd.job import REPLAY, BadJob, Job, submitter
 
 #: For how long a cancelled job is refused when it comes, in seconds.
 KEPT = 86_400.0
+#: How far the clocks of hosts may differ, in seconds.
+SKEW = 5.0
 #: How many ids are remembered; beyond that, the oldest are forgotten.
 MOST = 10_000
 
@@ -61,4 +63,4 @@ def _sent_at(job: Job) -> float:
     """When the job was submitted, or sent back from the dead letters, as far as it tells."""
     replay = job.message.headers.get(REPLAY)
     replayed = made_at(replay) if isinstance(replay, str) else None
-    return replayed or float(job.message.timestamp or 0)
+    return replayed or (job.message.timestamp or 0) - SKEW

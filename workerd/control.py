@@ -15,6 +15,7 @@ import os
 import socket
 import struct
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
@@ -34,8 +35,10 @@ from workerd.exits import (
 
 #: Clients at once.
 MOST_CLIENTS = 64
-#: A client that has kept quiet for so many seconds makes room for another.
-QUIET = 1.0
+#: The same of one user, unless that is root or our own.
+MOST_PER_USER = 32
+#: A client that has owed the rest of a request for so many seconds makes room for another.
+QUIET = 2.0
 #: Seconds for a client to send its next request, all of it, and to read the answer.
 IDLE = 30.0
 #: What all bodies together may take, in bytes.
@@ -48,6 +51,8 @@ SHARE = 0.2
 
 #: SO_PEERGROUPS of <asm-generic/socket.h>, which Python has no name for.
 _SO_PEERGROUPS = 59
+#: The most that Python asks for, in bytes: 256 groups.
+_GROUPS_SIZE = 1024
 
 Request = Mapping[str, Any]
 Answer = Mapping[str, object]
@@ -67,9 +72,9 @@ class Peer:
             "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         )
         groups: tuple[int, ...] = ()
-        # 65536 is the kernel's limit for a process.
+        # Whoever is in more of them than this has the first one alone.
         with contextlib.suppress(OSError):
-            raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 1024)
+            raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_SIZE)
             groups = struct.unpack(f"{len(raw) // 4}I", raw)
         return cls(uid, pid, frozenset((gid, *groups)))
 
@@ -121,12 +126,31 @@ class Control:
 
     def enter(self, client: Client) -> bool:
         """Whether there is room for one more client, if need be that of a quiet one."""
-        if len(self.clients) >= MOST_CLIENTS:
-            quiet = min(self.clients, key=lambda each: each.quiet_since)
-            if time.monotonic() - quiet.quiet_since < QUIET:
-                return False
-            quiet.drop()
+        uid = client.peer.uid
+        privileged = uid in (0, os.geteuid())
+        same = {each for each in self.clients if each.peer.uid == uid}
+        if not privileged and len(same) >= MOST_PER_USER and not self._drop_one_of(same):
+            return False
+        if len(self.clients) >= MOST_CLIENTS and not self._drop_one_of(self.clients):
+            return False
         self.clients.add(client)
+        return True
+
+    def reserve(self, size: int) -> bool:
+        """Whether there is room for a body, if need be that of a quiet client's."""
+        while self.bytes + size > MOST_BYTES:
+            if not self._drop_one_of({each for each in self.clients if each.owes_body}):
+                return False
+        self.bytes += size
+        return True
+
+    def _drop_one_of(self, clients: set[Client]) -> bool:
+        """Drop the client that has been quiet for longest, if it has been for long enough."""
+        quiet = min(clients, key=lambda each: each.quiet_since, default=None)
+        if quiet is None or time.monotonic() - quiet.quiet_since < QUIET:
+            return False
+        self.clients.discard(quiet)
+        quiet.drop()
         return True
 
     def leave(self, client: Client) -> None:
@@ -155,7 +179,7 @@ class Client(asyncio.Protocol):
     def __init__(self, control: Control) -> None:
         self._control = control
         self._transport: asyncio.Transport
-        self._peer: Peer
+        self.peer: Peer
         self._buffer = bytearray()
         #: How much of the buffer has been searched for the end of the line.
         self._searched = 0
@@ -174,11 +198,16 @@ class Client(asyncio.Protocol):
         """Since when it owes us a request, or the reading of an answer."""
         return float("inf") if self._serving else self._quiet_since
 
+    @property
+    def owes_body(self) -> bool:
+        """Whether a part of a body has to come yet."""
+        return self._length > len(self._buffer) and not self._serving
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         # One answer at most waits for it to be read.
         self._transport.set_write_buffer_limits(high=0)
-        self._peer = Peer.of(transport.get_extra_info("socket"))
+        self.peer = Peer.of(transport.get_extra_info("socket"))
         self._expect()
         if not self._control.enter(self):
             self._refuse(EX_TEMPFAIL, "too many clients", "busy")
@@ -209,6 +238,7 @@ class Client(asyncio.Protocol):
             self._advance()
 
     def drop(self) -> None:
+        self._forget_body()
         self._transport.abort()
 
     def _expect(self) -> None:
@@ -257,10 +287,9 @@ class Client(asyncio.Protocol):
         if type(length) is not int or not 0 <= length <= MAX_BODY:
             self._refuse(EX_DATAERR, f"length: a number from 0 to {MAX_BODY}")
             return False
-        if self._control.bytes + length > MOST_BYTES:
+        if not self._control.reserve(length):
             self._refuse(EX_TEMPFAIL, "too many bytes are in memory", "busy")
             return False
-        self._control.bytes += length
         self._request, self._length = request, length
         return True
 
@@ -270,17 +299,18 @@ class Client(asyncio.Protocol):
             return
         request, self._request = self._request, None
         assert request is not None
-        body = bytes(self._buffer[: self._length])
+        with memoryview(self._buffer) as view:
+            body = bytes(view[: self._length])
         del self._buffer[: self._length]
         try:
-            answer = self._control.answers.answer(request, body, self._peer)
+            answer = self._control.answers.answer(request, body, self.peer)
             if isinstance(answer, Mapping):
                 self._tell(answer)
                 return
             if self._control.unconfirmed >= MOST_UNCONFIRMED:
                 answer.close()
                 raise Busy(EX_TEMPFAIL, "too many jobs wait for the broker")
-        except WorkerdError as error:
+        except Exception as error:  # noqa: BLE001 - see `_tell_error`
             self._tell_error(error)
             return
         self._control.unconfirmed += 1
@@ -288,16 +318,20 @@ class Client(asyncio.Protocol):
 
     async def _later(self, answer: Coroutine[Any, Any, Answer]) -> None:
         try:
-            told = await answer
-        except WorkerdError as error:
+            self._tell(await answer)
+        except Exception as error:  # noqa: BLE001 - see `_tell_error`
             self._tell_error(error)
-        else:
-            self._tell(told)
         finally:
             self._control.unconfirmed -= 1
             self._task = None
 
-    def _tell_error(self, error: WorkerdError) -> None:
+    def _tell_error(self, error: Exception) -> None:
+        """Whatever a client may ask, and however wrong we are about it: no job suffers from it."""
+        if not isinstance(error, WorkerdError):
+            text = "".join(traceback.format_exception(error))
+            log.error("control bug", uid=self.peer.uid, pid=self.peer.pid, traceback=text)
+            self._tell(_refusal(EX_SOFTWARE, "a bug of the daemon's; its log says more", None))
+            return
         code = "elsewhere" if isinstance(error, Elsewhere) else None
         if isinstance(error, Busy):
             code = "busy"
@@ -321,11 +355,7 @@ class Client(asyncio.Protocol):
         self._transport.close()
 
     def _write(self, answer: Answer) -> None:
-        try:
-            line = json.dumps({"version": VERSION, **answer})
-        except (TypeError, ValueError):
-            line = json.dumps({"version": VERSION, **_refusal(EX_SOFTWARE, "a bug", None)})
-        self._transport.write(line.encode("ascii") + b"\n")
+        self._transport.write(json.dumps({"version": VERSION, **answer}).encode() + b"\n")
 
     def _forget_body(self) -> None:
         self._control.bytes -= self._length

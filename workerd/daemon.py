@@ -116,7 +116,8 @@ async def _serve(
 
     def broken(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        if broker.is_noise(error):
+        # Out of descriptors for somebody who asks; asyncio tries again by itself.
+        if broker.is_noise(error) or (isinstance(error, OSError) and "socket" in context):
             return
         text = "".join(traceback.format_exception(error)) if error else context["message"]
         log.error("bug", traceback=text)

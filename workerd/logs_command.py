@@ -12,10 +12,10 @@ from workerd.exits import EX_UNAVAILABLE, EX_USAGE
 from workerd.status_command import add_instance
 
 LOGS = """\
-Show everything that happened to a job on this host, its own output included: its
-lines in systemd's journal, of the units workerd@NAME.service."""
+Show everything that happened to a job on this host, its own output included:
+its lines in systemd's journal, of the units workerd@NAME.service."""
 LOGS_EPILOG = """\
-Whoever may not read the journal sees nothing: be root, or in the group
+Who may not read the journal sees nothing: be root, or in the group
 systemd-journal or adm.
 
 exit status:

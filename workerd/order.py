@@ -86,7 +86,7 @@ def order(args: argparse.Namespace, settings: Settings) -> Order:
             EX_USAGE, f"no handler is named {args.type!r}{hint}; name a --queue to send it anyway"
         )
     for option, text in (("TYPE", args.type), ("--id", args.id), ("--queue", args.queue)):
-        if text is not None and not _is_short_text(text):
+        if text is not None and not is_short_text(text):
             raise Refused(EX_USAGE, f"{option} must be 1 to {_SHORT} bytes of printable text")
     if args.priority is not None and not 0 <= args.priority <= 255:
         raise Refused(EX_USAGE, "--priority must be from 0 to 255")
@@ -167,7 +167,7 @@ def _attempts(wanted: int, handler: Handler | None) -> int:
 
 def _header(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
-    if not equals or not _is_short_text(name):
+    if not equals or not is_short_text(name):
         raise Refused(EX_USAGE, f"--header {text!r}: expected NAME=VALUE")
     if is_reserved(name.lower()):
         raise Refused(EX_USAGE, f"--header {name}: only workerd or RabbitMQ may set this header")
@@ -178,6 +178,6 @@ def _header(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _is_short_text(text: str) -> bool:
+def is_short_text(text: str) -> bool:
     """Whether it can be a property, and be shown to people."""
     return text.isprintable() and 0 < len(text.encode()) <= _SHORT

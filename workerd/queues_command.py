@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from workerd.settings import Settings
 
 QUEUES = """\
-Show the configured queues: ready messages and consumers at the broker, what the
-instances of this host hold of them, due retries, dead letters. Asks the broker, with
-a connection of its own, and the instances; a delayed job shows when it is due."""
+Show the configured queues: ready messages and consumers at the broker, what
+runs and waits in the instances of this host, due retries, dead letters. Asks the
+broker, with a connection of its own; a delayed job shows once it is due."""
 QUEUES_EPILOG = """\
 exit status:
   0   told; a queue that is missing has no numbers

@@ -12,8 +12,8 @@ from workerd.errors import Refused, WorkerdError
 from workerd.exits import EX_NOPERM, EX_OK, EX_UNAVAILABLE
 
 STATUS = """\
-Show every instance of this host, also those that have stopped or failed: broker,
-queues, and the jobs that run. Asks the instances, not the broker."""
+Show every instance of this host, also those that have stopped or failed:
+broker, queues, and the jobs that run. Asks the instances, not the broker."""
 STATUS_EPILOG = f"""\
 exit status:
   0   told

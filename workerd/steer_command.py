@@ -20,9 +20,9 @@ exit status:
   77  only root, the daemon's user and [control] operators may do that
 """
 PAUSE = """\
-Let an instance start nothing of QUEUE, or of all its queues, until it is resumed
-or started again. Running jobs go on; what waits there goes back to the broker, for
-other instances."""
+Let an instance start nothing of QUEUE, or of all its queues, until it is
+resumed or started again. Running jobs go on; what waits there goes back to the
+broker, for other instances."""
 PAUSE_EPILOG = f"""\
 {STATUSES}
 examples:
@@ -37,9 +37,9 @@ examples:
 """
 CANCEL = """\
 Cancel a job. Where it runs on this host, its process group gets SIGTERM, and
-SIGKILL after the handler's kill_grace, and it becomes a dead letter with the reason
-"cancelled". Where it waits, the instances of this host refuse it when it comes,
-for a day or until they end; instances of other hosts do not know of it."""
+SIGKILL after the handler's kill_grace, and it becomes a dead letter with the
+reason "cancelled". Where it waits, the instances of this host refuse it when it
+comes, for a day or until they end; those of other hosts do not know of it."""
 CANCEL_EPILOG = """\
 exit status:
   0   the instances that answer know of it

@@ -20,7 +20,7 @@ from workerd.control import Answer, Peer, Request
 from workerd.errors import Kind, Refused, Trouble
 from workerd.exits import EX_DATAERR, EX_UNAVAILABLE
 from workerd.job import SUBMITTER, Message
-from workerd.order import Order, explained, marked, order
+from workerd.order import Order, explained, is_short_text, marked, order
 from workerd.retry import backoff
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 #: In seconds; a client that wants to wait longer asks again.
 _LONGEST_WAIT = 86_400.0
+
+#: Of any key. Instants are much smaller, in seconds.
+_LARGEST_NUMBER = 1e15
 
 #: The keys of the request, and the types of their values; None, or absent: not given.
 _KEYS: Mapping[str, type | tuple[type, ...]] = {
@@ -90,6 +93,11 @@ def _wish(request: Request) -> argparse.Namespace:
     for key, value in found.items():
         if value is not None and (not isinstance(value, _KEYS[key]) or isinstance(value, bool)):
             raise Refused(EX_DATAERR, f"submit: {key} is of another type")
+        # What is not a number is not less than one either.
+        if isinstance(value, int | float) and not abs(value) < _LARGEST_NUMBER:
+            raise Refused(EX_DATAERR, f"submit: {key} is out of range")
+    if found["mark"] is not None and not is_short_text(found["mark"]):
+        raise Refused(EX_DATAERR, "submit: mark is a short text")
     headers = found["headers"] or {}
     if not all(isinstance(value, str) for value in headers.values()):
         raise Refused(EX_DATAERR, "submit: headers are texts")
@@ -115,9 +123,9 @@ def _wish(request: Request) -> argparse.Namespace:
 
 
 def _is_among(config: str, worker: Worker) -> bool:
-    """Whether this file is one that the instance has read."""
-    wanted = os.path.realpath(config)
-    return any(os.path.realpath(file) == wanted for file in worker.settings.files)
+    """Whether this file, by its real path, is one that the instance has read."""
+    # Ours alone are looked up: where somebody else's path leads, the loop might have to wait.
+    return any(os.path.realpath(file) == config for file in worker.settings.files)
 
 
 def _comes_due(worker: Worker, queue: str) -> bool:

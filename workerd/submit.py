@@ -43,7 +43,7 @@ def submit(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     head = b""
     mark = None
     # A job that is sent once more must be the same one.
-    job_id, timestamp = args.id or new_id(), int(time.time())
+    job_id, timestamp = new_id() if args.id is None else args.id, int(time.time())
     folders = (
         [] if args.direct or args.dry_run or "WORKERD_BROKER_URL" in environ else _folders(args)
     )
@@ -105,7 +105,7 @@ def _request(args: argparse.Namespace, job_id: str, mark: str, timestamp: int) -
         "headers": headers or None,
         "mark": mark,
         "timestamp": timestamp,
-        "config": None if args.config is None else os.path.abspath(args.config),
+        "config": None if args.config is None else os.path.realpath(args.config),
     }
     given = {name: value for name, value in facts.items() if value is not None}
     return {"request": "submit", **given}
