@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 QUEUES = """\
 Show the configured queues: ready messages and consumers at the broker, what
-runs and waits in the instances of this host, due retries, dead letters. Asks the
-broker, with a connection of its own; a delayed job shows once it is due."""
+runs and waits in the instances of this host, due retries, dead letters. Asks
+the broker, with a connection of its own; a delayed job shows once it is due."""
 QUEUES_EPILOG = """\
 exit status:
   0   told; a queue that is missing has no numbers
