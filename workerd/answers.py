@@ -78,6 +78,7 @@ class Answers:
             "done": worker.status.done,
             "retried": worker.status.retried,
             "failed": worker.status.failed,
+            "submissions": worker.submissions,
             "queues": [self._queue(name) for name in sorted(ledger.concurrency)],
             "running": len(ledger.running),
             "jobs": [self._job(run) for run in jobs[:MOST_JOBS]],

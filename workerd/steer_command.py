@@ -38,8 +38,8 @@ examples:
 CANCEL = """\
 Cancel a job. Where it runs on this host, its process group gets SIGTERM, and
 SIGKILL after the handler's kill_grace, and it becomes a dead letter with the
-reason "cancelled". Where it waits, the instances of this host refuse it when
-it comes, for a day or until they end; other hosts do not know of it."""
+reason "cancelled". Where it waits, instances of this host refuse it when it
+comes, for a day or until they end; other hosts do not know of it."""
 CANCEL_EPILOG = """\
 exit status:
   0   the instances that answer know of it

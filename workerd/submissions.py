@@ -71,7 +71,11 @@ def accept(
     deadline = time.monotonic() + min(wish.timeout, _LONGEST_WAIT)
 
     async def publish() -> Answer:
-        await _publish(worker, wanted, message, deadline)
+        worker.submissions += 1
+        try:
+            await _publish(worker, wanted, message, deadline)
+        finally:
+            worker.submissions -= 1
         log.event(
             "submitted",
             worker.routine,

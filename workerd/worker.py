@@ -91,6 +91,8 @@ class Worker:
         self.pressure = Pressure(own_file())
         self.status = Status(self)
         self.cancellations = Cancellations()
+        #: Jobs that came over the local socket and that the broker has not confirmed yet.
+        self.submissions = 0
         #: Of every run whose handler has not ended.
         self.progress: dict[Run, Progress] = {}
         #: Every open channel on which a delivery may still have to be settled, by serial.
