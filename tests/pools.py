@@ -59,7 +59,7 @@ class Warm(WarmHandler):
         """Run a job; its events have its id, and one is called "begun"."""
         never = asyncio.get_running_loop().create_future()
         with log.job_fields(job_id=each.id):
-            return await self.run(each, stop or never, lambda: log.event("begun"))
+            return await self.run(each, stop or never, lambda _pid: log.event("begun"))
 
     def soon(self, each: Job, stop: asyncio.Future[None] | None = None) -> asyncio.Task[Report]:
         return asyncio.ensure_future(self.do(each, stop))

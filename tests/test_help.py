@@ -8,17 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.harness.trixie import CHECKOUT
-from workerd import cli, submit
+from workerd import cli, exits
 
 DEAD = ("list", "show", "requeue", "drop", "export")
+STEER = ("status", "health", "queues", "logs", "cancel", "pause", "resume")
 COMMANDS = (
-    "",
-    "run",
-    "check",
-    "submit",
-    "setup",
-    "run-once",
-    "dead",
+    *("", "run", "check", "submit", "setup", "run-once", "dead"),
+    *STEER,
     *(f"dead {name}" for name in DEAD),
 )
 
@@ -53,9 +49,11 @@ def test_every_option_is_explained(shown: str) -> None:
 
 @pytest.mark.parametrize("shown", ["submit"], indirect=True)
 def test_the_help_of_submit_lists_every_exit_status(shown: str) -> None:
-    statuses = {value for name, value in vars(submit).items() if name.startswith("EX_")}
+    statuses = {value for name, value in vars(exits).items() if name.startswith("EX_")}
+    # No such letter, a bug, and a daemon of another version, which is not asked a second time.
+    statuses -= {exits.EX_NOINPUT, exits.EX_SOFTWARE, exits.EX_PROTOCOL}
     listed = set(map(int, re.findall(r"^  (\d+) ", shown, re.MULTILINE)))
-    assert listed == statuses | {cli.EX_CONFIG}
+    assert listed == statuses
 
 
 def test_a_timeout_without_a_unit_counts_seconds(tmp_path: Path) -> None:
@@ -69,4 +67,4 @@ def test_a_timeout_without_a_unit_counts_seconds(tmp_path: Path) -> None:
 
     well = run("30")
     assert (well.returncode, well.stdout) == (0, "one\n")
-    assert run("soon").returncode == submit.EX_USAGE
+    assert run("soon").returncode == exits.EX_USAGE

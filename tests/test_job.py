@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from workerd.copies import Place, dead_letter
+from workerd.ids import new_id
 from workerd.job import (
     ATTEMPT,
     COPY,
@@ -23,7 +24,6 @@ from workerd.job import (
     Report,
     count,
     decode,
-    new_id,
 )
 
 MESSAGE = Message(

@@ -63,7 +63,10 @@ def test_a_library_is_imported_in_one_place(library: str, place: str) -> None:
     assert all(within(name, place) for name in users), users
 
 
-CORE = ["admission", "copies", "job", "ledger", "pauses", "retry", "template", "times", "topology"]
+CORE = [
+    *("admission", "cancellations", "copies", "job", "ledger", "pauses", "retry"),
+    *("template", "times", "topology"),
+]
 
 
 @pytest.mark.parametrize("name", CORE)
@@ -71,7 +74,8 @@ def test_the_core_is_pure(name: str) -> None:
     forbidden = {"asyncio", "threading", "socket", "subprocess", "logging", "pika", "workerd.log"}
     assert below(f"workerd.{name}") & forbidden == set()
     # An id begins with the time; nothing else in the core asks a clock.
-    assert ("time" in GRAPH[f"workerd.{name}"]) == (name == "job")
+    clocks = {each for each in below(f"workerd.{name}") if "time" in GRAPH.get(each, ())}
+    assert clocks <= {"workerd.ids"}
 
 
 def test_imports_go_down_only() -> None:

@@ -15,22 +15,12 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 
 from workerd.broker import Channel
+from workerd.direct import connect, late, until_deadline
 from workerd.errors import Refused, Trouble, Unencodable, WorkerdError
-from workerd.order import Order, order
+from workerd.exits import EX_DATAERR, EX_IOERR, EX_OK, EX_USAGE, exit_status
+from workerd.order import Order, explained, order
 from workerd.settings import Broker, Settings
-from workerd.submit import (
-    EX_DATAERR,
-    EX_IOERR,
-    EX_OK,
-    EX_USAGE,
-    connect,
-    exit_status,
-    explained,
-    late,
-    open_input,
-    print_id,
-    until_deadline,
-)
+from workerd.submit import open_input, print_id
 from workerd.waiting import complete, first
 
 #: How far publishing may be ahead of the confirms: messages, and bytes of their bodies.
@@ -185,7 +175,7 @@ class Bulk:
 
     def _confirm(self, job_id: str) -> None:
         self.confirmed += 1
-        print_id(self._args, self._order, job_id)
+        print_id(self._args.json, job_id, self._order.queue, self._order.due)
 
     async def _give_up(self, failure: WorkerdError) -> None:
         """Take stock: what else is in flight may arrive all the same."""

@@ -93,6 +93,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `workerd`; ends the process."""
     # `submit` need not wait for these.
+    from workerd import logs_command, queues_command, status_command, steer_command
     from workerd.dead_command import add_dead
     from workerd.run_once import add_run_once
 
@@ -118,6 +119,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     once = commands.add_parser("run-once", help="run a handler for one job, without a broker")
     _add_common(once)
     add_run_once(once)
+    status_command.add_status(
+        commands.add_parser("status", help="the instances of this host, and what they run")
+    )
+    status_command.add_health(commands.add_parser("health", help="whether one really consumes"))
+    queues_command.add_queues(
+        commands.add_parser("queues", help="what waits, is due, is dead"), _add_common
+    )
+    logs_command.add_logs(commands.add_parser("logs", help="the log of one job"))
+    steer_command.add_cancel(commands.add_parser("cancel", help="end a job, or refuse it"))
+    steer_command.add_pause(commands.add_parser("pause", help="take no more work"))
+    steer_command.add_resume(commands.add_parser("resume", help="take work again"))
     _add_setup(commands.add_parser("setup", help="declare all queues, as an administrator"))
     _end(_carry_out(parser.parse_args(arguments)))
 
@@ -139,7 +151,7 @@ def _carry_out(args: argparse.Namespace) -> int:
             sys.stderr.write(f"workerd: {problem}\n")
         return EX_CONFIG
     except WorkerdError as error:
-        from workerd.submit import exit_status
+        from workerd.exits import exit_status
 
         sys.stderr.write(f"{args.name}: {error}\n")
         return exit_status(error)

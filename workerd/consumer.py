@@ -104,6 +104,8 @@ class Consumer:
         self.paused: dict[str, str] = {}
         #: Those among them that are not there.
         self.missing: set[str] = set()
+        #: The work queues that an operator has paused: nothing is consumed for them.
+        self.held_back: set[str] = set()
         self.declarations = Declarations()
         self.ack_timeout = settings.broker.ack_timeout
         self.consuming = asyncio.Event()
@@ -153,7 +155,11 @@ class Consumer:
         """Consume the queues of these settings; reconnect with them, when that is due."""
         before = self._sources
         self._settings = settings
-        self._sources = _sources(settings)
+        self._sources = {
+            name: source
+            for name, source in _sources(settings).items()
+            if source.queue.name not in self.held_back
+        }
         if self._link is None or self._link.ended.done():
             return
         for name in self._sources:
@@ -164,10 +170,24 @@ class Consumer:
             if old is None or new is None or not new.looks_like(old):
                 changed.set()
 
+    def hold_back(self, queues: Iterable[str]) -> None:
+        """Consume nothing for these work queues, and for all others of the settings."""
+        self.held_back = set(queues)
+        self.reload(self._settings)
+
     def _begin(self, link: Link, name: str) -> None:
         self._changes[name] = asyncio.Event()
+
+        def ended(task: asyncio.Task[None]) -> None:
+            del self._changes[name]
+            well = not task.cancelled() and task.exception() is None
+            # Wanted again between its last step and now.
+            again = name in self._sources and self._receiver.wanted and not link.ended.done()
+            if well and again:
+                self._begin(link, name)
+
         task = self._tasks.create_task(self._consume(link, name), name=f"consume {name}")
-        task.add_done_callback(lambda _task: self._changes.pop(name))
+        task.add_done_callback(ended)
 
     def _failed(self, broker: str, trouble: Trouble, delay: float) -> None:
         """A connection was lost, or an attempt failed; an outage is one warning, not many."""

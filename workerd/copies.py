@@ -17,11 +17,13 @@ from workerd.job import (
     LAST_FAILURE,
     MAX_ATTEMPTS,
     OWN,
+    SUBMITTER,
     UNREADABLE,
     Job,
     Message,
     Report,
     count,
+    submitter,
 )
 
 # The broker writes these; republished, RabbitMQ up to 3.13 reads them back as its own
@@ -142,6 +144,7 @@ def _copy(job: Job, facts: Mapping[str, object]) -> tuple[Message, list[str]]:
         **facts,
         MAX_ATTEMPTS: count(job.message.headers.get(MAX_ATTEMPTS)) or None,
         EXPIRES: job.expires,
+        SUBMITTER: submitter(job.message),
     }
     headers.update({name: value for name, value in facts.items() if value is not None})
     # A TTL of the sender's would cut a delay short, and make the broker drop a dead letter.

@@ -18,10 +18,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from workerd import __version__, broker, journal, log, service
+from workerd import __version__, broker, instances, journal, log, places, service
+from workerd.answers import Answers
 from workerd.broker import Link
 from workerd.check import untrusted_programs
 from workerd.consumer import OnOutage
+from workerd.control import Control
 from workerd.copies import Place
 from workerd.errors import SettingsError
 from workerd.handlers.guardian import Guardian
@@ -53,6 +55,7 @@ def run(
         log.begin(log.writer("auto"), "info", instance)
         for problem in error.problems:
             log.error("bad configuration", problem=problem)
+        _leave_word(instance, "\n".join(error.problems), ours=False)
         _exit(EX_CONFIG)
     # Here, so that it holds for the guardian too: a job runs as the same user.
     service.forbid_dumps()
@@ -60,7 +63,7 @@ def run(
     # and no other instance may start them.
     memory_lock = -1
     with contextlib.suppress(OSError):  # it will be told when the memory is opened
-        memory_lock = journal.hold(service.state_directory() / instance)
+        memory_lock = journal.hold(places.state_directory() / instance)
     # Before the first thread, and before anything that it would have to close.
     guardian = Guardian(lock)
     _begin_log(settings, instance)
@@ -70,6 +73,7 @@ def run(
         status = asyncio.new_event_loop().run_until_complete(serving)
     except Exception:  # noqa: BLE001 - a bug: tell it and end
         log.error("bug", traceback=traceback.format_exc())
+        _leave_word(instance, f"a bug, see the log: {traceback.format_exc(0).strip()}", ours=True)
         _exit(EX_SOFTWARE, pidfile)
     _exit(status, pidfile)
 
@@ -98,7 +102,7 @@ async def _serve(
         return broker.links(lambda: worker.settings.broker, name, os.environ, on_outage, wake)
 
     memory = journal.HostMemory(
-        service.state_directory(),
+        places.state_directory(),
         instance,
         settings.worker.remember,
         _memory_trouble,
@@ -112,7 +116,8 @@ async def _serve(
 
     def broken(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        if broker.is_noise(error):
+        # Out of descriptors for somebody who asks; asyncio tries again by itself.
+        if broker.is_noise(error) or (isinstance(error, OSError) and "socket" in context):
             return
         text = "".join(traceback.format_exception(error)) if error else context["message"]
         log.error("bug", traceback=text)
@@ -133,7 +138,17 @@ async def _serve(
     reload = Reload(worker, systemd, lambda: _load(config, instance), apply)
     loop.add_signal_handler(signal.SIGHUP, reload.request)
     loop.add_signal_handler(signal.SIGUSR1, worker.status.log_state)
-    await worker.run()
+    folder = places.runtime_directory() / instance
+    instances.well(folder)
+    answers = Answers(worker, instance)
+    control = Control(folder, answers)
+    await control.open()
+    pulse = loop.create_task(answers.pulse.run(), name="pulse")
+    try:
+        await worker.run()
+    finally:
+        control.close()
+        pulse.cancel()
     return EX_SOFTWARE if bugs else 0
 
 
@@ -157,10 +172,16 @@ def _begin_log(settings: Settings, instance: str) -> None:
     log.begin(log.writer(settings.log.format), settings.log.level, instance)
 
 
+def _leave_word(instance: str, why: str, ours: bool) -> None:
+    """For `workerd status`, as long as nothing of this name runs."""
+    if instance not in (".", "..") and "/" not in instance:
+        instances.failed(places.runtime_directory() / instance, why, ours)
+
+
 def _lock(instance: str) -> int:
     """Hold the instance's name on this host. Raises SettingsError when another daemon does."""
     try:
-        path = service.runtime_directory() / instance / "lock"
+        path = places.runtime_directory() / instance / "lock"
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:

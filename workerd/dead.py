@@ -20,11 +20,12 @@ from dataclasses import replace
 from workerd import topology
 from workerd.broker import CONFIRM_TIMEOUT, Channel, Link
 from workerd.errors import Kind, Refused, Trouble, Unencodable, WorkerdError
-from workerd.job import Message, new_id
+from workerd.exits import EX_TEMPFAIL
+from workerd.ids import new_id
+from workerd.job import Message
 from workerd.letterbox import Box, tell
 from workerd.letters import Filter, Irreplaceable, Letter, renewed, replayed
 from workerd.options import Broker, Queue
-from workerd.submit import EX_TEMPFAIL
 
 #: Copies published ahead of their confirms.
 WINDOW = 100

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -147,35 +145,23 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def _list(args: argparse.Namespace) -> int:
     from workerd.sheets import HEADINGS, row, summary
+    from workerd.tables import print_json, print_table
 
     now = time.time()
     if args.json:
-        _look(args, _filter(args), lambda letter: _print_json(summary(letter)))
+        _look(args, _filter(args), lambda letter: print_json(summary(letter)))
         return 0
     rows: list[tuple[str, ...]] = []
     _look(args, _filter(args), lambda letter: rows.append(row(letter, now)))
     if rows:
-        _print_table([HEADINGS, *rows])
+        print_table([HEADINGS, *rows])
     return 0
-
-
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    from workerd.log import safe
-
-    cells = [[safe(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        sys.stdout.write("  ".join(padded).rstrip() + "\n")
-
-
-def _print_json(value: object) -> None:
-    # ASCII, so that no locale and no lone surrogate can be in the way.
-    sys.stdout.write(json.dumps(value) + "\n")
 
 
 def _look(args: argparse.Namespace, wanted: Filter, found: Callable[[Letter], None]) -> None:
     """Call ``found`` with each wanted letter. Raises Trouble, Refused."""
+    import asyncio
+
     from workerd import dead
 
     settings = _settings(args)
@@ -192,6 +178,7 @@ def _show(args: argparse.Namespace) -> int:
     from workerd.errors import Refused
     from workerd.letters import Filter
     from workerd.sheets import everything, sheet
+    from workerd.tables import print_json
 
     found: list[Letter] = []
     _look(args, Filter(ids=frozenset({args.id})), found.append)
@@ -206,7 +193,7 @@ def _show(args: argparse.Namespace) -> int:
     now = time.time()
     for number, letter in enumerate(found):
         if args.json:
-            _print_json(everything(letter))
+            print_json(everything(letter))
         else:
             sys.stdout.write("\n" if number else "")
             _print_sheet(sheet(letter, now))
@@ -232,6 +219,8 @@ def _print_id(letter: Letter) -> None:
 
 
 def _requeue(args: argparse.Namespace) -> int:
+    import asyncio
+
     from workerd import dead
     from workerd.letterbox import tell
 
@@ -255,6 +244,8 @@ def _requeue(args: argparse.Namespace) -> int:
 
 
 def _drop(args: argparse.Namespace) -> int:
+    import asyncio
+
     from workerd import dead
     from workerd.errors import Refused
     from workerd.letterbox import tell
@@ -284,6 +275,7 @@ def _drop(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from workerd.sheets import everything
+    from workerd.tables import print_json
 
-    _look(args, _filter(args), lambda letter: _print_json(everything(letter)))
+    _look(args, _filter(args), lambda letter: print_json(everything(letter)))
     return 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import contextlib
+from collections.abc import Awaitable, Iterator
 from typing import TYPE_CHECKING
 
 from workerd import log
@@ -141,6 +142,20 @@ class Drain:
     @property
     def seconds_left(self) -> float:
         return max(0.0, self._deadline - asyncio.get_running_loop().time())
+
+    @contextlib.contextmanager
+    def interrupting(self, stop: asyncio.Future[None]) -> Iterator[None]:
+        """Meanwhile, ``stop`` is done as soon as running jobs must end."""
+
+        def interrupt(_interrupt: object) -> None:
+            if not stop.done():
+                stop.set_result(None)
+
+        self.interrupt.add_done_callback(interrupt)
+        try:
+            yield
+        finally:
+            self.interrupt.remove_done_callback(interrupt)
 
     async def interrupted(self) -> None:
         """Wait until running jobs must end."""

@@ -1,6 +1,6 @@
 """A job: one AMQP message as workerd understands it, and how it may end.
 
-Pure: instants are passed in (only a new id reads the clock), no I/O. The message
+Pure: instants are passed in (only a new id, of `ids`, reads the clock), no I/O. The message
 contract that users rely on is documented in docs/messages.md.
 """
 
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from workerd.errors import WorkerdError
+from workerd.ids import new_id
 
 #: Spent attempts of this message; absent on a first try.
 ATTEMPT = "x-workerd-attempt"
@@ -30,6 +29,8 @@ REPLAY = "x-workerd-replay"
 FIRST_FAILURE = "x-workerd-first-failure"
 #: Stands in every dead letter: when the job failed for the last time.
 LAST_FAILURE = "x-workerd-last-failure"
+#: The number of the user who submitted the job through a daemon, on the daemon's host.
+SUBMITTER = "x-workerd-submitter"
 #: RabbitMQ's count of returns, of quorum queues alone. Its meaning changes between versions.
 DELIVERY_COUNT = "x-delivery-count"
 
@@ -181,14 +182,10 @@ class Report:
     ran: bool = True
 
 
-def new_id() -> str:
-    """A UUIDv7 (RFC 9562 §5.7): unique, and sorted by the millisecond it was made in."""
-    value = int.from_bytes(os.urandom(16), "big")
-    value = (time.time_ns() // 1_000_000) << 80 | value & (1 << 80) - 1
-    value = value & ~(0xF << 76) | 7 << 76
-    value = value & ~(0x3 << 62) | 2 << 62
-    text = f"{value:032x}"
-    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+def submitter(message: Message) -> int | None:
+    """The user who submitted it through a daemon, None when nobody knows."""
+    uid = message.headers.get(SUBMITTER)
+    return uid if isinstance(uid, int) and not isinstance(uid, bool) and uid >= 0 else None
 
 
 def decode(

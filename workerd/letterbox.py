@@ -20,8 +20,8 @@ from collections.abc import AsyncIterator
 
 from workerd.broker import Channel, Incoming, Link
 from workerd.errors import Refused
+from workerd.exits import EX_TEMPFAIL
 from workerd.letters import Filter, Letter
-from workerd.submit import EX_TEMPFAIL
 
 #: The most that AMQP lets a consumer hold. Never 0: a quorum queue would stop after 2,000.
 HOLD = 65_535

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 from workerd import times, topology
 from workerd.copies import is_reserved, portable_headers
-from workerd.errors import Refused
-from workerd.job import EXPIRES, MAX_ATTEMPTS, Message, new_id
+from workerd.errors import Kind, Refused, Trouble
+from workerd.ids import new_id
+from workerd.job import COPY, EXPIRES, MAX_ATTEMPTS, Message
 from workerd.settings import Handler, Settings
 from workerd.wording import did_you_mean
 
@@ -85,7 +86,7 @@ def order(args: argparse.Namespace, settings: Settings) -> Order:
             EX_USAGE, f"no handler is named {args.type!r}{hint}; name a --queue to send it anyway"
         )
     for option, text in (("TYPE", args.type), ("--id", args.id), ("--queue", args.queue)):
-        if text is not None and not _is_short_text(text):
+        if text is not None and not is_short_text(text):
             raise Refused(EX_USAGE, f"{option} must be 1 to {_SHORT} bytes of printable text")
     if args.priority is not None and not 0 <= args.priority <= 255:
         raise Refused(EX_USAGE, "--priority must be from 0 to 255")
@@ -117,6 +118,26 @@ def order(args: argparse.Namespace, settings: Settings) -> Order:
     )
 
 
+def explained(trouble: Trouble, exchange: str, queue: str) -> Trouble:
+    """With what to do about it, if it was met on the way through ``exchange`` to ``queue``.
+
+    ``exchange`` is "" where nothing was delayed.
+    """
+    if not exchange or trouble.kind is not Kind.MISSING:
+        return trouble
+    remedy = f"start a worker of {queue!r} once, or have 'workerd setup' declare it"
+    return Trouble(Kind.MISSING, f"{trouble}; a delay needs it: {remedy}", trouble.code)
+
+
+def marked(message: Message, mark: str | None, timestamp: int) -> Message:
+    """The message as one of several copies of a job, which the daemons take for one.
+
+    All copies have the same ``mark`` and ``timestamp``, and nothing else has that mark.
+    """
+    headers = message.headers if mark is None else {**message.headers, COPY: mark}
+    return replace(message, headers=headers, timestamp=timestamp)
+
+
 def _due(args: argparse.Namespace, now: float) -> float | None:
     """When the jobs come due, None when that is now or past. Raises Refused."""
     if args.delay is not None:
@@ -146,7 +167,7 @@ def _attempts(wanted: int, handler: Handler | None) -> int:
 
 def _header(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
-    if not equals or not _is_short_text(name):
+    if not equals or not is_short_text(name):
         raise Refused(EX_USAGE, f"--header {text!r}: expected NAME=VALUE")
     if is_reserved(name.lower()):
         raise Refused(EX_USAGE, f"--header {name}: only workerd or RabbitMQ may set this header")
@@ -157,6 +178,6 @@ def _header(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _is_short_text(text: str) -> bool:
+def is_short_text(text: str) -> bool:
     """Whether it can be a property, and be shown to people."""
     return text.isprintable() and 0 < len(text.encode()) <= _SHORT

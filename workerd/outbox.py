@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from workerd import log, topology
 from workerd.copies import Place, another_go, dead_letter
 from workerd.errors import Kind, Trouble, Unencodable, Unroutable
-from workerd.job import Job, Message, Report, new_id
+from workerd.ids import new_id
+from workerd.job import Job, Message, Report
 from workerd.ledger import Run
 from workerd.publisher import Publisher
 from workerd.retry import backoff

@@ -17,6 +17,7 @@ from workerd.check import drop_to_service_user, untrusted_programs
 from workerd.errors import SettingsError
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.register import Handlers
+from workerd.ids import new_id
 from workerd.job import BadJob, Job, Outcome, Report
 from workerd.options import Settings
 from workerd.settings import load
@@ -89,7 +90,7 @@ def run_once(args: argparse.Namespace) -> int:
     message = jobs.Message(
         sys.stdin.buffer.read(),
         type=handler.name,
-        message_id=args.id or jobs.new_id(),
+        message_id=args.id or new_id(),
         headers={**headers, jobs.ATTEMPT: args.attempt - 1},
     )
     guardian = Guardian()
@@ -120,7 +121,7 @@ async def _run(settings: Settings, job: Job, guardian: Guardian) -> Report:
         began = time.monotonic()
         try:
             admit(job, settings, time.time())
-            report = await runs.run(job, stop, lambda: log.event("start"))
+            report = await runs.run(job, stop, lambda _pid: log.event("start"))
         except BadJob as bad:
             report = Report(Outcome.REJECTED, bad.reason, error=str(bad), ran=False)
         log.event(

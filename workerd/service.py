@@ -8,8 +8,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import sdnotify
@@ -58,31 +57,6 @@ class Systemd:
         while True:
             self._notifier.notify("WATCHDOG=1")
             await asyncio.sleep(limit / 3)
-
-
-def runtime_directory(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where locks and sockets are: systemd's $RUNTIME_DIRECTORY, else /run/workerd when that is
-    ours to write, else $XDG_RUNTIME_DIR/workerd.
-    """
-    own = environ.get("XDG_RUNTIME_DIR") or str(Path.home() / ".local/state")
-    return _directory(environ.get("RUNTIME_DIRECTORY"), "/run/workerd", own)
-
-
-def state_directory(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the memory of jobs is: systemd's $STATE_DIRECTORY, else /var/lib/workerd when that
-    is ours to write, else $XDG_STATE_HOME/workerd.
-    """
-    own = environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
-    return _directory(environ.get("STATE_DIRECTORY"), "/var/lib/workerd", own)
-
-
-def _directory(given: str | None, system: str, own: str) -> Path:
-    if given:
-        return Path(given.split(":")[0])
-    base = Path(system)
-    if os.access(base if base.is_dir() else base.parent, os.W_OK):
-        return base
-    return Path(own, "workerd")
 
 
 def shed_inheritance() -> None:

@@ -12,8 +12,8 @@ from typing import Literal
 from workerd import topology
 from workerd.broker import Link
 from workerd.errors import Kind, Trouble
+from workerd.exits import EX_NOPERM, EX_OK
 from workerd.options import Settings
-from workerd.submit import EX_NOPERM, EX_OK
 from workerd.topology import BindExchange, BindQueue, DeclareExchange, DeclareQueue, Step
 from workerd.waiting import complete
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 
 from workerd.job import EXPIRES, Message
 from workerd.letters import RETURNS, Letter, stamp, text_of
+from workerd.tables import age as as_age
 
 #: A body up to this many bytes is shown as text.
 _SHORT = 4096
@@ -53,20 +54,10 @@ def row(letter: Letter, now: float) -> tuple[str, ...]:
         letter.reason,
         attempts if isinstance(attempts, int) else None,
         letter.end,
-        _age(letter.age(now)),
+        as_age(letter.age(now)),
         len(letter.message.body),
     )
     return tuple("-" if cell in (None, "") else str(cell) for cell in cells)
-
-
-def _age(seconds: float | None) -> str:
-    """Two digits or so: 45s, 12m, 3h, 20d."""
-    if seconds is None:
-        return ""
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds // length:.0f}{unit}"
-    return f"{seconds:.0f}s"
 
 
 def summary(letter: Letter) -> dict[str, object]:
@@ -163,7 +154,7 @@ def _facts(letter: Letter, now: float) -> Iterator[tuple[str, object]]:
     yield "instance", letter.fact("instance")
     yield "first failure", letter.fact("first-failure")
     yield "last failure", letter.fact("last-failure")
-    yield "age", _age(age)
+    yield "age", as_age(age)
     expires = letter.message.headers.get(EXPIRES)
     if isinstance(expires, int):
         yield "not to start after", stamp(expires / 1000)

@@ -86,6 +86,8 @@ class Status:
                 f"consuming {', '.join(sorted(consuming))}: {running}/{slots} running, "
                 f"{self.done} done, {retried}{self.failed} failed; {consumer.broker}"
             )
+        held_back = sorted(consumer.held_back.intersection(worker.ledger.concurrency))
+        parts += [f"{queue} paused by an operator" for queue in held_back]
         parts += [f"{queue} paused: {text}" for queue, text in sorted(consumer.paused.items())]
         refused = {run.job.queue: text for run, text in worker.outbox.refused.items()}
         parts += [f"{queue} paused: {text}" for queue, text in sorted(refused.items())]

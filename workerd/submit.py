@@ -1,78 +1,195 @@
-"""Sending a job: confirmed by the broker, or told exactly why not. For many of them see `bulk`."""
+"""Sending a job: confirmed by the broker, or told exactly why not. For many of them see `bulk`.
+
+Through a running instance of this host, where there is one; otherwise, or when that goes away
+in between, at the broker itself (`direct`). The first way must stay cheap: nothing that takes
+long to import is imported at the top.
+"""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import FrameType
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
-from workerd import times, topology
-from workerd.broker import Channel, Link
-from workerd.errors import Kind, Refused, Trouble, Unencodable, Unroutable, WorkerdError
-from workerd.job import Message
-from workerd.order import Order, order
-from workerd.retry import backoff
-from workerd.settings import Broker, Settings
-from workerd.waiting import complete
+from workerd import ask
+from workerd.errors import Refused
+from workerd.exits import (
+    EX_DATAERR,
+    EX_OK,
+    EX_UNAVAILABLE,
+    EX_USAGE,
+)
+from workerd.ids import new_id
 
-# Exit statuses, of sysexits.h.
-EX_OK = 0
-EX_USAGE = 64
-EX_DATAERR = 65
-EX_UNAVAILABLE = 69
-EX_CANTCREAT = 73
-EX_IOERR = 74
-EX_TEMPFAIL = 75
-EX_NOPERM = 77
-
-#: Seconds for a goodbye, once everything is confirmed.
-_CLOSE_TIMEOUT = 1.0
-
-T = TypeVar("T")
+#: Seconds by which the daemon is told to be earlier than we would give up.
+_MARGIN = 0.2
 
 
-def submit(args: argparse.Namespace, settings: Settings) -> int:
+def submit(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Carry out a `submit` command line for one job; returns the exit status.
 
-    Raises Refused, and WorkerdError for trouble with the broker.
+    ``environ`` has the broker's URL in it, where one was given. Raises Refused, SettingsError,
+    and WorkerdError for trouble with the broker.
     """
-    wanted = order(args, settings)
     deadline = time.monotonic() + args.timeout
-    message = wanted.message(_read_body(args, wanted.max_body))
+    head = b""
+    mark = None
+    # A job that is sent once more must be the same one.
+    job_id, timestamp = new_id() if args.id is None else args.id, int(time.time())
+    folders = (
+        [] if args.direct or args.dry_run or "WORKERD_BROKER_URL" in environ else _folders(args)
+    )
+    if folders:
+        _check(args)
+        head = read_body(args, ask.MAX_BODY)
+        if len(head) <= ask.MAX_BODY:
+            mark = new_id()
+            request = _request(args, job_id, mark, timestamp)
+            answer = _ask_any(folders, request, head, deadline)
+            if answer:
+                print_id(args.json, job_id, str(answer["queue"]), answer["due"])
+                return EX_OK
+    return _directly(args, environ, head, (job_id, mark, timestamp), deadline)
+
+
+def _folders(args: argparse.Namespace) -> list[Path]:
+    """The runtime folders of the instances that may be asked, in this order."""
+    found = ask.folders()
+    wanted = [args.instance] if args.instance else sorted(found, key=lambda name: name != "1")
+    return [
+        found[name]
+        for name in wanted
+        if name in found and os.access(found[name] / ask.SOCKET, os.W_OK)
+    ]
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises Refused for what the daemon would not see."""
+    if args.body is not None and args.file is not None:
+        raise Refused(EX_USAGE, "BODY and --file exclude each other")
+
+
+def _request(args: argparse.Namespace, job_id: str, mark: str, timestamp: int) -> dict[str, object]:
+    """What the daemon is asked. Raises Refused."""
+    now = time.time()
+    due = None if args.delay is None else now + args.delay
+    if args.at is not None:
+        from workerd import times
+
+        try:
+            due = times.instant(args.at, now)  # in our zone, not in the daemon's
+        except ValueError as error:
+            raise Refused(EX_USAGE, f"--at {args.at!r}: {error}") from None
+    headers = {}
+    for text in args.header:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise Refused(EX_USAGE, f"--header {text!r}: expected NAME=VALUE")
+        headers[name] = value
+    facts = {
+        "type": args.type,
+        "queue": args.queue,
+        "id": job_id,
+        "due": due,
+        "ttl": args.ttl,
+        "priority": args.priority,
+        "attempts": args.attempts,
+        "headers": headers or None,
+        "mark": mark,
+        "timestamp": timestamp,
+        "config": None if args.config is None else os.path.realpath(args.config),
+    }
+    given = {name: value for name, value in facts.items() if value is not None}
+    return {"request": "submit", **given}
+
+
+def _ask_any(
+    folders: list[Path], request: dict[str, object], body: bytes, deadline: float
+) -> ask.Answer | None:
+    """The answer of the first instance that can do it, None when none can.
+
+    Raises Refused: then another way would lead nowhere either.
+    """
+    for folder in folders:
+        left = max(deadline - time.monotonic(), 0.0)
+        timed = {**request, "timeout": max(left - _MARGIN, left / 2)}
+        try:
+            return ask.ask(folder, timed, body, left)
+        except ask.Elsewhere:
+            continue
+        except ask.NoAnswer as silent:
+            if time.monotonic() >= deadline:
+                raise Refused(EX_UNAVAILABLE, f"the daemon: {silent}") from None
+            # It may have published the job, so no other instance does: the mark is the same.
+            continue
+    return None
+
+
+def _directly(
+    args: argparse.Namespace,
+    environ: Mapping[str, str],
+    head: bytes,
+    copy: tuple[str, str | None, int],
+    deadline: float,
+) -> int:
+    from workerd.order import marked, order
+    from workerd.settings import load
+
+    settings = load(args.config, args.instance or "1", environ)
+    job_id, mark, timestamp = copy
+    args.id = job_id
+    wanted = order(args, settings)
+    body = read_body(args, wanted.max_body, head)
+    message = marked(wanted.message(body), mark, timestamp)
     if not args.dry_run:
-        complete(_submit_one(settings.broker, wanted, message, deadline))
-    print_id(args, wanted, str(message.message_id))
+        from workerd.direct import submit_one
+        from workerd.waiting import complete
+
+        complete(submit_one(settings.broker, wanted, message, deadline))
+    print_id(args.json, job_id, wanted.queue, wanted.due)
     return EX_OK
 
 
-def print_id(args: argparse.Namespace, order: Order, job_id: str) -> None:
-    """Tell a job's id on standard output."""
+def print_id(as_json: bool, job_id: str, queue: str, due: float | str | None) -> None:
+    """Tell a job's id on standard output; ``due`` is an instant, or the text for it."""
     line = job_id
-    if args.json:
-        facts = {"id": job_id, "queue": order.queue}
-        if order.due is not None:
-            facts["due"] = times.utc(order.due)
+    if as_json:
+        facts = {"id": job_id, "queue": queue}
+        if isinstance(due, float):
+            from workerd import times
+
+            due = times.utc(due)
+        if due is not None:
+            facts["due"] = due
         line = json.dumps(facts)
     sys.stdout.write(line + "\n")
 
 
-def _read_body(args: argparse.Namespace, limit: int) -> bytes:
-    """The body, or just enough of it to see that it is larger than ``limit``. Raises Refused."""
+def read_body(args: argparse.Namespace, limit: int, head: bytes = b"") -> bytes:
+    """The body, or just enough of it to see that it is larger than ``limit``.
+
+    ``head`` is what has been read before. Raises Refused.
+    """
     if args.body is not None:
         return os.fsencode(args.body)
     if args.file is None and (sys.stdin is None or sys.stdin.isatty()):
         return b""
-    with _time_limit(args.timeout), open_input(args.file) as file:
+    if args.file not in (None, "-"):
+        head = b""  # it is opened anew
+    if len(head) > limit:
+        return head
+    with _time_limit(args.timeout):
+        file = open_input(args.file)  # closed with the process: standard input may be read on
         try:
-            return file.read(limit + 1)
+            return head + file.read(limit + 1 - len(head))
         except OSError as error:
             raise Refused(EX_DATAERR, f"cannot read the input: {error.strerror}") from None
 
@@ -102,97 +219,3 @@ def _time_limit(seconds: float) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-async def _submit_one(broker: Broker, order: Order, message: Message, deadline: float) -> None:
-    """Publish until it is confirmed: again, under the same id, after a lost connection."""
-
-    async def attempt() -> Link:
-        channel = await connect(broker, order)
-        parcel = order.parcel(message, time.time())
-        try:
-            await channel.publish(parcel.exchange, parcel.key, parcel.message)
-        except asyncio.CancelledError:
-            raise late(channel) from None
-        except Trouble as trouble:
-            raise explained(trouble, parcel.exchange, order.queue) from None
-        return channel.link
-
-    link = await until_deadline(attempt, deadline)
-    # RabbitMQ logs a warning about everybody who leaves without a goodbye.
-    await link.close(_CLOSE_TIMEOUT)
-
-
-async def until_deadline(attempt: Callable[[], Awaitable[T]], deadline: float) -> T:
-    """Make attempts while the broker is away, until one succeeds or the time is up.
-
-    Raises the Trouble of the last one. ``deadline`` is an instant of the monotonic clock.
-    """
-    last = Trouble(Kind.AWAY, "the broker did not answer in time")
-    for delay in backoff(0.2, 2.0):
-        try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                return await attempt()
-        except TimeoutError:
-            raise last from None
-        except Trouble as trouble:
-            if trouble.kind is not Kind.AWAY or time.monotonic() + delay >= deadline:
-                raise
-            last = trouble
-        await asyncio.sleep(delay)
-    raise AssertionError("backoff never ends")
-
-
-async def connect(broker: Broker, order: Order) -> Channel:
-    """A confirming channel to any of the brokers. Raises the last one's Trouble."""
-    link = await Link.to_any(broker, "submit", os.environ)
-    channel = await link.channel()
-    if order.due is not None:
-        await _find_due(channel, order.queue)
-    await channel.confirm()
-    return channel
-
-
-async def _find_due(channel: Channel, queue: str) -> None:
-    """Raises Trouble unless the delayed jobs of a queue have somewhere to come due."""
-    # No level knows where its jobs will go: a missing destination shows when they are due.
-    try:
-        await channel.count(topology.due(queue))
-    except Trouble as trouble:
-        raise explained(trouble, topology.DUE, queue) from None
-
-
-def explained(trouble: Trouble, exchange: str, queue: str) -> Trouble:
-    """With what to do about it, if it was met on the way through ``exchange`` to ``queue``.
-
-    ``exchange`` is "" where nothing was delayed.
-    """
-    if not exchange or trouble.kind is not Kind.MISSING:
-        return trouble
-    remedy = f"start a worker of {queue!r} once, or have 'workerd setup' declare it"
-    return Trouble(Kind.MISSING, f"{trouble}; a delay needs it: {remedy}", trouble.code)
-
-
-def late(channel: Channel) -> Trouble:
-    """Why a message was not confirmed in time."""
-    if channel.link.blocked:
-        return Trouble(Kind.BUSY, f"the broker takes nothing at present: {channel.link.blocked}")
-    return Trouble(Kind.AWAY, "the broker did not confirm in time")
-
-
-def exit_status(error: WorkerdError) -> int:
-    """The exit status that tells a script what went wrong."""
-    if isinstance(error, Refused):
-        return error.status
-    if isinstance(error, Unencodable):
-        return EX_DATAERR
-    if isinstance(error, Unroutable):
-        return EX_CANTCREAT
-    if isinstance(error, Trouble):
-        return {
-            Kind.TOO_LARGE: EX_DATAERR,
-            Kind.BUSY: EX_TEMPFAIL,
-            Kind.REFUSED: EX_NOPERM,
-            Kind.MISSING: EX_CANTCREAT,
-        }.get(error.kind, EX_UNAVAILABLE)
-    return EX_UNAVAILABLE

@@ -27,7 +27,6 @@ A job that was not confirmed (69, 75) may have arrived all the same.
 
 examples:
   submit resize --at 02:30 --ttl 4h < a.json    tonight, or not at all
-  submit resize --lines < names.txt             one job for each line
 """
 
 Add = Callable[[argparse.ArgumentParser], None]
@@ -69,20 +68,21 @@ def add_submit(parser: argparse.ArgumentParser, add_common: Add, duration: Durat
     )
     add("--json", action="store_true", help="print id, queue and due time as a JSON object")
     add_url(parser)
+    add("--direct", action="store_true", help="not through an instance that runs on this host")
     add("--dry-run", action="store_true", help="do everything but send")
-    parser.set_defaults(carry_out=_submit, name="submit")
+    parser.set_defaults(carry_out=_submit, name="submit", instance=None)
 
 
 def _submit(args: argparse.Namespace) -> int:
-    from workerd.settings import load
-    from workerd.submit import submit
-
-    settings = load(args.config, args.instance, environ(args))
+    variables = environ(args)
     if args.lines or args.jsonl:
         from workerd.bulk import submit_lines
+        from workerd.settings import load
 
-        return submit_lines(args, settings)
-    return submit(args, settings)
+        return submit_lines(args, load(args.config, args.instance or "1", variables))
+    from workerd.submit import submit
+
+    return submit(args, variables)
 
 
 def add_url(parser: argparse.ArgumentParser) -> None:

@@ -7,17 +7,19 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from workerd import job as jobs
 from workerd import log
 from workerd.admission import admit
 from workerd.broker import Channel, Incoming
+from workerd.cancellations import Cancellations
 from workerd.consumer import Connect, Consumer, Source
 from workerd.copies import Place
 from workerd.drain import Drain
 from workerd.errors import Trouble
-from workerd.job import BadJob, Delivery, Job, Outcome, Report
+from workerd.job import BadJob, Delivery, Job, Outcome, Report, submitter
 from workerd.ledger import Ledger, Rejoined, Run, Settle
 from workerd.memory import Memory
 from workerd.options import Retry, Settings
@@ -37,15 +39,19 @@ LOOK_INTERVAL = 0.1
 WORN = 10
 
 
+class Started(Protocol):
+    """Told that a job has begun, and in which process, where it has one of its own."""
+
+    def __call__(self, pid: int | None = None) -> None: ...
+
+
 class Handler(Protocol):
     """What runs jobs of one type."""
 
     #: Whether each job begins at once; elsewhere it may have to wait for a free process.
     immediate: bool
 
-    async def run(
-        self, job: Job, stop: asyncio.Future[None], started: Callable[[], None]
-    ) -> Report:
+    async def run(self, job: Job, stop: asyncio.Future[None], started: Started) -> Report:
         """Run the job; when ``stop`` is done, interrupt it.
 
         ``started`` is called when it has really begun. Raises BadJob before, when it never can.
@@ -66,6 +72,19 @@ class Register(Protocol):
 
     async def close(self) -> None:
         """Wait until every process is gone, once no job runs any more."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is. ``began`` is an instant of the monotonic clock, None before the start.
+
+    When ``stop`` is done, the handler ends the job. ``pid`` is that of its process.
+    """
+
+    stop: asyncio.Future[None]
+    began: float | None = None
+    pid: int | None = None
+    cancelled: bool = False
 
 
 class Worker:
@@ -91,6 +110,11 @@ class Worker:
         self.pauses = Pauses()
         self.pressure = Pressure(own_file())
         self.status = Status(self)
+        self.cancellations = Cancellations()
+        #: Jobs that came over the local socket and that the broker has not confirmed yet.
+        self.submissions = 0
+        #: Of every run whose handler has not ended.
+        self.progress: dict[Run, Progress] = {}
         #: Every open channel on which a delivery may still have to be settled, by serial.
         self.channels: dict[int, Channel] = {}
         self._connect = connect
@@ -147,7 +171,11 @@ class Worker:
         """The life of a job, from its start to the order that settles its delivery."""
         job = run.job
         with log.job_fields(job_id=job.id, job_type=job.type, queue=job.queue, attempt=job.attempt):
-            report = await self._execute(run)
+            progress = Progress(asyncio.get_running_loop().create_future())
+            self.progress[run] = progress
+            with self.drain.interrupting(progress.stop):
+                report = await self._execute(run, progress)
+            del self.progress[run]
             self.ledger.ended(run)
             verdict = await self._carry_out(self._judge(job, report), run, report)
             self.status.count(verdict)
@@ -158,16 +186,17 @@ class Worker:
                 log.event("verdict kept", verdict=verdict.value)  # for the redelivery
         self._start_more()
 
-    async def _execute(self, run: Run) -> Report:
+    async def _execute(self, run: Run, progress: Progress) -> Report:
         """Give the job to its handler, if there is one that may have it, and log what it made."""
         job = run.job
         began = time.monotonic()
         has_started = False
 
-        def started() -> None:
+        def started(pid: int | None = None) -> None:
             nonlocal has_started
             has_started = True
             self.ledger.begins(run)
+            progress.began, progress.pid = time.monotonic(), pid
             alone = True if job.lost_starts else None
             log.event("start", self.routine, redelivered=job.redelivered, alone=alone)
             if self.pauses.available(str(job.type)):
@@ -175,10 +204,13 @@ class Worker:
                 self.changed()
 
         try:
+            self.cancellations.check(job, time.time())
             handler = self.handlers[admit(job, self.settings, time.time()).name]
             if self.pauses.holds(str(job.type), began):
                 return Report(Outcome.UNAVAILABLE, ran=False)
-            report = await handler.run(job, self.drain.interrupt, started)
+            report = await handler.run(job, progress.stop, started)
+            if progress.cancelled and report.outcome is Outcome.INTERRUPTED:
+                report = replace(report, outcome=Outcome.REJECTED, reason="cancelled")
         except BadJob as bad:
             report = Report(Outcome.REJECTED, bad.reason, error=str(bad), ran=False)
         except Exception:  # noqa: BLE001 - whatever a handler does, the job is not lost
@@ -199,6 +231,21 @@ class Worker:
         """Whether nothing but its slot keeps a job from beginning."""
         handler = self.handlers.get(str(job.type))
         return handler is None or handler.immediate
+
+    def cancel(self, job_id: str, owner: int | None) -> list[Run]:
+        """End the runs of a job, and let no other begin; returns the runs that are ended.
+
+        With an ``owner``, only what this user has submitted.
+        """
+        self.cancellations.add(job_id, owner, time.time())
+        ended = []
+        for run, progress in self.progress.items():
+            if run.job.id == job_id and owner in (None, submitter(run.job.message)):
+                progress.cancelled = True
+                if not progress.stop.done():
+                    progress.stop.set_result(None)
+                ended.append(run)
+        return ended
 
     def _retry_policy(self, job: Job) -> Retry:
         handler = self.settings.handlers.get(str(job.type))

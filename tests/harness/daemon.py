@@ -60,7 +60,7 @@ class Daemon:
         # A socket's path has at most 107 bytes, so a test's own folder may be too long a name.
         self._folder = Path(tempfile.mkdtemp(prefix="workerd-"))
         # Common to the daemons of a test, and to nobody else on this machine.
-        self._runtime = config.parent / "run"
+        self.runtime = Path((env or {}).get("RUNTIME_DIRECTORY") or config.parent / "run")
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.bind(str(self._folder / "notify"))
         if command is None:
@@ -205,7 +205,7 @@ class Daemon:
             "PYTHONPATH": os.pathsep.join(filter(None, [pika, str(CHECKOUT)])),
             "NOTIFY_SOCKET": str(self._folder / "notify"),
             # Instances of the same test are on one host; those of others are not.
-            "RUNTIME_DIRECTORY": str(self._home / "run"),
+            "RUNTIME_DIRECTORY": str(self.runtime),
             "STATE_DIRECTORY": str(self._home / "state"),
             **changes,
         }

@@ -99,6 +99,28 @@ class Channel:
         answer = await self._ask(self._channel.queue_declare, queue=queue, passive=True)
         return answer.method.message_count, answer.method.consumer_count
 
+    def probe(self) -> asyncio.Future[Any]:
+        """Ask for what is answered at once and changes nothing.
+
+        However long it takes, the connection stays; the future raises Trouble when it ends.
+        """
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._requests.add(answer)
+        answer.add_done_callback(self._requests.discard)
+
+        def answered(frame: Any) -> None:
+            if not answer.done():
+                answer.set_result(frame)
+
+        # It holds for consumers that are yet to come, and this channel gets none.
+        try:
+            self._channel.basic_qos(prefetch_count=1, global_qos=False, callback=answered)
+        except pika.exceptions.AMQPError as error:
+            answer.set_exception(diagnose(error))
+        # Whether anybody looks at it or not.
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return answer
+
     async def ask_to_read(self, queue: str) -> None:
         """Ends the channel. Raises Trouble unless this user may read the queue."""
         # The broker looks at the rights before it finds that this is no priority: so no

@@ -41,7 +41,7 @@ class CommandHandler:
         self._program = Program(settings.command[0], settings, environ)
 
     async def run(
-        self, job: Job, stop: asyncio.Future[None], started: Callable[[], None]
+        self, job: Job, stop: asyncio.Future[None], started: Callable[[int], None]
     ) -> Report:
         """Run the job in a process of its own until that ends, times out, or ``stop`` is done.
 
@@ -57,7 +57,7 @@ class CommandHandler:
             os.close(report)
 
     async def _run(
-        self, job: Job, stop: asyncio.Future[None], started: Callable[[], None], report: int
+        self, job: Job, stop: asyncio.Future[None], started: Callable[[int], None], report: int
     ) -> Report:
         settings = self._settings
         stdout = Output("stdout", "info", self._output_lines, settings.output_limit)
@@ -77,7 +77,7 @@ class CommandHandler:
             raise BadJob("bad-argument", "an argument contains a NUL byte") from None
         except OSError as error:
             return self._spawn_failed(error)
-        started()
+        started(process.pid)
 
         def interrupt(_stop: object) -> None:
             process.end("drain", settings.kill_grace)

@@ -52,14 +52,14 @@ _CAUSES = {
 class Turn:
     """A job that waits for a warm process, or is in the hands of one."""
 
-    def __init__(self, job: Job, started: Callable[[], None], lines: int) -> None:
+    def __init__(self, job: Job, started: Callable[[int], None], lines: int) -> None:
         self.job = job
         self.report: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
         #: The process that holds it.
         self.runner: Runner | None = None
         #: Its number among the jobs of that process, and the bytes that it takes there.
         self.number = self.size = 0
-        self._started: Callable[[], None] | None = started
+        self._started: Callable[[int], None] | None = started
         # What the job says is logged with the fields of whoever waits for it.
         self._context = contextvars.copy_context()
         self._lines = lines
@@ -70,7 +70,8 @@ class Turn:
         """A process that is ready gets it; told once, even if another gets it after that one."""
         if self._started is not None:
             started, self._started = self._started, None
-            self._context.run(started)
+            assert self.runner is not None
+            self._context.run(started, self.runner.pid)
 
     def printed(self, stream: str, data: bytes) -> None:
         output = self._outputs.get(stream)

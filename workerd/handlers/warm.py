@@ -78,7 +78,7 @@ class WarmHandler:
             self._spawn()
 
     async def run(
-        self, job: Job, stop: asyncio.Future[None], started: Callable[[], None]
+        self, job: Job, stop: asyncio.Future[None], started: Callable[[int], None]
     ) -> Report:
         """Have the job done by the next free process; when ``stop`` is done, interrupt it.
 

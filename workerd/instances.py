@@ -1,0 +1,85 @@
+"""The instances of this host: what each says of itself, or why it says nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from workerd import ask
+from workerd.errors import Refused
+
+#: In an instance's runtime folder: why its last start, or its run, has failed.
+FAILURE = "failure"
+_MAX_FAILURE = 4096
+
+
+def states(name: str | None) -> Iterator[ask.Answer]:
+    """The state of this instance, or of every one of the host; docs/control.md has the keys.
+
+    Raises NoAnswer when nothing is known of this instance.
+    """
+    found = ask.folders() if name is None else {name: ask.folder_of(name)}
+    for instance, folder in found.items():
+        yield state(instance, folder)
+
+
+def state(instance: str, folder: Path) -> ask.Answer:
+    try:
+        return ask.ask(folder, {"request": "status"})
+    except Refused as refused:
+        return _silent(instance, "unknown", str(refused))
+    except ask.NoAnswer as silent:
+        if silent.listens:
+            return _silent(instance, "stuck", "it listens, and does not answer")
+    held = _is_held(folder / "lock")
+    if held:
+        return _silent(instance, "silent", "it runs, and has no socket: it starts, or ends")
+    with contextlib.suppress(OSError):
+        why = (folder / FAILURE).read_text(errors="replace")[:_MAX_FAILURE].strip()
+        return _silent(instance, "failed", why)
+    if os.path.lexists(folder / ask.SOCKET):
+        return _silent(instance, "died", "it was killed, or the host went down")
+    return _silent(instance, "stopped", None)
+
+
+def _silent(instance: str, state: str, why: str | None) -> ask.Answer:
+    return {"instance": instance, "state": state, "healthy": False, "why": why}
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process holds this lock, as far as we may know."""
+    try:
+        file = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(file)
+
+
+def failed(folder: Path, why: str, ours: bool) -> None:
+    """Leave word of why an instance does not run; where that cannot be, nobody is told.
+
+    Unless its lock is ``ours``, another process may run under its name: then it does run.
+    """
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock = folder / "lock"
+        if ours or not _is_held(lock):
+            (folder / FAILURE).write_text(why[:_MAX_FAILURE] + "\n")
+            # It is the lock that makes it an instance, for those who look.
+            lock.touch(mode=0o600)
+
+
+def well(folder: Path) -> None:
+    """It runs: what was is forgotten."""
+    with contextlib.suppress(OSError):
+        os.unlink(folder / FAILURE)

@@ -1,0 +1,45 @@
+"""Where the files of a running instance are: its lock and socket, its memory of jobs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+_RUNTIME = "/run/workerd"
+_STATE = "/var/lib/workerd"
+
+
+def runtime_directory(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where locks and sockets are: systemd's $RUNTIME_DIRECTORY, else /run/workerd when that is
+    ours to write, else $XDG_RUNTIME_DIR/workerd.
+    """
+    return _directory(environ.get("RUNTIME_DIRECTORY"), _RUNTIME, _own_runtime(environ))
+
+
+def state_directory(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the memory of jobs is: systemd's $STATE_DIRECTORY, else /var/lib/workerd when that
+    is ours to write, else $XDG_STATE_HOME/workerd.
+    """
+    own = environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
+    return _directory(environ.get("STATE_DIRECTORY"), _STATE, own)
+
+
+def runtime_directories(environ: Mapping[str, str] = os.environ) -> list[Path]:
+    """Where to look for instances that run, whoever started them."""
+    given = environ.get("RUNTIME_DIRECTORY")
+    places = [given.split(":")[0]] if given else [_RUNTIME, f"{_own_runtime(environ)}/workerd"]
+    return [Path(place) for place in places]
+
+
+def _own_runtime(environ: Mapping[str, str]) -> str:
+    return environ.get("XDG_RUNTIME_DIR") or str(Path.home() / ".local/state")
+
+
+def _directory(given: str | None, system: str, own: str) -> Path:
+    if given:
+        return Path(given.split(":")[0])
+    base = Path(system)
+    if os.access(base if base.is_dir() else base.parent, os.W_OK):
+        return base
+    return Path(own, "workerd")
