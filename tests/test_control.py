@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import stat
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +20,9 @@ from tests.harness.amqp import Client
 from tests.harness.broker import Broker
 from tests.harness.control import Caller, call, folder
 from tests.harness.daemon import Daemon
-from tests.harness.programs import Program
+from tests.harness.programs import Program, run
 from tests.harness.tables import config
+from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import SCALE, until
 
 StartDaemon = Callable[..., Daemon]
@@ -254,3 +257,28 @@ def test_a_client_that_never_reads_is_not_read_either(workerd: Daemon) -> None:
         assert sent < 8 << 20
         assert workerd.rss() < before + (8 << 20)
         assert call(workerd, "health")["healthy"]
+
+
+# What is documented
+
+
+def test_the_documented_example_works(broker: Broker, daemon: StartDaemon, tmp_path: Path) -> None:
+    sleep: dict[str, Any] = {"handlers.sleep": {"command": ["sleep", "0.0{body}"], "queue": "jobs"}}
+    workerd = daemon(config(broker.url, ["true"], **sleep))
+    workerd.wait_event("consuming", queue="jobs.due")
+    page = (CHECKOUT / "docs/control.md").read_text()
+    (script,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    script = script.replace("/run/workerd/1/control.sock", str(folder(workerd) / "control.sock"))
+    result = run(["sh", "-c", script])
+    assert (result.status, result.stdout) == (0, "True\njobs\n"), result
+    workerd.wait_event("done", job_type="sleep")
+
+
+def test_every_key_of_an_answer_is_documented(workerd: Daemon, client: Client) -> None:
+    page = (CHECKOUT / "docs/control.md").read_text()
+    client.publish_jobs("jobs", ["a"])
+    status = call(workerd, "status")
+    answers = [status, *status["queues"], call(workerd, "pause"), call(workerd, "cancel", id="x")]
+    answers += [call(workerd, "submit", type="job"), call(workerd, "nonsense")]
+    keys = {key for answer in answers for key in answer}
+    assert not {key for key in keys if f"`{key}`" not in page and f'"{key}"' not in page}

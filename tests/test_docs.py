@@ -99,6 +99,8 @@ def test_every_event_is_documented() -> None:
     computed = {"failed", "rejected", "interrupted", "log dropped"}
     # Of copies that the broker does not take.
     computed |= {"retry refused", "postponement refused", "dead letter refused"}
+    # By an operator.
+    computed |= {"paused", "resumed"}
     # The level that is chosen for "publisher disconnected" has a name of its own.
     computed.add("publisher disconnected")
     not_events = {"auto"}

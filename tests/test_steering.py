@@ -252,6 +252,13 @@ def test_members_look_operators_steer_and_all_others_are_told_whom_to_ask(shared
         barred = command(runtime, *words, become=stranger)
         assert barred.status == 77, words
         assert "ask an administrator: adduser nobody workerd-submit" in barred.stderr
+    # To submit, the broker itself would do; but for that there is no password.
+    file = shared.runtime / "own.toml"
+    file.write_text('broker.urls = ["amqp://mary@127.0.0.1:1"]\nhandlers.job.command = ["true"]\n')
+    barred = submit(runtime, "job", "x", "--config", file, become=stranger)
+    assert barred.status == 77
+    assert "no password for" in barred.stderr
+    assert "ask an administrator: adduser nobody workerd-submit" in barred.stderr
 
 
 def test_who_submitted_a_job_may_cancel_it_and_nobody_else_of_the_group(

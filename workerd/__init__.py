@@ -6,11 +6,13 @@ below them:
 
     cli         the command line: puts the parts together, turns errors into exit statuses
     daemon      `workerd run`: a running worker and its exit status
-    submit      `submit`: one job, confirmed by the broker; bulk: many of them
+    submit      `submit`: one job, confirmed by the broker; direct: without an instance; bulk: many
     order       what a submission asks for; submit_command: its command line
     check       `workerd check`: what is wrong without a broker; connect: at the broker
     run_once    `workerd run-once`: one job, without a broker
     show        `workerd check --show`
+    instances   what the instances of this host say of themselves; ask: how they are asked
+    status_command, steer_command, queues_command, logs_command    their command lines
     dead        dead letters sent back and dropped; dead_command: its command line
     letterbox   dead letters looked at; letters: what they say; sheets: how they are shown
     setup       `workerd setup`: everything declared by an administrator
@@ -20,6 +22,9 @@ below them:
     status      what an operator is told
     consumer    the consuming connection, a channel for each queue; declarations: the queues
     outbox      copies that the broker must take: next attempts, dead letters
+    control     the local socket, which holds up no job; answers: what is said on it
+    submissions jobs that come over it
+    cancellations    jobs that are refused when they come
     admission   whether a job may start; pauses: handlers that cannot run; pressure: of memory
     publisher   confirmed publishing, on a connection of its own
     journal     the ledger's memory on disk, and those of the other instances; history: reading it
@@ -40,7 +45,7 @@ below them:
     options     every key and its default; schema, kinds: how they are read
     trust, url  who else could change a file; the address of a broker
     log         events with fields, without ever waiting
-    units, wording, waiting, errors    small tools
+    units, wording, waiting, errors, exits, ids, places, tables    small tools
 
 docs/architecture.md has diagrams.
 """

@@ -106,7 +106,7 @@ def _connect(sock: socket.socket, folder: Path, deadline: float) -> None:
                 raise NoAnswer("it does not answer", listens=True) from None
             time.sleep(_PAUSE)
         except PermissionError:
-            raise Refused(EX_NOPERM, _not_yours()) from None
+            raise Refused(EX_NOPERM, not_yours()) from None
         except (FileNotFoundError, ConnectionRefusedError):
             raise NoAnswer(_not_there(folder.name)) from None
         except OSError as error:
@@ -158,7 +158,8 @@ def _judged(line: bytes) -> Answer:
     raise kind(int(answer.get("status", EX_PROTOCOL)), str(answer.get("error")))
 
 
-def _not_yours() -> str:
+def not_yours() -> str:
+    """What to tell a user who may not connect."""
     import pwd
 
     uid = os.getuid()

@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # `submit` need not wait for these.
     from workerd import logs_command, queues_command, status_command, steer_command
     from workerd.dead_command import add_dead
-    from workerd.run_once import add_run_once
+    from workerd.run_once_command import add_run_once
 
     parser = _Parser(
         prog="workerd",

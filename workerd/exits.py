@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from workerd.errors import Kind, Refused, Trouble, Unencodable, Unroutable, WorkerdError
+from workerd.errors import (
+    Kind,
+    Refused,
+    SettingsError,
+    Trouble,
+    Unencodable,
+    Unroutable,
+    WorkerdError,
+)
 
 EX_OK = 0
 EX_USAGE = 64
@@ -22,6 +30,8 @@ def exit_status(error: WorkerdError) -> int:
     """The exit status that tells a script what went wrong."""
     if isinstance(error, Refused):
         return error.status
+    if isinstance(error, SettingsError):
+        return EX_CONFIG
     if isinstance(error, Unencodable):
         return EX_DATAERR
     if isinstance(error, Unroutable):

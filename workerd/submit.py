@@ -20,12 +20,15 @@ from types import FrameType
 from typing import BinaryIO
 
 from workerd import ask
-from workerd.errors import Refused
+from workerd.errors import Refused, WorkerdError
 from workerd.exits import (
+    EX_CONFIG,
     EX_DATAERR,
+    EX_NOPERM,
     EX_OK,
     EX_UNAVAILABLE,
     EX_USAGE,
+    exit_status,
 )
 from workerd.ids import new_id
 
@@ -44,9 +47,8 @@ def submit(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     mark = None
     # A job that is sent once more must be the same one.
     job_id, timestamp = new_id() if args.id is None else args.id, int(time.time())
-    folders = (
-        [] if args.direct or args.dry_run or "WORKERD_BROKER_URL" in environ else _folders(args)
-    )
+    by_itself = args.direct or args.dry_run or bool(environ.get("WORKERD_BROKER_URL"))
+    folders = [] if by_itself else _folders(args)
     if folders:
         _check(args)
         head = read_body(args, ask.MAX_BODY)
@@ -57,18 +59,30 @@ def submit(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
             if answer:
                 print_id(args.json, job_id, str(answer["queue"]), answer["due"])
                 return EX_OK
-    return _directly(args, environ, head, (job_id, mark, timestamp), deadline)
+    try:
+        return _directly(args, environ, head, (job_id, mark, timestamp), deadline)
+    except WorkerdError as error:
+        # Who may not read the configuration, or has no password, need not have one.
+        if not by_itself and exit_status(error) in (EX_NOPERM, EX_CONFIG) and _is_barred():
+            sys.stderr.write(f"submit: {ask.not_yours()}\n")
+        raise
 
 
 def _folders(args: argparse.Namespace) -> list[Path]:
     """The runtime folders of the instances that may be asked, in this order."""
     found = ask.folders()
     wanted = [args.instance] if args.instance else sorted(found, key=lambda name: name != "1")
-    return [
-        found[name]
-        for name in wanted
-        if name in found and os.access(found[name] / ask.SOCKET, os.W_OK)
-    ]
+    return [found[name] for name in wanted if name in found and _is_open(found[name])]
+
+
+def _is_open(folder: Path) -> bool:
+    return os.access(folder / ask.SOCKET, os.W_OK)
+
+
+def _is_barred() -> bool:
+    """Whether an instance could be asked, but not by us."""
+    sockets = [folder / ask.SOCKET for folder in ask.folders().values()]
+    return any(os.path.lexists(each) and not os.access(each, os.W_OK) for each in sockets)
 
 
 def _check(args: argparse.Namespace) -> None:
