@@ -45,7 +45,7 @@ exit status:
   0   the instances that answer know of it
   64  usage
   69  no instance of this host answers
-  77  only root, the daemon's user, [control] operators and who submitted the job
+  77  only root, its own user, [control] operators and who submitted the job
       (through an instance of this host) may do that
 
 examples:
