@@ -245,17 +245,33 @@ def test_two_hundred_clients_half_of_them_hostile_make_no_job_late(
     until(lambda: workerd.fds() < 40, "nothing is left of them")
 
 
-def test_a_client_that_never_reads_is_not_read_either(workerd: Daemon) -> None:
-    request = b'{"version": 1, "request": "status"}\n'
+def test_a_client_that_never_reads_is_not_read_either(
+    broker: Broker, client: Client, daemon: StartDaemon
+) -> None:
+    settings: dict[str, Any] = {
+        "queues": {"jobs": {"concurrency": 20}},
+        "worker": {"drain_timeout": "0s"},
+    }
+    workerd = daemon(config(broker.url, ["sleep", "300"], **settings))
+    workerd.wait_event("consuming", queue="jobs.due")
+    client.publish_jobs("jobs", map(str, range(20)))
+    workerd.wait_event("start", count=20)
+    size = len(json.dumps(call(workerd, "status")))
     before = workerd.rss()
+
+    def is_idle() -> bool:
+        used = workerd.cpu_seconds()
+        # What is measured is a time. It would use a fifth of it, if it had something to do.
+        time.sleep(1)
+        return workerd.cpu_seconds() - used < 0.04
+
     with Caller(folder(workerd)) as caller:
         sent = 0
-        while taken := caller.send_some(request * 1000):
-            sent += taken
-            time.sleep(0.01)  # so that the daemon could take more, if it did
-        # What the two sockets hold, and a little of the daemon's own.
-        assert sent < 8 << 20
-        assert workerd.rss() < before + (8 << 20)
+        for _ in range(40):
+            sent += caller.send_some(b'{"version": 1, "request": "status"}\n' * 100) // 36
+        assert sent * size > 12 << 20
+        until(is_idle, "it does no more for this client")
+        assert workerd.rss() < before + (6 << 20)
         assert call(workerd, "health")["healthy"]
 
 

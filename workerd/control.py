@@ -166,11 +166,13 @@ class Control:
     def _serve_one(self) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        self._ready.popleft().serve()
-        taken = loop.time() - began
-        pause = taken * (1 / SHARE - 1)
-        self._free_at = began + taken + pause
-        self._pump = loop.call_later(pause, self._serve_one) if self._ready else None
+        try:
+            self._ready.popleft().serve()
+        finally:
+            taken = loop.time() - began
+            pause = taken * (1 / SHARE - 1)
+            self._free_at = began + taken + pause
+            self._pump = loop.call_later(pause, self._serve_one) if self._ready else None
 
 
 class Client(asyncio.Protocol):
