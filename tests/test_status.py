@@ -106,7 +106,6 @@ def test_health_is_quick_because_it_imports_little(broker: Broker, daemon: Start
     workerd = daemon(config(broker.url, ["true"]))
     workerd.wait_event("consuming", queue="jobs.due")
     assert not imported(workerd, "health") & {"asyncio", "pika", "tomli", "workerd.settings"}
-    assert min(health(workerd).seconds for _ in range(5)) < 0.1 * SCALE
 
 
 def imported(daemon: Daemon, *words: str) -> set[str]:
