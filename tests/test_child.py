@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.commands import Ran
+from tests.commands import Ran, open_descriptors
 from tests.harness.trixie import CHECKOUT
 from tests.pools import do, do_all, job, python
 from workerd.handlers import child
@@ -174,8 +174,6 @@ def test_an_application_sees_nothing_of_its_child(tmp_path: Path) -> None:
     def f(job):
         assert sys.stdin.read() == ""
         variables = [name for name in os.environ if "WORKERD" in name]
-        links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if
-                 os.path.lexists(f"/proc/self/fd/{fd}")]
         inherited = [fd for fd in range(1024) if fd > 2 and _inheritable(fd)]
         return [sys.argv, variables, inherited]
     def _inheritable(fd):
@@ -185,8 +183,12 @@ def test_an_application_sees_nothing_of_its_child(tmp_path: Path) -> None:
             return False
     """
     environ = {"PATH": os.defpath, "WORKERD_BROKER_URL": "amqp://secret", "NOTIFY_SOCKET": "x"}
+    # Those that whoever started the tests has left open are shed by the daemon, not here.
+    foreign = {fd for fd in map(int, open_descriptors()) if os.get_inheritable(fd)}
     report = do(python(tmp_path, code), job(), environ=environ)
-    assert json.loads(report.output) == [["app:f"], ["WORKERD_PROTOCOL"], []]
+    arguments, variables, inherited = json.loads(report.output)
+    assert (arguments, variables) == (["app:f"], ["WORKERD_PROTOCOL"])
+    assert set(inherited) <= foreign
 
 
 # What it says
