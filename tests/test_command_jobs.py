@@ -371,6 +371,7 @@ def test_no_id_can_forge_a_field_or_a_line_in_any_format(text: str, tmp_path: Pa
         fields = parse_journal(journald.recv(1 << 20))
     assert fields == {
         "MESSAGE": log._plain(record),
+        "MESSAGE_ID": log.message_id("failed"),
         "PRIORITY": "4",
         "SYSLOG_IDENTIFIER": "workerd",
         "WORKERD_EVENT": "failed",
