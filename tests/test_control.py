@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import stat
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -216,9 +217,12 @@ def test_bodies_that_never_come_make_room_for_others(workerd: Daemon, client: Cl
 
 
 def lateness(workerd: Daemon, jobs: list[str], seconds: float) -> float:
-    """By how much the latest of these jobs took longer, from start to end, than its sleep."""
+    """By how much such a job takes longer than its sleep: half of these do by less.
+
+    The latest one tells more of what else runs on this machine than of the daemon.
+    """
     done = [workerd.wait_event("done", job_id=job)["duration_ms"] for job in jobs]
-    return float(max(done)) / 1000 - seconds
+    return float(statistics.median(done)) / 1000 - seconds
 
 
 def test_two_hundred_clients_half_of_them_hostile_make_no_job_late(
@@ -237,8 +241,7 @@ def test_two_hundred_clients_half_of_them_hostile_make_no_job_late(
     assert workerd.rss() < before + (32 << 20)
     crowd.close_input()
     crowd.wait()
-    # The clients are as many processes' worth of load on this machine as the test can make.
-    assert late < calm + 0.05 * max(1.0, SCALE) * 4, (calm, late)
+    assert late < calm + 0.05 * max(1.0, SCALE), (calm, late)
     assert not workerd.events("bug")
     assert not workerd.events("control bug")
     until(lambda: call(workerd, "health").get("healthy"), "all is well when they are gone")

@@ -21,7 +21,8 @@ from tests.harness.oracle import Oracle
 from tests.harness.processes import MissingTool
 from tests.harness.programs import WORKERD
 from tests.harness.tables import config
-from tests.harness.waiting import TIMEOUT
+from tests.harness.waiting import TIMEOUT, until
+from tests.harness.wire import Wire
 
 StartDaemon = Callable[..., Daemon]
 
@@ -56,6 +57,25 @@ def test_a_paused_instance_gives_back_what_waits_and_finishes_what_runs(
     broker.await_depth("jobs")
     oracle.check(jobs)
     assert {entry["attempt"] for entry in workerd.events("start")} == {1}
+
+
+def test_nothing_starts_once_the_pause_is_told(
+    broker: Broker, client: Client, wire: Wire, daemon: StartDaemon, oracle: Oracle
+) -> None:
+    workerd = daemon(config(wire.url, oracle.command()))
+    workerd.wait_event("consuming", queue="jobs.due")
+    # The broker does not know yet, and goes on sending.
+    wire.hold("to_broker")
+    call(workerd, "pause")
+    jobs = client.publish_jobs("jobs", ["a", "b"])
+    until(lambda: call(workerd, "status")["queues"][0]["waiting"] == 2, "they have come")
+    wire.release()
+    client.await_ready("jobs", 2)
+    assert not workerd.events("start")
+    call(workerd, "resume")
+    workerd.wait_event("done", count=2)
+    broker.await_depth("jobs")
+    oracle.check(jobs)
 
 
 def test_one_queue_is_paused_and_the_other_goes_on(

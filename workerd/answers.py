@@ -173,8 +173,7 @@ class Answers:
         after = before | named if what == "pause" else before - named
         changed = sorted(before ^ after)
         if changed:
-            worker.consumer.hold_back(after)
-            worker.changed()
+            worker.hold_back(after)
             event = "paused" if what == "pause" else "resumed"
             log.event(event, queues=", ".join(changed), uid=peer.uid, pid=peer.pid)
         running = sum(worker.ledger.busy(name) for name in named)

@@ -47,7 +47,10 @@ Add = Callable[[argparse.ArgumentParser], None]
 
 
 def add_instance(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add --instance. These commands read no configuration."""
+    """Add the options that every command has. These commands read no configuration."""
+    parser.add_argument(
+        "--config", metavar="FILE", help="of no effect: what is asked is the running instance"
+    )
     parser.add_argument(
         "--instance", metavar="NAME", help=f"the instance's name (default: {default})"
     )

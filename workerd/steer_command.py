@@ -45,8 +45,8 @@ exit status:
   0   the instances that answer know of it
   64  usage
   69  no instance of this host answers
-  77  only root, its own user, [control] operators and who submitted the job
-      (through an instance of this host) may do that
+  77  only root, the daemon's user, [control] operators, and whoever submitted
+      the job through an instance of this host, may do that
 
 examples:
   workerd cancel 01a20efd-a206-7203-9cf6-df5f24093667

@@ -312,9 +312,18 @@ class Worker:
             if channel:
                 (channel.ack if renewed else channel.give_back)(delivery.tag)
 
+    def hold_back(self, queues: Iterable[str]) -> None:
+        """Consume nothing for these queues, as an operator wishes, and for all others."""
+        self.consumer.hold_back(queues)
+        self.pause_queues()
+
     def pause_queues(self) -> None:
-        """Start nothing of the queues whose copies the broker refuses."""
-        self.ledger.paused = {run.job.queue for run in self.outbox.refused}
+        """Start nothing of the queues whose copies the broker refuses, or that are held back.
+
+        Of the latter, some may still come until the broker knows.
+        """
+        refused = {run.job.queue for run in self.outbox.refused}
+        self.ledger.paused = refused | self.consumer.held_back
         self._start_more()
 
     # What the consumer tells: called synchronously from the broker's callbacks.
