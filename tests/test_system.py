@@ -105,7 +105,10 @@ def test_a_reload_takes_a_good_configuration_and_refuses_a_bad_one(server: Machi
     start(server, "1")
     pid = server.show("workerd@1", "MainPID")
     server.configure(HANDLERS + '[handlers.more]\ncommand = ["true"]\n')
+    since = server.mark()
     server.run("systemctl", "reload", "workerd@1")
+    # systemctl does not wait for the daemon, through which the next job is submitted.
+    server.wait("reloaded", since)
     server.wait("done", job_id=server.submit("more"))
 
     server.configure("[handlers.more]\ncomand = 5\n")
@@ -118,7 +121,9 @@ def test_a_reload_takes_a_good_configuration_and_refuses_a_bad_one(server: Machi
     server.wait("reload refused", since)
     until(lambda: "reload refused" in server.show("workerd@1", "StatusText"), "it says so")
     server.configure(HANDLERS)
+    since = server.mark()
     server.run("systemctl", "reload", "workerd@1")
+    server.wait("reloaded", since)
     server.wait("done", job_id=server.submit("say"))
     assert server.show("workerd@1", "MainPID") == pid
 
@@ -223,7 +228,7 @@ def test_a_busy_instance_is_logged_without_a_gap(server: Machine) -> None:
 def test_an_instance_that_stops_leaves_the_others_what_is_theirs(server: Machine) -> None:
     start(server, "1", "2")
     server.run("systemctl", "stop", "workerd@1")
-    assert server.sh("ls /run/workerd/2") == "lock"
+    assert server.sh("ls /run/workerd/2").split() == ["control.sock", "lock"]
     again = server.run("workerd", "run", "--instance", "2", user="workerd", check=False)
     assert again.returncode == 78
     assert "already running" in again.stderr
