@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.samples import FAILED, MESSAGE, NOW, PLACE
 from workerd.broker.codec import properties_of
 from workerd.copies import Place, another_go, dead_letter, portable_headers
 from workerd.job import (
@@ -27,24 +28,6 @@ from workerd.job import (
     Report,
     decode,
 )
-
-MESSAGE = Message(
-    b"body",
-    type="resize",
-    message_id="id",
-    content_type="text/plain",
-    content_encoding="identity",
-    correlation_id="call-1",
-    reply_to="workerd.reply.x",
-    timestamp=1_700_000_000,
-    priority=3,
-    headers={"traceparent": "00-1"},
-)
-FAILED = Report(Outcome.FAILED, "exit-status", exit_status=3, error="no such photo")
-PLACE = Place("host1", "2")
-# 2026-01-02 03:04:05.678 UTC
-NOW = 1767323045.678
-
 
 # Headers that may be published again.
 

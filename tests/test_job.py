@@ -10,7 +10,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from workerd.copies import Place, dead_letter
+from tests.samples import FAILED, MESSAGE, NOW, PLACE
+from workerd.copies import dead_letter
 from workerd.ids import new_id
 from workerd.job import (
     ATTEMPT,
@@ -20,29 +21,9 @@ from workerd.job import (
     REPLAY,
     UNREADABLE,
     Message,
-    Outcome,
-    Report,
     count,
     decode,
 )
-
-MESSAGE = Message(
-    b"body",
-    type="resize",
-    message_id="id",
-    content_type="text/plain",
-    content_encoding="identity",
-    correlation_id="call-1",
-    reply_to="workerd.reply.x",
-    timestamp=1_700_000_000,
-    priority=3,
-    headers={"traceparent": "00-1"},
-)
-FAILED = Report(Outcome.FAILED, "exit-status", exit_status=3, error="no such photo")
-PLACE = Place("host1", "2")
-# 2026-01-02 03:04:05.678 UTC
-NOW = 1767323045.678
-
 
 # Decoding.
 
