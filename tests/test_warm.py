@@ -421,12 +421,14 @@ def test_without_descriptors_no_job_pays(tmp_path: Path, hasty: None) -> None:
     async def scenario() -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         async with pool(python(tmp_path, PID)) as warm:
-            loop_has = max(map(int, open_descriptors()))
-            resource.setrlimit(resource.RLIMIT_NOFILE, (loop_has + 4, hard))
-            try:
+            with contextlib.ExitStack() as undo:
+                used = set(map(int, open_descriptors()))
+                # Without gaps below the limit, exactly three are free.
+                for _ in range(max(used) + 1 - len(used)):
+                    undo.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+                undo.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (max(used) + 4, hard))
                 report = await warm.do(job())
-            finally:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             assert report.outcome is Outcome.UNAVAILABLE
             assert "Too many open files" in report.error
             while report.outcome is Outcome.UNAVAILABLE:

@@ -80,7 +80,9 @@ class Channel:
     connection: Connection
     number: int
     serial: int
+    #: What the present consumer may hold, and what the next one may.
     prefetch: int = 0
+    next_prefetch: int = 0
     tag: int = 0
     queue: str | None = None
     consumer_tag: str | None = None
@@ -208,13 +210,15 @@ class Peer:
                 self.closed.append(channel.serial)
             elif isinstance(method, pika.spec.Basic.Qos):
                 assert channel is not None
-                channel.prefetch = method.prefetch_count
+                # RabbitMQ's reading of it: for consumers that are yet to come.
+                channel.next_prefetch = method.prefetch_count
             elif isinstance(method, pika.spec.Basic.Consume):
                 assert channel is not None
                 # Even when the broker has cancelled it: RabbitMQ 4.3 keeps the consumer.
                 if channel.consumer_tag == method.consumer_tag:
                     self.errors.append(f"consumer tag {method.consumer_tag} used again")
                 channel.queue, channel.consumer_tag = method.queue, method.consumer_tag
+                channel.prefetch = channel.next_prefetch
             elif isinstance(method, pika.spec.Basic.Cancel):
                 assert channel is not None
                 channel.cancelled = True
