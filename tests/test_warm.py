@@ -125,6 +125,36 @@ def test_several_jobs_in_a_pipe_go_evenly_to_the_processes(tmp_path: Path) -> No
     assert sorted(pids.count(pid) for pid in set(pids)) == [8, 8]
 
 
+def test_after_a_job_a_process_may_start_though_one_has_just_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST_PAUSE", 600.0)
+    # The second process ends as soon as it is ready; the first does a job and dies of the next.
+    script = f"""
+    if mkdir {tmp_path}/first 2>/dev/null; then
+        ready; next; answer one; next; kill -9 $$
+    elif mkdir {tmp_path}/second 2>/dev/null; then
+        ready; exit 0
+    fi
+    ready; while next; do answer "$body"; done
+    """
+
+    async def scenario() -> list[Report]:
+        async with pool(sh(script, processes=2)) as warm:
+            warm.start()
+            await warm.await_ready()
+            runner = warm._runners[0]
+            warm._spawn()
+            while len(warm._runners) != 1 or warm._runners[0] is not runner or warm._leaving:
+                await asyncio.sleep(0.01)
+            first = await warm.do(job(b"1"))
+            return [first, *await asyncio.gather(warm.do(job(b"2")), warm.do(job(b"3")))]
+
+    reports = in_loop(scenario())
+    assert [report.output for report in reports] == [b"one", b"", b"3"]
+    assert reports[1].reason == "crashed"
+
+
 # When a process ends
 
 

@@ -207,7 +207,7 @@ class WarmHandler:
         self._hand_out()
 
     def free(self, runner: Runner) -> None:
-        self._trouble = None
+        self._works()
         if self._waiting:
             self._hand_out()
         elif self._retired:
@@ -218,7 +218,7 @@ class WarmHandler:
         self._runners.remove(runner)
         self._leaving.add(runner)
         if runner.count:
-            self._trouble = None
+            self._works()
         self._replace()
 
     def ended(self, runner: Runner, unbegun: list[Turn]) -> None:
@@ -236,6 +236,11 @@ class WarmHandler:
         self._hand_out()
         self._dismiss_idle()
         self._gone.set()
+
+    def _works(self) -> None:
+        """A process has done a job: whatever kept another from it is no reason to wait."""
+        self._trouble = None
+        self._next_start = 0.0
 
     def _replace(self) -> None:
         """As many as there were: the next job is not to wait for a start."""
