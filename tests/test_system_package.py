@@ -155,7 +155,7 @@ def test_a_removal_stops_first_and_a_new_installation_goes_on(bare: Machine, pac
     bare.wait("start", job_id=job)
     bare.run("dpkg", "--remove", "workerd")
     # The job had its time, and the daemon its files to the end.
-    assert bare.find("done", job_id=job)
+    bare.wait("done", job_id=job)
     assert not bare.find("bug")
     assert bare.show("workerd@1", "ActiveState") == "inactive"
     assert (bare.root / "etc/workerd/workerd.toml").exists()
