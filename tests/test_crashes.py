@@ -174,6 +174,38 @@ def test_a_job_that_runs_alone_holds_up_nobody_when_its_retry_is_refused(
     second.wait_event("start", job_id="b")
 
 
+def test_a_suspect_that_is_gone_holds_up_nobody(
+    broker: Broker, client: Client, daemon: Start, oracle: Oracle
+) -> None:
+    def text(*names: str) -> str:
+        return config(
+            broker.url,
+            oracle.command(),
+            handler={"retry": {"attempts": 3}},
+            queues={"jobs": {}, "others": {}},
+            worker={"queues": list(names)},
+        )
+
+    first = daemon(text("jobs"), "1")
+    first.wait_event("consuming", queue="jobs.due")
+    oracle.hold("suspect", "runs")
+    client.publish("jobs", message_id="suspect")
+    first.wait_event("start", job_id="suspect")
+    second = daemon(text("jobs", "others"), "2")
+    second.wait_event("consuming", queue="jobs")
+    second.wait_event("consuming", queue="others")
+    client.publish("others", message_id="runs")
+    second.wait_event("start", job_id="runs")
+    first.kill()
+    second.wait_notify(lambda text: "1 jobs to run alone first" in text)
+    client.publish("others", message_id="waits")
+    client.await_ready("others", 0)
+    client.channel.queue_delete("jobs")
+    # Beside the one that still runs.
+    second.wait_event("done", job_id="waits")
+    assert not second.events("done", job_id="runs")
+
+
 def test_a_job_that_killed_two_instances_is_counted_by_both(
     broker: Broker, client: Client, daemon: Start, oracle: Oracle
 ) -> None:

@@ -18,6 +18,7 @@ from tests.harness.amqp import Client
 from tests.harness.broker import Broker
 from tests.harness.network import Network
 from tests.harness.programs import SUBMIT, WORKERD, Program, Result, run, unread
+from tests.harness.tables import private
 from tests.harness.waiting import TIMEOUT, until
 
 UUID7 = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\n")
@@ -46,11 +47,7 @@ Submit = Callable[..., Result]
 
 
 def configure(folder: Path, url: str) -> Path:
-    file = folder / "workerd.toml"
-    file.write_text(CONFIG.format(url=url))
-    # A password is for nobody else's eyes.
-    file.chmod(0o600)
-    return file
+    return private(folder, CONFIG.format(url=url))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from tests.harness.amqp import Message as Taken
 from tests.harness.broker import Broker
 from tests.harness.peer import Peer
 from tests.harness.programs import SUBMIT, WORKERD, Program, Result, run
+from tests.harness.tables import private
 from tests.harness.waiting import TIMEOUT, until
 from workerd.job import Message
 from workerd.order import Order
@@ -47,11 +48,7 @@ Submit = Callable[..., Result]
 
 
 def configure(folder: Path, url: str) -> Path:
-    file = folder / "workerd.toml"
-    file.write_text(CONFIG.format(url=url))
-    # A password is for nobody else's eyes.
-    file.chmod(0o600)
-    return file
+    return private(folder, CONFIG.format(url=url))
 
 
 @pytest.fixture

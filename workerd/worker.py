@@ -366,7 +366,7 @@ class Worker:
         (self.ledger.closed if in_order else self.ledger.lost)(channel.serial)
         self.channels.pop(channel.serial, None)
         self._retiring.discard(channel)
-        self.changed()
+        self._start_more()  # one that had to run alone first may be gone
 
     def retired(self, channel: Channel) -> None:
         # A delivery so old was taken back by the broker: never settle it here again.
@@ -385,6 +385,7 @@ class Worker:
             self._close_retired()
 
         self._tasks.create_task(leave(), name=f"leave {channel.serial}")
+        self._start_more()  # one that had to run alone first may be gone
 
     def idle(self, channel: Channel) -> bool:
         return self.ledger.idle(channel.serial)

@@ -58,6 +58,14 @@ def _value(value: Any) -> str:
     return json.dumps(value)
 
 
+def private(folder: Path, text: str) -> Path:
+    """Write a configuration that nobody else can read, for it may hold a password."""
+    file = folder / "workerd.toml"
+    file.write_text(text)
+    file.chmod(0o600)
+    return file
+
+
 def gated(gate: Path, command: Sequence[str]) -> list[str]:
     """`command`, but not before the file `gate` is there: a job that takes as long as a test."""
     return ["sh", "-c", 'until [ -e "$0" ]; do sleep 0.02; done; exec "$@"', str(gate), *command]
