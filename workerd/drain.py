@@ -106,7 +106,12 @@ class Drain:
         """
         await self._worker.consumer.cancel()
         self._worker.register.drain()
+        # What came before the others goes back before them.
+        await self._worker.until(self._all_have_begun)
         await self._worker.give_back(self._worker.ledger.unstarted())
+
+    def _all_have_begun(self) -> bool:
+        return all(progress.began is not None for progress in self._worker.progress.values())
 
     async def _runs_end(self) -> None:
         """Wait until no job runs, and give back at once what has not started.

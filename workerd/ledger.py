@@ -27,9 +27,11 @@ The rules, in the order in which `delivered` applies them to a delivery:
     confirm, and is settled at once. So 1 to 3 need no regard for twins there.
 5.  While draining it waits, to be given back.
 6.  It starts when its queue has a free slot, and waits otherwise; jobs that come due before
-    those that were never delayed. One whose last start ended
-    with the daemon starts *alone*, when no handler runs, and none starts until it has ended:
-    if it brings the daemon down again, nobody else is blamed.
+    those that were never delayed. A handler with warm processes may have more than that: they
+    are *ahead*, and begin when a slot becomes free, or when the job before them in the same
+    process ends and its slot is theirs.
+7.  One whose last start ended with the daemon starts *alone*, when no handler runs, and none
+    starts until it has ended: if it brings the daemon down again, nobody else is blamed.
 
 A delivery that goes back to the broker unfinished will come again flagged as
 redelivered. An equal job may be finished before it does, and that memory must not settle
@@ -40,7 +42,7 @@ many redeliveries of that key run before one is settled from memory.
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -59,13 +61,14 @@ PATIENCE = 5.0
 class Run:
     """A job that is being worked on. ``delivery`` is None once its channel is lost.
 
-    It has ``begun`` once its handler gives it to a process. ``over`` says that the handler has
-    ended; a copy of the job may still have to be published.
+    It has ``begun`` once its handler gives it to a process; while it is ``ahead`` it has no slot.
+    ``over`` says that the handler has ended; a copy of the job may still have to be published.
     """
 
     job: Job
     delivery: Delivery | None
     begun: bool = True
+    ahead: bool = False
     over: bool = False
 
 
@@ -92,8 +95,11 @@ class Ledger:
         concurrency: Mapping[str, int],
         memory: Memory | None = None,
         begins_at_once: Callable[[Job], bool] = lambda _job: True,
+        capacity: Callable[[Job], int] = lambda _job: 0,
     ) -> None:
+        """``capacity`` says how many jobs the handler of this one could have, slots or not."""
         self._begins_at_once = begins_at_once
+        self._capacity = capacity
         self.memory = Memory() if memory is None else memory
         self.running: set[Run] = set()
         self.draining = False
@@ -105,8 +111,12 @@ class Ledger:
         self.one_at_a_time = False
         self._waiting: dict[str, deque[Delivery]] = {ALONE: deque()}
         self._busy: dict[str, int] = {}
-        #: The running ones whose handler has not ended, and the one that must be alone there.
+        #: How many run of each type, whether they have begun or not.
+        self._taken: Counter[str | None] = Counter()
+        #: Those whose handler has not ended: with a slot, without one, and the one that must be
+        #: alone there.
         self._active: set[Run] = set()
+        self.ahead: set[Run] = set()
         self._alone: Run | None = None
         self.configure(concurrency)
         #: Runs that a redelivery may rejoin, by key: their channel was lost or retired.
@@ -209,32 +219,71 @@ class Ledger:
 
     def next(self) -> Run | None:
         """A job that may start now, started; None when there is none."""
-        if self.draining or self._alone or (self.one_at_a_time and self._active):
+        if self._is_closed():
             return None
-        for delivery in self._waiting[ALONE]:
-            if self._is_open(delivery.job.queue):
-                return None if self._active else self._start(ALONE, delivery)
+        suspect = self._suspect()
+        if suspect:
+            return None if self._active else self._start(ALONE, suspect)
         for queue, waiting in self._waiting.items():
-            if waiting and self._is_open(queue) and self._busy[queue] < self.concurrency[queue]:
-                return self._start(queue, waiting[0])
+            if waiting and self._is_open(queue):
+                if self._has_slot(queue):
+                    return self._start(queue, waiting[0])
+                job = waiting[0].job
+                if self._taken[job.type] < self._capacity(job):
+                    return self._start(queue, waiting[0], ahead=True)
         return None
+
+    def may_begin(self, run: Run, behind: bool) -> bool:
+        """Whether a job that is with its handler may begin now.
+
+        Or, ``behind`` another of its queue, once that one has ended.
+        """
+        if not run.ahead:
+            return True
+        if self._is_closed() or self._suspect() or not self._is_open(run.job.queue):
+            return False
+        return behind or self._has_slot(run.job.queue)
+
+    def _is_closed(self) -> bool:
+        """Whether nothing at all may start."""
+        alone = self._alone is not None or (self.one_at_a_time and bool(self._active))
+        return self.draining or alone
+
+    def _suspect(self) -> Delivery | None:
+        """The next job that must run alone."""
+        if not self._waiting[ALONE]:
+            return None
+        return next((each for each in self._waiting[ALONE] if self._is_open(each.job.queue)), None)
+
+    def _has_slot(self, queue: str) -> bool:
+        return self._busy[queue] < self.concurrency[queue]
 
     def _is_open(self, queue: str) -> bool:
         return queue in self.concurrency and queue not in self.paused
 
-    def _start(self, line: str, delivery: Delivery) -> Run:
+    def _start(self, line: str, delivery: Delivery, ahead: bool = False) -> Run:
         self._waiting[line].remove(delivery)
-        run = Run(delivery.job, delivery, self._begins_at_once(delivery.job))
+        begun = not ahead and self._begins_at_once(delivery.job)
+        run = Run(delivery.job, delivery, begun, ahead)
         self.running.add(run)
-        self._active.add(run)
+        self._taken[run.job.type] += 1
         if line == ALONE:
             self._alone = run
-        self._busy[run.job.queue] += 1
+        if ahead:
+            self.ahead.add(run)
+        else:
+            self._active.add(run)
+            self._busy[run.job.queue] += 1
         self.memory.started(run.job.key, delivery.channel, run.begun)
         return run
 
     def begins(self, run: Run) -> None:
         """The handler of a run is about to give it to a process: from now on it is an attempt."""
+        if run.ahead:
+            run.ahead = False
+            self.ahead.discard(run)
+            self._active.add(run)
+            self._busy[run.job.queue] += 1
         if not run.begun:
             run.begun = True
             self.memory.begun(run.job.key)
@@ -252,6 +301,7 @@ class Ledger:
         self.ended(run)
         self.running.remove(run)
         self._busy[run.job.queue] -= 1
+        self._taken[run.job.type] -= 1
         self._disown(run)
         if not verdict.remembered:
             self.memory.returned(run.job.key, ran=True)
@@ -345,12 +395,17 @@ class Ledger:
         return sorted(back, key=lambda delivery: (delivery.channel, delivery.tag))
 
     def busy(self, queue: str) -> int:
-        """How many jobs of a queue are running."""
+        """How many jobs of a queue have a slot."""
         return self._busy[queue]
+
+    @property
+    def unbegun(self) -> list[Run]:
+        """The runs that no process has come to yet."""
+        return [run for run in self.running if not run.begun]
 
     def waiting(self, queue: str) -> int:
         """How many delivered jobs of a queue wait for a slot."""
-        return len(self._waiting[queue])
+        return len(self._waiting[queue]) + sum(run.job.queue == queue for run in self.ahead)
 
     @property
     def suspects(self) -> int:

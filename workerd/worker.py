@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -45,16 +46,34 @@ class Started(Protocol):
     def __call__(self, pid: int | None = None) -> None: ...
 
 
+class MayBegin(Protocol):
+    """Says whether a job may begin now, or ``behind`` another: once that one has ended."""
+
+    def __call__(self, behind: bool) -> bool: ...
+
+
 class Handler(Protocol):
     """What runs jobs of one type."""
 
     #: Whether each job begins at once; elsewhere it may have to wait for a free process.
     immediate: bool
 
-    async def run(self, job: Job, stop: asyncio.Future[None], started: Started) -> Report:
+    @property
+    def capacity(self) -> int:
+        """For how many jobs it has room, slots or not; 0: it needs no more than have slots."""
+
+    async def run(
+        self,
+        job: Job,
+        stop: asyncio.Future[None],
+        started: Started,
+        may_begin: MayBegin,
+        /,
+    ) -> Report:
         """Run the job; when ``stop`` is done, interrupt it.
 
         ``started`` is called when it has really begun. Raises BadJob before, when it never can.
+        One that is not ``immediate`` begins only what ``may_begin``; see `Ledger.may_begin`.
         """
 
 
@@ -63,6 +82,12 @@ class Register(Protocol):
 
     def of(self, settings: Settings) -> Mapping[str, Handler]:
         """The handlers of these settings, by name; those of earlier ones finish what they have."""
+
+    def hand_out(self) -> None:
+        """Jobs may begin that could not before."""
+
+    def recall(self) -> None:
+        """Jobs may not begin that could before."""
 
     def hold(self) -> None:
         """No job begins any more; those that wait for a process go on waiting."""
@@ -86,6 +111,10 @@ class Progress:
     pid: int | None = None
     cancelled: bool = False
 
+    def end(self) -> None:
+        if not self.stop.done():
+            self.stop.set_result(None)
+
 
 class Worker:
     """Consumes, runs and settles jobs until `stop` is called; see `run`."""
@@ -103,7 +132,7 @@ class Worker:
         self.register = register
         self.handlers = register.of(settings)
         self.notifier = notifier
-        self.ledger = Ledger(_slots(settings), memory, self._begins_at_once)
+        self.ledger = Ledger(_slots(settings), memory, self._begins_at_once, self._capacity)
         self.consumer = Consumer(settings, f"workerd@{place.instance}.{place.host}", self)
         self.drain = Drain(self)
         self.outbox = Outbox(self, place)
@@ -208,7 +237,9 @@ class Worker:
             handler = self.handlers[admit(job, self.settings, time.time()).name]
             if self.pauses.holds(str(job.type), began):
                 return Report(Outcome.UNAVAILABLE, ran=False)
-            report = await handler.run(job, progress.stop, started)
+            report = await handler.run(
+                job, progress.stop, started, functools.partial(self.ledger.may_begin, run)
+            )
             if progress.cancelled and report.outcome is Outcome.INTERRUPTED:
                 report = replace(report, outcome=Outcome.REJECTED, reason="cancelled")
         except BadJob as bad:
@@ -224,13 +255,17 @@ class Worker:
                 )
                 self.changed()
         else:
-            self._log_outcome(report, time.monotonic() - began)
+            self._log_outcome(report, time.monotonic() - (progress.began or began))
         return report
 
     def _begins_at_once(self, job: Job) -> bool:
         """Whether nothing but its slot keeps a job from beginning."""
         handler = self.handlers.get(str(job.type))
         return handler is None or handler.immediate
+
+    def _capacity(self, job: Job) -> int:
+        handler = self.handlers.get(str(job.type))
+        return handler.capacity if handler else 0
 
     def cancel(self, job_id: str, owner: int | None) -> list[Run]:
         """End the runs of a job, and let no other begin; returns the runs that are ended.
@@ -242,8 +277,7 @@ class Worker:
         for run, progress in self.progress.items():
             if run.job.id == job_id and owner in (None, submitter(run.job.message)):
                 progress.cancelled = True
-                if not progress.stop.done():
-                    progress.stop.set_result(None)
+                progress.end()
                 ended.append(run)
         return ended
 
@@ -324,6 +358,7 @@ class Worker:
         """
         refused = {run.job.queue for run in self.outbox.refused}
         self.ledger.paused = refused | self.consumer.held_back
+        self.register.recall()
         self._start_more()
 
     # What the consumer tells: called synchronously from the broker's callbacks.
@@ -362,18 +397,28 @@ class Worker:
                 self._close_retired()
 
     def lost(self, channel: Channel) -> None:
+        self._interrupt_unbegun(channel)
         in_order = channel.ended_in_order and not self.ledger.holds(channel.serial)
         (self.ledger.closed if in_order else self.ledger.lost)(channel.serial)
         self.channels.pop(channel.serial, None)
         self._retiring.discard(channel)
         self._start_more()  # one that had to run alone first may be gone
 
+    def _interrupt_unbegun(self, channel: Channel) -> None:
+        """What came on this channel and has not begun does not begin: others may get it now."""
+        for run in self.ledger.unbegun:
+            progress = self.progress.get(run)
+            if progress and run.delivery and run.delivery.channel == channel.serial:
+                progress.end()
+
     def retired(self, channel: Channel) -> None:
+        self._interrupt_unbegun(channel)
         # A delivery so old was taken back by the broker: never settle it here again.
         stale_before = asyncio.get_running_loop().time() - 0.95 * self.consumer.ack_timeout
         self._leave(channel, self.ledger.retired(channel.serial, stale_before))
 
     def detached(self, channel: Channel) -> None:
+        self._interrupt_unbegun(channel)
         self._leave(channel, self.ledger.detached(channel.serial))
 
     def _leave(self, channel: Channel, unstarted: Iterable[Delivery]) -> None:
@@ -408,6 +453,8 @@ class Worker:
         task.add_done_callback(self._performing.discard)
 
     def _start_more(self) -> None:
+        if self.ledger.ahead:
+            self.register.hand_out()
         while run := self.ledger.next():
             self._begin(run)
         self.changed()
@@ -447,6 +494,7 @@ class Worker:
                 else:
                     log.event("memory enough")
                 self.ledger.one_at_a_time = self.pressure.short
+                self.register.recall()
                 self._start_more()
 
     @property

@@ -3,6 +3,10 @@
     INTERPRETER child.py MODULE:FUNCTION LEVEL     jobs come on descriptor 3, answers go to 4
     INTERPRETER child.py --check MODULE:FUNCTION   only imports it
 
+On descriptor 5 come the numbers of the frames that it may begin, eight bytes each. Whoever reads
+a number first has the job: the daemon, which can read them as well, takes back what is to wait,
+or to go to another process. So jobs can lie in the pipe, and none is bound to this process.
+
 The application's own interpreter runs this file, Python 3.8 or later, by its path: there is
 nothing but the standard library, and nothing of workerd can be imported.
 """
@@ -31,6 +35,7 @@ import io
 import json
 import logging
 import signal
+import struct
 import threading
 import traceback
 import types
@@ -42,6 +47,7 @@ MAX_TEXT = 8192
 #: Above the descriptors that an application is likely to name.
 _HIGH = 64
 _CHUNK = 1 << 16
+_PERMIT = struct.Struct("=Q")
 _SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
@@ -98,15 +104,15 @@ class Job:
 
 
 class Channel:
-    """The two private descriptors; a forked copy of this process has them no more."""
+    """The private descriptors; a forked copy of this process has them no more."""
 
-    def __init__(self, read: int, write: int) -> None:
+    def __init__(self, *descriptors: int) -> None:
         # Closed for what the application starts, and out of the way of what it opens.
-        self._read = fcntl.fcntl(read, fcntl.F_DUPFD_CLOEXEC, _HIGH)
-        self._write = fcntl.fcntl(write, fcntl.F_DUPFD_CLOEXEC, _HIGH)
-        os.close(read)
-        os.close(write)
-        self._files = [_file(self._read), _file(self._write)]
+        self._all = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH) for fd in descriptors]
+        for fd in descriptors:
+            os.close(fd)
+        self._read, self._write, self._permits = self._all
+        self._files = [_file(fd) for fd in self._all]
         self._buffer = bytearray()
         # Re-entrant, for a signal handler may print in the middle of a print.
         self._lock = threading.RLock()
@@ -115,24 +121,32 @@ class Channel:
 
     def frames(self) -> Iterator[tuple[dict[str, Any], bytes]]:
         """One job after another, until the daemon closes its end."""
-        buffer = self._buffer
-        while True:
-            while (end := buffer.find(b"\n") + 1) == 0:
-                if not self._more():
-                    return
-            frame = json.loads(buffer[:end])
-            end_of_body = end + frame["length"]
-            while len(buffer) < end_of_body:
-                if not self._more():
-                    return
-            body = bytes(buffer[end:end_of_body])
-            del buffer[:end_of_body]
-            yield frame, body
+        with contextlib.suppress(EOFError):
+            while permit := os.read(self._permits, _PERMIT.size):
+                (number,) = _PERMIT.unpack(permit)
+                frame, body = self._next()
+                while frame["frame"] != number:  # the daemon has taken that one back
+                    frame, body = self._next()
+                yield frame, body
 
-    def _more(self) -> bool:
+    def _next(self) -> tuple[dict[str, Any], bytes]:
+        """The next frame. Raises EOFError."""
+        buffer = self._buffer
+        while (end := buffer.find(b"\n") + 1) == 0:
+            self._more()
+        frame = json.loads(buffer[:end])
+        end_of_body = end + frame["length"]
+        while len(buffer) < end_of_body:
+            self._more()
+        body = bytes(buffer[end:end_of_body])
+        del buffer[:end_of_body]
+        return frame, body
+
+    def _more(self) -> None:
         data = os.read(self._read, _CHUNK)
+        if not data:
+            raise EOFError
         self._buffer += data
-        return bool(data)
 
     def send(self, message: dict[str, Any], payload: bytes = b"") -> None:
         """One message to the daemon, in one piece whichever thread it comes from."""
@@ -159,12 +173,12 @@ class Channel:
     @property
     def broken(self) -> bool:
         """Whether somebody has closed a descriptor, and perhaps opened it as something else."""
-        return [_file(self._read), _file(self._write)] != self._files
+        return [_file(fd) for fd in self._all] != self._files
 
     def _forked(self) -> None:
         self.ours = False
         self._lock = threading.RLock()  # another thread may have held it
-        for fd in (self._read, self._write):
+        for fd in self._all:
             with contextlib.suppress(OSError):
                 os.close(fd)
 
@@ -540,7 +554,7 @@ def main(arguments: list[str]) -> None:
     if arguments[0] == "--check":
         _check(arguments[1])
     name, level = arguments
-    channel = Channel(3, 4)
+    channel = Channel(3, 4, 5)
     sys.argv = [name]
     sys.stdout = sys.__stdout__ = _text_stream(channel, "stdout", 1)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = _text_stream(channel, "stderr", 2)  # type: ignore[misc]

@@ -30,6 +30,7 @@ class CommandHandler:
     """Runs the command of a handler; see `run`."""
 
     immediate = True
+    capacity = 0
 
     def __init__(
         self, settings: Handler, environ: Mapping[str, str], output_lines: int, guardian: Guardian
@@ -41,7 +42,11 @@ class CommandHandler:
         self._program = Program(settings.command[0], settings, environ)
 
     async def run(
-        self, job: Job, stop: asyncio.Future[None], started: Callable[[int], None]
+        self,
+        job: Job,
+        stop: asyncio.Future[None],
+        started: Callable[[int], None],
+        _may_begin: object = None,
     ) -> Report:
         """Run the job in a process of its own until that ends, times out, or ``stop`` is done.
 

@@ -58,6 +58,16 @@ class Handlers:
             warm.start()
         return warm
 
+    def hand_out(self) -> None:
+        """Jobs may begin that could not before."""
+        for handler in self._all():
+            handler.hand_out()
+
+    def recall(self) -> None:
+        """Jobs may not begin that could before."""
+        for handler in self._all():
+            handler.recall()
+
     def hold(self) -> None:
         """No job starts any more."""
         for handler in self._all():

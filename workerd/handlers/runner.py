@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import fcntl
 import functools
+import itertools
 import os
+import socket
 import struct
 import termios
+import time
 from collections import deque
-from collections.abc import Callable
 from typing import Literal, Protocol, TypedDict
 
 from workerd import log
@@ -31,73 +32,24 @@ from workerd.handlers.protocol import (
     Unfit,
     frame,
 )
-from workerd.job import Job, Outcome, Report
+from workerd.handlers.turn import ERROR_LIMIT, Turn
+from workerd.job import Outcome, Report
 from workerd.options import Handler
 from workerd.retry import limit
 
-#: The end of stderr that a dead letter carries, in bytes.
-ERROR_LIMIT = 8192
+#: The number of a frame that a process may begin, see `child`.
+_PERMIT = struct.Struct("=Q")
 #: Of what a process says of itself or of a job, in characters.
 _LONGEST_TEXT = 16 * 1024
 _CHUNK = 1 << 16
 #: What is written to a process at once; the rest waits until it has room.
+_MOST_PIECES = 64
 _PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 
 _CAUSES = {
     "drain": (Outcome.INTERRUPTED, "drain"),
     "timeout": (Outcome.FAILED, "timeout"),
 }
-
-
-class Turn:
-    """A job that waits for a warm process, or is in the hands of one."""
-
-    def __init__(self, job: Job, started: Callable[[int], None], lines: int) -> None:
-        self.job = job
-        self.report: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
-        #: The process that holds it.
-        self.runner: Runner | None = None
-        #: Its number among the jobs of that process, and the bytes that it takes there.
-        self.number = self.size = 0
-        self._started: Callable[[int], None] | None = started
-        # What the job says is logged with the fields of whoever waits for it.
-        self._context = contextvars.copy_context()
-        self._lines = lines
-        self._outputs: dict[str, Output] = {}
-        self._records: Records | None = None
-
-    def begin(self) -> None:
-        """A process that is ready gets it; told once, even if another gets it after that one."""
-        if self._started is not None:
-            started, self._started = self._started, None
-            assert self.runner is not None
-            self._context.run(started, self.runner.pid)
-
-    def printed(self, stream: str, data: bytes) -> None:
-        output = self._outputs.get(stream)
-        if output is None:
-            keep = ERROR_LIMIT if stream == "stderr" else 0
-            output = self._outputs[stream] = Output(stream, "info", self._lines, keep)
-        self._context.run(output.feed, data)
-
-    def recorded(self, record: Record) -> None:
-        if self._records is None:
-            self._records = Records(self._lines)
-        self._context.run(self._records.add, record.level, record.logger, record.text)
-
-    def end(self, report: Report) -> None:
-        """Tell whoever waits for it. All that it has printed is in the log then."""
-        for said in (*self._outputs.values(), self._records):
-            if said is not None:
-                self._context.run(said.close)
-        if not self.report.done():
-            self.report.set_result(report)
-
-    @property
-    def stderr(self) -> str:
-        """The end of what it wrote to standard error."""
-        output = self._outputs.get("stderr")
-        return log.text_lines(output.tail) if output else ""
 
 
 class Pool(Protocol):
@@ -111,8 +63,11 @@ class Pool(Protocol):
     def unfit(self, runner: Runner, text: str) -> None:
         """It never came so far, or ended before it did anything."""
 
-    def free(self, runner: Runner) -> None:
-        """It has answered, and could take another job."""
+    def free(self, runner: Runner, seconds: float) -> None:
+        """It has done a job in this time, and could take another."""
+
+    def returned(self, turns: list[Turn]) -> None:
+        """It does not come to these, and another may have them."""
 
     def leaves(self, runner: Runner, reason: str) -> None:
         """It takes no further job; what it has it will still do."""
@@ -125,7 +80,11 @@ State = Literal["starting", "ready", "leaving", "ended"]
 
 
 class Runner:
-    """One process, from its start to its end. Its jobs are answered in the order they came."""
+    """One process, from its start to its end. Its jobs are answered in the order they came.
+
+    One that ``asks`` begins a job only when it has read its number from a socket, and the jobs
+    that it has not begun can be taken back from there. In others, each has begun when it is sent.
+    """
 
     def __init__(
         self,
@@ -134,12 +93,15 @@ class Runner:
         arguments: list[bytes],
         lines: int,
         guardian: Guardian,
+        asks: bool,
     ) -> None:
         """Start it. Raises OSError."""
         self.state: State = "starting"
-        #: How many jobs it was given, and how many of them it has answered.
+        self.asks = asks
+        #: How many jobs it was given, and not taken from; how many it has answered.
         self.taken = 0
         self.count = 0
+        self._number = 0
         #: What it holds: the first is being done, the others are in its pipe.
         self.turns: deque[Turn] = deque()
         self._pool = pool
@@ -158,6 +120,9 @@ class Runner:
         self._gave_up = False
         self._exited = False
         self._unsent: deque[memoryview] = deque()
+        #: Permits that are yet to be sent.
+        self._ungranted = b""
+        self._sending: asyncio.Handle | None = None
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
@@ -165,6 +130,13 @@ class Runner:
             answers, self._answers = reversed(make_pipe(undo, theirs))
             for fd in (self._frames, self._answers):
                 os.set_blocking(fd, False)
+            more = [frames, answers]
+            if asks:
+                # Its end stays open here as well: whoever reads a permit has it.
+                self._granted, self._grants = socket.socketpair()
+                undo.callback(self._granted.close)
+                undo.callback(self._grants.close)
+                more.append(self._granted.fileno())
             self._process = Process(
                 [program.path, *arguments],
                 program.environment | {b"WORKERD_PROTOCOL": b"%d" % VERSION},
@@ -173,7 +145,7 @@ class Runner:
                 functools.partial(self._listen, "stdout"),
                 functools.partial(self._listen, "stderr"),
                 guardian,
-                (frames, answers),
+                more,
             )
             undo.pop_all()
         self.pid = self._process.pid
@@ -186,17 +158,50 @@ class Runner:
     def take(self, turn: Turn) -> None:
         """Send it a job."""
         self.taken += 1
-        turn.number, turn.runner = self.taken, self
-        if not self.turns:
+        self._number += 1
+        turn.number, turn.runner = self._number, self
+        idle = not self.turns
+        if idle:
             self._close_between()
             self._watch()
         self.turns.append(turn)
-        turn.begin()
+        if idle or not self.asks:
+            turn.begin()
         data = frame(turn.number, turn.job, limit(turn.job, self._settings.retry))
         turn.size = len(data)
         self._unsent.append(memoryview(data))
-        if len(self._unsent) == 1:
+        if self.asks:
+            self._ungranted += _PERMIT.pack(turn.number)
+        if idle:
             self._send()
+        elif self._sending is None:
+            # Those that come together are sent together.
+            self._sending = self._loop.call_soon(self._send)
+
+    def take_back(self) -> list[Turn]:
+        """The jobs behind the first that it has not begun, and will not."""
+        if not self.asks or len(self.turns) < 2:
+            return []
+        numbers = self._ungranted + self._take_permits()
+        self._ungranted = b""
+        unbegun = {number for (number,) in _PERMIT.iter_unpack(numbers)}
+        first = self.turns[0]
+        if first.number in unbegun:
+            unbegun.remove(first.number)
+            self._ungranted = _PERMIT.pack(first.number)
+            self._send()
+        back = [turn for turn in self.turns if turn.number in unbegun]
+        self.turns = deque(turn for turn in self.turns if turn.number not in unbegun)
+        self.taken -= len(back)
+        return back
+
+    def _take_permits(self) -> bytes:
+        """The permits that it has not read."""
+        taken = b""
+        with contextlib.suppress(BlockingIOError):
+            while data := self._granted.recv(_CHUNK, socket.MSG_DONTWAIT):
+                taken += data
+        return taken
 
     def leave(self, reason: str) -> None:
         """Have it end once it has done what it holds; a process that is starting ends now."""
@@ -209,9 +214,16 @@ class Runner:
         elif not self.turns:
             self._hang_up()
 
+    @property
+    def told_to_end(self) -> bool:
+        return bool(self._process.cause)
+
     def end(self, cause: str) -> None:
         """SIGTERM to its process group, and SIGKILL after ``kill_grace``."""
         self._process.end(cause, self._settings.kill_grace)
+        back = self.take_back()
+        if back:
+            self._pool.returned(back)
 
     # What it does.
 
@@ -291,6 +303,10 @@ class Runner:
         self.turns.popleft()
         self.count += 1
         self._watch()
+        seconds = time.monotonic() - turn.began
+        if self.asks and self.turns and not answer.last:
+            self.turns[0].begin()
+            self._grant()
         turn.end(self._report(answer))
         if answer.last:
             self._gave_up = True
@@ -302,7 +318,7 @@ class Runner:
             elif self._settings.memory_limit and self._resident() > self._settings.memory_limit:
                 self.leave("memory_limit")
             elif not self._process.cause:
-                self._pool.free(self)
+                self._pool.free(self, seconds)
         if self.state == "leaving" and not self.turns:
             self._hang_up()
 
@@ -350,27 +366,34 @@ class Runner:
             self._timer.cancel()
         self._loop.remove_reader(self._answers)
         os.close(self._answers)
-        charged = self._charged()
+        begun, unbegun = self._divide()
         self._hang_up()
         self._close_between()
-        unbegun = list(self.turns)[charged:]
-        for turn in list(self.turns)[:charged]:
+        self.taken -= len(unbegun)
+        for turn in begun:
             turn.end(self._crash(turn, status))
         self.turns.clear()
         self._pool.ended(self, unbegun)
 
-    def _charged(self) -> int:
-        """For how many of the jobs that it holds its end is an end."""
+    def _divide(self) -> tuple[list[Turn], list[Turn]]:
+        """The jobs that end with it, and those that it never came to."""
+        turns = list(self.turns)
+        if not turns:
+            return [], []
+        if self.asks:
+            permits = self._ungranted + self._take_permits()
+            unbegun = {number for (number,) in _PERMIT.iter_unpack(permits)}
+            begun = [turn for turn in turns if turn.number not in unbegun]
+            return begun, turns[len(begun) :]
         if self._process.cause == "drain":
-            return len(self.turns)  # nobody waits any more for those that it has not begun
-        if self._gave_up or not self.turns:
-            return 0
-        if self._process.cause == "timeout":
-            return 1
-        if self._unread() >= sum(turn.size for turn in self.turns):
-            self.taken -= len(self.turns)
-            return 0  # it died before it had a look at them
-        return 1
+            return turns, []  # nobody waits any more for those that it has not begun
+        if self._gave_up:
+            return [], turns
+        # What it was sent and never read, it never looked at.
+        unread = self._unread() >= sum(turn.size for turn in turns)
+        if unread and self._process.cause != "timeout":
+            return [], turns
+        return turns[:1], turns[1:]
 
     def _unread(self) -> int:
         """How many bytes of what it was to be sent it never read."""
@@ -419,19 +442,31 @@ class Runner:
 
     def _send(self) -> None:
         """Write as far as the pipe takes it; a process that does not read holds nobody up."""
+        self._sending = None
+        if self._frames < 0:
+            return
+        self._grant()
         try:
             while self._unsent:
-                sent = os.write(self._frames, self._unsent[0])
-                if sent < len(self._unsent[0]):
+                sent = os.writev(self._frames, list(itertools.islice(self._unsent, _MOST_PIECES)))
+                while self._unsent and sent >= len(self._unsent[0]):
+                    sent -= len(self._unsent.popleft())
+                if sent:
                     self._unsent[0] = self._unsent[0][sent:]
-                else:
-                    self._unsent.popleft()
         except BlockingIOError:
             self._loop.add_writer(self._frames, self._send)
             return
         except BrokenPipeError:
             pass  # it has ended, which will be told soon
         self._loop.remove_writer(self._frames)
+
+    def _grant(self) -> None:
+        if self._ungranted:
+            try:
+                sent = self._grants.send(self._ungranted, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return  # it has enough for now, and with each answer more may follow
+            self._ungranted = self._ungranted[sent:]
 
     def _hang_up(self) -> None:
         """End of file: it leaves by itself, or is told to after ``kill_grace``."""
@@ -440,6 +475,9 @@ class Runner:
         self._loop.remove_writer(self._frames)
         os.close(self._frames)
         self._frames = -1
+        if self.asks:
+            self._grants.close()
+            self._granted.close()
         if self.state != "ended":
             grace = self._settings.kill_grace
             self._process.end_after(grace, "leave", grace)

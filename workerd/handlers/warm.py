@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from workerd import log
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.program import Program
-from workerd.handlers.runner import Runner, Turn
+from workerd.handlers.runner import Runner
+from workerd.handlers.turn import MayBegin, Started, Turn
 from workerd.job import Job, Outcome, Report
 from workerd.options import Handler
 from workerd.retry import backoff
@@ -22,13 +24,18 @@ from workerd.retry import backoff
 CHILD = Path(__file__).with_name("child.py")
 #: Seconds without an attempt to start a process after one that failed: at first, and at most.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
+#: Jobs for so many seconds may lie in the pipe of a process that can give them back, and so many.
+LOOK_AHEAD, MOST_AHEAD = 0.02, 100
+#: The part of a job's duration that enters the mean.
+_WEIGHT = 1 / 8
 
 
 class WarmHandler:
     """Runs the jobs of a python or stream handler; see `run`.
 
     At most ``processes`` of them live, besides those that are about to leave. Each has one job
-    at a time, or up to ``depth`` in its pipe.
+    at a time, and up to ``depth`` in its pipe. Those in the pipe of a python process have not
+    begun: they go to another one that has nothing to do, and where they came from in a drain.
     """
 
     immediate = False
@@ -46,6 +53,9 @@ class WarmHandler:
         self._output_lines = output_lines
         self._guardian = guardian
         self._depth = depth
+        self._asks = settings.python is not None
+        #: How long a job takes, in seconds; infinite until one has been done.
+        self._mean = math.inf
         if settings.python is not None:
             program = str(settings.interpreter or sys.executable)
             self._arguments = [os.fsencode(CHILD), settings.python.encode(), level.encode()]
@@ -68,6 +78,19 @@ class WarmHandler:
         self._gone = asyncio.Event()
 
     @property
+    def capacity(self) -> int:
+        """How many jobs it could have in hand: more than may run, when the pipes take some."""
+        if not self._asks or self._held or self._retired:
+            return 0
+        return len(self._runners) * self._deepest()
+
+    def _deepest(self) -> int:
+        """How many jobs one process may have: no more than are soon done."""
+        if not self._asks:
+            return self._depth
+        return min(self._depth, MOST_AHEAD, 1 + int(LOOK_AHEAD / self._mean))
+
+    @property
     def processes(self) -> int:
         """How many there are."""
         return len(self._runners) + len(self._leaving)
@@ -78,24 +101,26 @@ class WarmHandler:
             self._spawn()
 
     async def run(
-        self, job: Job, stop: asyncio.Future[None], started: Callable[[int], None]
+        self,
+        job: Job,
+        stop: asyncio.Future[None],
+        started: Started,
+        may_begin: MayBegin = lambda behind: True,
     ) -> Report:
         """Have the job done by the next free process; when ``stop`` is done, interrupt it.
 
-        ``started`` is called when a process gets it. Where none can start, the report says so
-        at once. Raises nothing on the job's account.
+        ``started`` is called when a process comes to it, not before it ``may_begin``. Where none
+        can start, the report says so at once. Raises nothing on the job's account.
         """
         if self._draining or stop.done():
             return Report(Outcome.INTERRUPTED, "drain")
-        turn = Turn(job, started, self._output_lines)
+        turn = Turn(job, started, may_begin, self._output_lines)
 
         def interrupt(_stop: object) -> None:
             self._interrupt(turn)
 
         self._waiting.append(turn)
-        # What happens to processes is no business of this job's.
-        with self._fields():
-            self._hand_out()
+        self.hand_out()
         stop.add_done_callback(interrupt)
         try:
             return await turn.report
@@ -107,6 +132,13 @@ class WarmHandler:
     def hold(self) -> None:
         """Start no job any more; those that wait go on waiting until `drain`."""
         self._held = True
+        self.recall()
+
+    def recall(self) -> None:
+        """Nothing that has not begun begins, unless it still may."""
+        for runner in self._runners:
+            self._line_up(runner.take_back())
+        self.hand_out()
 
     def retire(self) -> None:
         """Another takes its place: every process leaves once no job is left for it."""
@@ -117,9 +149,7 @@ class WarmHandler:
     def drain(self) -> None:
         """Start no job any more: those that wait are interrupted, those that run go on."""
         self._draining = True
-        for turn in self._waiting:
-            turn.end(Report(Outcome.INTERRUPTED, "drain"))
-        self._waiting.clear()
+        self._turn_away()
         self.retire()
 
     async def close(self) -> None:
@@ -129,33 +159,85 @@ class WarmHandler:
             self._gone.clear()
             await self._gone.wait()
 
+    def _turn_away(self) -> None:
+        for turn in self._waiting:
+            turn.stopped = True
+        self._line_up(())
+
     # From jobs to processes.
 
-    def _hand_out(self) -> None:
-        """Give what waits to who is free, evenly; start processes for the rest, or give up."""
+    def hand_out(self) -> None:
+        """Give what waits to who is free, evenly; start processes for the rest, or give up.
+
+        To be called whenever jobs may begin that could not before.
+        """
         if self._held:
             return
-        while self._waiting:
-            runner = max(self._runners, key=self._room, default=None)
+        with self._fields():
+            self._share()
+            while (found := self._next()) is not None:
+                turn, runner = found
+                self._waiting.remove(turn)
+                runner.take(turn)
+            starting = sum(runner.state == "starting" for runner in self._runners)
+            for _ in range(len(self._waiting) - starting):
+                if len(self._runners) >= self.settings.processes or not self._spawn():
+                    break
+            if not self._runners and self._waiting:
+                assert self._trouble is not None
+                for turn in self._waiting:
+                    turn.end(self._trouble)
+                self._waiting.clear()
+
+    def _next(self) -> tuple[Turn, Runner] | None:
+        """A job that waits, and the process that is to have it."""
+        if not self._waiting:
+            return None
+        runner = max(self._runners, key=self._room, default=None)
+        if runner is None or self._room(runner) <= 0:
+            return None
+        if not runner.turns or not runner.asks:
+            turn = next((turn for turn in self._waiting if turn.may_begin(behind=False)), None)
+            if turn:
+                return turn, runner
+            # Without a slot it can only be the next of a process that has one.
+            runner = max(filter(self._works_on, self._runners), key=self._room, default=None)
             if runner is None or self._room(runner) <= 0:
-                break
-            runner.take(self._waiting.popleft())
-        starting = sum(runner.state == "starting" for runner in self._runners)
-        for _ in range(len(self._waiting) - starting):
-            if len(self._runners) >= self.settings.processes or not self._spawn():
-                break
-        if not self._runners and self._waiting:
-            assert self._trouble is not None
-            for turn in self._waiting:
-                turn.end(self._trouble)
-            self._waiting.clear()
+                return None
+        turn = next((turn for turn in self._waiting if turn.may_begin(behind=True)), None)
+        return (turn, runner) if turn else None
+
+    @staticmethod
+    def _works_on(runner: Runner) -> bool:
+        return runner.asks and bool(runner.turns)
+
+    def _share(self) -> None:
+        """Where a process has nothing to do, jobs are not to wait behind others."""
+        if self._waiting or not any(
+            self._room(each) > 0 and not each.turns for each in self._runners
+        ):
+            return
+        longest = max(self._runners, key=lambda each: len(each.turns))
+        if len(longest.turns) > 1 and longest.turns[1].may_begin(behind=False):
+            self._line_up(longest.take_back())
+
+    def _line_up(self, turns: Iterable[Turn]) -> None:
+        """They wait again, in the order in which they came, unless they are not to run any more."""
+        waiting = sorted((*self._waiting, *turns), key=lambda turn: turn.arrival)
+        self._waiting = deque(turn for turn in waiting if not turn.stopped)
+        for turn in waiting:
+            if turn.stopped:
+                turn.end(Report(Outcome.INTERRUPTED, "drain"))
 
     def _fields(self) -> contextlib.AbstractContextManager[None]:
-        """What is logged meanwhile, and later by what is registered meanwhile, is the handler's."""
+        """What is logged meanwhile, and later by what is registered meanwhile, is the handler's.
+
+        What happens to processes is no business of the job that happens to cause it.
+        """
         return log.job_fields(handler=self.settings.name)
 
     def _room(self, runner: Runner) -> int:
-        return runner.room(self._depth)
+        return runner.room(self._deepest())
 
     def _spawn(self) -> bool:
         """Start one more process, unless one has just failed; returns whether it was started."""
@@ -163,7 +245,12 @@ class WarmHandler:
             return False
         try:
             runner = Runner(
-                self, self._program, self._arguments, self._output_lines, self._guardian
+                self,
+                self._program,
+                self._arguments,
+                self._output_lines,
+                self._guardian,
+                self._asks,
             )
         except OSError as error:
             self._cannot_start("cannot-run", self._program.cannot_run(error))
@@ -181,11 +268,15 @@ class WarmHandler:
         self._next_start = asyncio.get_running_loop().time() + pause
 
     def _interrupt(self, turn: Turn) -> None:
+        turn.stopped = True
+        runner = turn.runner
         if turn in self._waiting:
-            self._waiting.remove(turn)
-            turn.end(Report(Outcome.INTERRUPTED, "drain"))
-        elif turn.runner is not None and turn in turn.runner.turns:
-            turn.runner.end("drain")
+            self._line_up(())
+        elif runner is not None and turn in runner.turns:
+            self._line_up(runner.take_back())
+            if turn in runner.turns:
+                runner.end("drain")
+            self.hand_out()
 
     def _dismiss_idle(self) -> None:
         if self._retired and not self._waiting:
@@ -197,21 +288,26 @@ class WarmHandler:
     def ready(self, runner: Runner) -> None:
         log.debug("child ready", child=runner.pid)
         self._next_start = 0.0
-        self._hand_out()
+        self.hand_out()
         self._dismiss_idle()
 
     def unfit(self, runner: Runner, text: str) -> None:
         self._runners.remove(runner)
         self._leaving.add(runner)
         self._cannot_start("cannot-start", text)
-        self._hand_out()
+        self.hand_out()
 
-    def free(self, runner: Runner) -> None:
+    def free(self, runner: Runner, seconds: float) -> None:
         self._works()
-        if self._waiting:
-            self._hand_out()
-        elif self._retired:
+        self._learn(seconds)
+        if self._waiting or not runner.turns:
+            self.hand_out()
+        if self._retired and not self._waiting:
             runner.leave("retired")
+
+    def returned(self, turns: list[Turn]) -> None:
+        self._line_up(turns)
+        self.hand_out()
 
     def leaves(self, runner: Runner, reason: str) -> None:
         log.debug("child leaves", child=runner.pid, reason=reason, jobs=runner.count)
@@ -225,17 +321,22 @@ class WarmHandler:
         self._leaving.discard(runner)
         if runner in self._runners:
             self._runners.remove(runner)
-            if not runner.taken:
+            if not runner.taken and not runner.told_to_end:
                 self._cannot_start("cannot-start", "it ended as soon as it was ready")
             self._replace()
-        for turn in reversed(unbegun):
-            if self._draining:
-                turn.end(Report(Outcome.INTERRUPTED, "drain"))
-            elif not turn.report.done():
-                self._waiting.appendleft(turn)
-        self._hand_out()
+        self._line_up(unbegun)
+        if self._draining:
+            self._turn_away()
+        self.hand_out()
         self._dismiss_idle()
         self._gone.set()
+
+    def _learn(self, seconds: float) -> None:
+        """How long jobs take: one that takes long is believed at once."""
+        if self._mean > LOOK_AHEAD or seconds > LOOK_AHEAD:
+            self._mean = seconds
+        else:
+            self._mean += (seconds - self._mean) * _WEIGHT
 
     def _works(self) -> None:
         """A process has done a job: whatever kept another from it is no reason to wait."""

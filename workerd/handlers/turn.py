@@ -1,0 +1,93 @@
+"""A job on its way through a warm handler: what it has said so far, and who waits for its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import itertools
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from workerd import log
+from workerd.handlers.output import Output, Records
+from workerd.handlers.protocol import Record
+from workerd.job import Job, Report
+
+if TYPE_CHECKING:
+    from workerd.handlers.runner import Runner
+
+#: The end of stderr that a dead letter carries, in bytes.
+ERROR_LIMIT = 8192
+
+_arrivals = itertools.count()
+
+
+class Started(Protocol):
+    """Told that a job has begun, and in which process."""
+
+    def __call__(self, pid: int) -> None: ...
+
+
+class MayBegin(Protocol):
+    """Says whether a job may begin now, or ``behind`` another: once that one has ended."""
+
+    def __call__(self, behind: bool) -> bool: ...
+
+
+class Turn:
+    """A job that waits for a warm process, or is in the hands of one."""
+
+    def __init__(self, job: Job, started: Started, may_begin: MayBegin, lines: int) -> None:
+        self.job = job
+        self.may_begin = may_begin
+        #: Counts the jobs as they came.
+        self.arrival = next(_arrivals)
+        #: It is not to run any more.
+        self.stopped = False
+        #: When it began, an instant of the monotonic clock.
+        self.began = 0.0
+        self.report: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
+        #: The process that holds it.
+        self.runner: Runner | None = None
+        #: Its number among the jobs of that process, and the bytes that it takes there.
+        self.number = self.size = 0
+        self._started: Started | None = started
+        # What the job says is logged with the fields of whoever waits for it.
+        self._context = contextvars.copy_context()
+        self._lines = lines
+        self._outputs: dict[str, Output] = {}
+        self._records: Records | None = None
+
+    def begin(self) -> None:
+        """Its process comes to it; told once, even if another gets it after that one."""
+        self.began = time.monotonic()
+        if self._started is not None:
+            started, self._started = self._started, None
+            assert self.runner is not None
+            self._context.run(started, self.runner.pid)
+
+    def printed(self, stream: str, data: bytes) -> None:
+        output = self._outputs.get(stream)
+        if output is None:
+            keep = ERROR_LIMIT if stream == "stderr" else 0
+            output = self._outputs[stream] = Output(stream, "info", self._lines, keep)
+        self._context.run(output.feed, data)
+
+    def recorded(self, record: Record) -> None:
+        if self._records is None:
+            self._records = Records(self._lines)
+        self._context.run(self._records.add, record.level, record.logger, record.text)
+
+    def end(self, report: Report) -> None:
+        """Tell whoever waits for it. All that it has printed is in the log then."""
+        for said in (*self._outputs.values(), self._records):
+            if said is not None:
+                self._context.run(said.close)
+        if not self.report.done():
+            self.report.set_result(report)
+
+    @property
+    def stderr(self) -> str:
+        """The end of what it wrote to standard error."""
+        output = self._outputs.get("stderr")
+        return log.text_lines(output.tail) if output else ""
