@@ -163,8 +163,8 @@ def test_messages_are_the_same_however_they_are_cut(cuts: list[int], keep: int) 
     assert [each for each in found if not isinstance(each, Printed)] == [
         Ready(),
         Record("warning", "a.b", "c"),
-        Answer(1, done, b"12345"[max(0, 5 - keep) :], "", "", None, False),
-        Answer(2, failed, b"", "e", "n", 1.5, False),
-        Answer(3, rejected, b"", "", "", None, True),
+        Answer(1, done, b"12345"[max(0, 5 - keep) :], "", "", None, False, printed=False),
+        Answer(2, failed, b"", "e", "n", 1.5, False, printed=False),
+        Answer(3, rejected, b"", "", "", None, True, printed=False),
         Unfit("gone"),
     ]

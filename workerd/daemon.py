@@ -107,6 +107,7 @@ async def _serve(
         settings.worker.remember,
         _memory_trouble,
         lock=memory_lock,
+        soon=asyncio.get_running_loop().call_soon,
     )
     systemd = service.Systemd()
     handlers = Handlers(os.environ, guardian)

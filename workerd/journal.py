@@ -57,7 +57,8 @@ class HostMemory(Memory):
 
     ``on_trouble`` is told, once, when the disk cannot be written (the memory is then in this
     process alone) and, with "", when it can be again. ``remember`` is in seconds, ``lock``
-    what `hold` has returned, where that was done before.
+    what `hold` has returned, where that was done before. ``soon`` has a function called before
+    the loop does anything else: then records are written together, but before a job begins.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class HostMemory(Memory):
         on_trouble: Callable[[str], None],
         size: int = 100_000,
         lock: int = -1,
+        soon: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
         super().__init__(size)
         self.remember = remember
@@ -76,6 +78,9 @@ class HostMemory(Memory):
         self._on_trouble = on_trouble
         self._troubled = False
         self._file = -1
+        self._soon = soon
+        #: What is not written yet.
+        self._pending = b""
         #: The lock, once it is ours; and the same, once all has been read and we may write.
         self._held = lock
         self._lock = -1
@@ -113,12 +118,15 @@ class HostMemory(Memory):
         if not begun:
             self._unbegun[key] = self._unbegun.get(key, 0) + 1
         self._append(START if begun else TAKE, channel, key)
+        if begun:
+            self._flush()
 
     def begun(self, key: bytes) -> None:
         self._unbegun[key] -= 1
         if not self._unbegun[key]:
             del self._unbegun[key]
         self._append(BEGIN, NEVER_SENT, key)
+        self._flush()
 
     def settled(self, key: bytes, channel: int) -> None:
         super().settled(key, channel)
@@ -263,19 +271,29 @@ class HostMemory(Memory):
             for number, channel in enumerate(channels):
                 self._append(TAKE if number < unbegun else START, channel, key)
         for key, cut_off in self._cut_off.items():
-            self._write(encode(CUT_OFF, cut_off.number, key, cut_off.when))
+            self._append(CUT_OFF, cut_off.number, key, cut_off.when)
         for key, count in self._waiting.items():
             for _ in range(count):
                 self._append(WAIT, NEVER_SENT, key)
+        self._flush()
 
-    def _append(self, kind: bytes, channel: int, key: bytes) -> None:
+    def _append(self, kind: bytes, channel: int, key: bytes, when: float | None = None) -> None:
         if self._file < 0:
             if time.monotonic() < self._retry_at:
                 return
             (self._open if self._lock < 0 else self._begin_segment)()
             if kind in (START, TAKE, BEGIN, WAIT):
                 return  # the new segment begins with all that is in hand
-        self._write(encode(kind, channel, key, time.time()))
+        if not self._pending and self._soon is not None:
+            self._soon(self._flush)
+        self._pending += encode(kind, channel, key, time.time() if when is None else when)
+        if self._soon is None:
+            self._flush()
+
+    def _flush(self) -> None:
+        records, self._pending = self._pending, b""
+        if records:
+            self._write(records)
 
     def _write(self, records: bytes) -> bool:
         if self._file < 0:
@@ -293,6 +311,7 @@ class HostMemory(Memory):
 
     def close(self) -> None:
         """Nothing more is written; the lock stays until the process ends."""
+        self._flush()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

@@ -113,10 +113,10 @@ class Ledger:
         self._busy: dict[str, int] = {}
         #: How many run of each type, whether they have begun or not.
         self._taken: Counter[str | None] = Counter()
-        #: Those whose handler has not ended: with a slot, without one, and the one that must be
-        #: alone there.
+        #: Those whose handler has not ended, the one that must be alone there, and how many of
+        #: each queue have no slot.
         self._active: set[Run] = set()
-        self.ahead: set[Run] = set()
+        self._ahead: Counter[str] = Counter()
         self._alone: Run | None = None
         self.configure(concurrency)
         #: Runs that a redelivery may rejoin, by key: their channel was lost or retired.
@@ -270,7 +270,7 @@ class Ledger:
         if line == ALONE:
             self._alone = run
         if ahead:
-            self.ahead.add(run)
+            self._ahead[run.job.queue] += 1
         else:
             self._active.add(run)
             self._busy[run.job.queue] += 1
@@ -281,7 +281,7 @@ class Ledger:
         """The handler of a run is about to give it to a process: from now on it is an attempt."""
         if run.ahead:
             run.ahead = False
-            self.ahead.discard(run)
+            self._ahead[run.job.queue] -= 1
             self._active.add(run)
             self._busy[run.job.queue] += 1
         if not run.begun:
@@ -399,13 +399,21 @@ class Ledger:
         return self._busy[queue]
 
     @property
+    def has_slot_ahead(self) -> bool:
+        """Whether a job that is ahead could have a slot."""
+        return any(
+            number and self._is_open(queue) and self._has_slot(queue)
+            for queue, number in self._ahead.items()
+        )
+
+    @property
     def unbegun(self) -> list[Run]:
         """The runs that no process has come to yet."""
         return [run for run in self.running if not run.begun]
 
     def waiting(self, queue: str) -> int:
         """How many delivered jobs of a queue wait for a slot."""
-        return len(self._waiting[queue]) + sum(run.job.queue == queue for run in self.ahead)
+        return len(self._waiting[queue]) + self._ahead[queue]
 
     @property
     def suspects(self) -> int:

@@ -31,6 +31,9 @@ Record = tuple[float, str, str, Mapping[str, object]]
 
 #: Records that may wait for the writer; beyond that, the newest are dropped.
 BACKLOG = 20_000
+#: Seconds for which more records gather before they are written: waking the thread for each of
+#: many would hold up the loop.
+LINGER = 0.005
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
 
 _NO_FIELDS: Mapping[str, object] = MappingProxyType({})
@@ -140,6 +143,7 @@ class Log:
             self._wake.clear()
             if self._records:
                 self._wake.set()
+            time.sleep(LINGER)
 
     def _write_one(self, record: Record) -> None:
         try:

@@ -453,7 +453,7 @@ class Worker:
         task.add_done_callback(self._performing.discard)
 
     def _start_more(self) -> None:
-        if self.ledger.ahead:
+        if self.ledger.has_slot_ahead:
             self.register.hand_out()
         while run := self.ledger.next():
             self._begin(run)

@@ -36,7 +36,9 @@ import json
 import logging
 import signal
 import struct
+import termios
 import threading
+import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
@@ -47,6 +49,8 @@ MAX_TEXT = 8192
 #: Above the descriptors that an application is likely to name.
 _HIGH = 64
 _CHUNK = 1 << 16
+#: Seconds for the daemon to read what a job has printed; it may be busy.
+_PATIENCE = 1.0
 _PERMIT = struct.Struct("=Q")
 _SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
@@ -251,6 +255,19 @@ class State:
         """Standard error, wherever descriptor 2 leads."""
         return self._descriptors[2][1]
 
+    def has_printed(self) -> bool:
+        """Whether something waits to be read that was not printed as messages."""
+        try:
+            return any(_waits(copy) for _, copy in self._descriptors.values())
+        except OSError:
+            return False
+
+    def await_reader(self) -> None:
+        """Wait until it has been read: it is the last job's, and not the next one's."""
+        until = time.monotonic() + _PATIENCE
+        while self.has_printed() and time.monotonic() < until:
+            time.sleep(0.0002)
+
     def restore(self) -> bool:
         """Put back what can be put back cheaply; False: this process had better end."""
         try:
@@ -396,7 +413,12 @@ class Child:
         fit = self._state.restore() and fit
         if not fit:
             answer["last"] = True
+        printed = self._state.has_printed()
+        if printed:
+            answer["printed"] = True
         self._channel.send(answer, result)
+        if printed:
+            self._state.await_reader()
         return fit
 
     def _await(self, awaitable: Any) -> Any:
@@ -464,6 +486,12 @@ def _file(fd: int) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _waits(pipe: int) -> int:
+    """How many bytes of a pipe have not been read."""
+    count: int = struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"    "))[0]
+    return count
 
 
 def _flush(stream: Any) -> None:

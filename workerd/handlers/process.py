@@ -25,7 +25,8 @@ _DEFAULT_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 class Process:
     """A running child: its standard input is ``body``, its output goes to two callbacks.
 
-    ``more`` are descriptors that it gets as 3, 4 …; the caller closes its own copies.
+    ``more`` are descriptors that it gets as 3, 4 …; the caller closes its own copies. ``before`` is
+    called before its output is read.
     ``cause`` says why it was told to end (`end`), "" when it ended by itself.
     """
 
@@ -39,6 +40,7 @@ class Process:
         on_stderr: Callable[[bytes], None],
         guardian: Guardian,
         more: Sequence[int] = (),
+        before: Callable[[], None] = lambda: None,
     ) -> None:
         """Start it. Raises OSError (no such program, no more processes …) and ValueError (NUL)."""
         self._loop = asyncio.get_running_loop()
@@ -63,6 +65,7 @@ class Process:
         guardian.started(self.pid)
         self._feed(memoryview(body))
         self._on_stdout, self._on_stderr = on_stdout, on_stderr
+        self._before = before
         self._listen(self._stdout, on_stdout)
         self._listen(self._stderr, on_stderr)
         self._loop.add_reader(self._pidfd, self._reap)
@@ -126,6 +129,7 @@ class Process:
         self._loop.add_reader(fd, self._read, fd, on_data)
 
     def _read(self, fd: int, on_data: Callable[[bytes], None]) -> None:
+        self._before()
         with contextlib.suppress(BlockingIOError):
             data = os.read(fd, _CHUNK)
             if data:
@@ -142,6 +146,7 @@ class Process:
         self._guardian.ended(self.pid)
         for timer in self._timers:
             timer.cancel()
+        self._before()
         # All that it wrote is in the pipes by now. Not until end of file: a daemonised
         # grandchild may hold the other end for ever.
         self.read_now()

@@ -100,7 +100,10 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The end of a job. ``last``: the process takes no other after it."""
+    """The end of a job. ``last``: the process takes no other after it.
+
+    ``printed``: it goes on only when what the job has printed by itself has been read.
+    """
 
     frame: int
     outcome: Outcome
@@ -109,6 +112,7 @@ class Answer:
     note: str
     retry_after: float | None
     last: bool
+    printed: bool
 
 
 Message = Ready | Unfit | Printed | Record | Answer
@@ -224,6 +228,7 @@ def _answer(head: dict[str, Any], output: bytes) -> Answer:
         note=str(head.get("note") or ""),
         retry_after=retry_after,
         last=head.get("last") is True,
+        printed=head.get("printed") is True,
     )
 
 

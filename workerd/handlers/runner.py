@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import fcntl
 import functools
 import itertools
@@ -105,13 +106,12 @@ class Runner:
         #: What it holds: the first is being done, the others are in its pipe.
         self.turns: deque[Turn] = deque()
         self._pool = pool
+        # What it says without a job is logged with the fields of its handler.
+        self._context = contextvars.copy_context()
         self._settings = pool.settings
         self._lines = lines
         self._loop = asyncio.get_running_loop()
         self._parser = Parser(self._settings.output_limit)
-        #: What it has printed on descriptors 1 and 2, until its messages before are read.
-        self._printed_itself: list[tuple[str, bytes]] = []
-        self._listening = False
         #: Printed while it had no job.
         self._between: dict[str, Output] = {}
         #: What it did against the protocol.
@@ -142,10 +142,12 @@ class Runner:
                 program.environment | {b"WORKERD_PROTOCOL": b"%d" % VERSION},
                 program.directory,
                 b"",
-                functools.partial(self._listen, "stdout"),
-                functools.partial(self._listen, "stderr"),
+                functools.partial(self._printed, "stdout"),
+                functools.partial(self._printed, "stderr"),
                 guardian,
                 more,
+                # What it prints belongs to the job that it is at: the first without an answer.
+                self._listen,
             )
             undo.pop_all()
         self.pid = self._process.pid
@@ -237,36 +239,23 @@ class Runner:
         self._pool.unfit(self, text)
         self.end("unfit")
 
-    def _listen(self, stream: str = "", data: bytes = b"") -> None:
-        """It has sent something, or printed this by itself: what it sent comes first."""
-        if data:
-            self._printed_itself.append((stream, data))
-        if self._listening:
-            return
-        self._listening = True
+    def _listen(self) -> None:
+        """Read what it has sent."""
         with contextlib.suppress(BlockingIOError):
             sent = os.read(self._answers, _CHUNK)
             if sent:
                 self._parse(sent)
             else:
                 self._loop.remove_reader(self._answers)
-        self._listening = False
-        self._tell_printed()
-
-    def _tell_printed(self) -> None:
-        printed, self._printed_itself = self._printed_itself, []
-        for stream, data in printed:
-            self._printed(stream, data)
 
     def _parse(self, data: bytes) -> None:
         if self._fault:
             return
         try:
             for message in self._parser.feed(data):
-                if isinstance(message, Answer):
+                if isinstance(message, Answer) and (message.printed or not self.asks):
                     # What the job has printed by itself is in the pipes by now.
                     self._process.read_now()
-                    self._tell_printed()
                 self._act(message)
         except Broken as broken:
             self._fault = f"broke the protocol: {broken}"
@@ -423,7 +412,7 @@ class Runner:
         output = self._between.get(stream)
         if output is None:
             output = self._between[stream] = Output(stream, "info", self._lines, ERROR_LIMIT)
-        output.feed(data)
+        self._context.run(output.feed, data)
 
     def _recorded(self, record: Record) -> None:
         if self.turns:
@@ -435,7 +424,7 @@ class Runner:
 
     def _close_between(self) -> None:
         for output in self._between.values():
-            output.close()
+            self._context.run(output.close)
         self._between.clear()
 
     # What it is sent.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import os
 import sys
@@ -97,8 +96,7 @@ class WarmHandler:
 
     def start(self) -> None:
         """Have a process ready before the first job comes."""
-        with self._fields():
-            self._spawn()
+        self._spawn()
 
     async def run(
         self,
@@ -143,8 +141,7 @@ class WarmHandler:
     def retire(self) -> None:
         """Another takes its place: every process leaves once no job is left for it."""
         self._retired = True
-        with self._fields():
-            self._dismiss_idle()
+        self._dismiss_idle()
 
     def drain(self) -> None:
         """Start no job any more: those that wait are interrupted, those that run go on."""
@@ -173,21 +170,22 @@ class WarmHandler:
         """
         if self._held:
             return
-        with self._fields():
-            self._share()
-            while (found := self._next()) is not None:
-                turn, runner = found
-                self._waiting.remove(turn)
-                runner.take(turn)
-            starting = sum(runner.state == "starting" for runner in self._runners)
-            for _ in range(len(self._waiting) - starting):
-                if len(self._runners) >= self.settings.processes or not self._spawn():
-                    break
-            if not self._runners and self._waiting:
-                assert self._trouble is not None
-                for turn in self._waiting:
-                    turn.end(self._trouble)
-                self._waiting.clear()
+        self._share()
+        while (found := self._next()) is not None:
+            turn, runner = found
+            self._waiting.remove(turn)
+            runner.take(turn)
+        if not self._waiting:
+            return
+        starting = sum(runner.state == "starting" for runner in self._runners)
+        for _ in range(len(self._waiting) - starting):
+            if len(self._runners) >= self.settings.processes or not self._spawn():
+                break
+        if not self._runners:
+            assert self._trouble is not None
+            for turn in self._waiting:
+                turn.end(self._trouble)
+            self._waiting.clear()
 
     def _next(self) -> tuple[Turn, Runner] | None:
         """A job that waits, and the process that is to have it."""
@@ -229,13 +227,6 @@ class WarmHandler:
             if turn.stopped:
                 turn.end(Report(Outcome.INTERRUPTED, "drain"))
 
-    def _fields(self) -> contextlib.AbstractContextManager[None]:
-        """What is logged meanwhile, and later by what is registered meanwhile, is the handler's.
-
-        What happens to processes is no business of the job that happens to cause it.
-        """
-        return log.job_fields(handler=self.settings.name)
-
     def _room(self, runner: Runner) -> int:
         return runner.room(self._deepest())
 
@@ -243,18 +234,20 @@ class WarmHandler:
         """Start one more process, unless one has just failed; returns whether it was started."""
         if asyncio.get_running_loop().time() < self._next_start:
             return False
-        try:
-            runner = Runner(
-                self,
-                self._program,
-                self._arguments,
-                self._output_lines,
-                self._guardian,
-                self._asks,
-            )
-        except OSError as error:
-            self._cannot_start("cannot-run", self._program.cannot_run(error))
-            return False
+        # What happens to processes is no business of the job that happens to cause it.
+        with log.job_fields(handler=self.settings.name):
+            try:
+                runner = Runner(
+                    self,
+                    self._program,
+                    self._arguments,
+                    self._output_lines,
+                    self._guardian,
+                    self._asks,
+                )
+            except OSError as error:
+                self._cannot_start("cannot-run", self._program.cannot_run(error))
+                return False
         self._runners.append(runner)
         return True
 
@@ -310,7 +303,13 @@ class WarmHandler:
         self.hand_out()
 
     def leaves(self, runner: Runner, reason: str) -> None:
-        log.debug("child leaves", child=runner.pid, reason=reason, jobs=runner.count)
+        log.debug(
+            "child leaves",
+            handler=self.settings.name,
+            child=runner.pid,
+            reason=reason,
+            jobs=runner.count,
+        )
         self._runners.remove(runner)
         self._leaving.add(runner)
         if runner.count:
