@@ -98,9 +98,13 @@ def places(deliveries: Iterable[Delivery]) -> list[tuple[int, int]]:
 
 
 class Episode:
-    """A broker, a worker and its ledger; every public method is something that may happen."""
+    """A broker, a worker and its ledger; every public method is something that may happen.
 
-    def __init__(self) -> None:
+    Its handler has room for so many jobs, slots or not.
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
+        self.capacity = capacity
         self.story: list[str] = []
         self.sent: list[Sent] = []
         self.ready: dict[str, list[Sent]] = {queue: [] for queue in CONCURRENCY}
@@ -122,7 +126,11 @@ class Episode:
 
     def _begin(self) -> None:
         """A worker that knows nothing."""
-        self.ledger = Ledger(CONCURRENCY)
+        self.ledger = Ledger(
+            CONCURRENCY, None, lambda _job: not self.capacity, lambda _job: self.capacity
+        )
+        #: The runs that have no slot yet.
+        self.ahead: set[Run] = set()
         #: What each run has to settle, None when that was lost; in the order of starting.
         self.runs: dict[Run, Delivery | None] = {}
         self.alike: dict[Run, str] = {}
@@ -242,7 +250,7 @@ class Episode:
             self._settle(decision)
         else:
             assert not (sent.redelivered and orphans), "did not rejoin"
-            alone = sent.redelivered and self.spent[delivery.job.key]
+            alone = sent.redelivered and self.spent[delivery.job.key] > 0
             line = self.waiting[ALONE if alone else wire.queue]
             line.append(delivery)
             line.sort(key=lambda each: not each.delayed)
@@ -290,10 +298,16 @@ class Episode:
         if self.ledger.draining or any(run.job.lost_starts for run in self.runs):
             return []
         if self.waiting[ALONE]:
-            return [] if self.runs else self.waiting[ALONE][:1]
-        busy = Counter(run.job.queue for run in self.runs)
-        free = [queue for queue in CONCURRENCY if busy[queue] < CONCURRENCY[queue]]
+            return self.waiting[ALONE][:1] if self.ahead.issuperset(self.runs) else []
+        room = len(self.runs) < self.capacity
+        free = [queue for queue in CONCURRENCY if room or self._has_slot(queue)]
         return [delivery for queue in free for delivery in self.waiting[queue][:1]]
+
+    def _busy(self, queue: str) -> int:
+        return sum(run.job.queue == queue for run in self.runs if run not in self.ahead)
+
+    def _has_slot(self, queue: str) -> bool:
+        return self._busy(queue) < CONCURRENCY[queue]
 
     def _next(self, run: Run | None) -> None:
         """The ledger was asked what to start next."""
@@ -311,6 +325,9 @@ class Episode:
                 waiting.remove(delivery)
         sent = self.wires[delivery.channel].unsettled[delivery.tag]
         self.story.append(f"  {sent} started")
+        assert run.ahead != self._has_slot(delivery.job.queue) or run.job.lost_starts
+        if run.ahead:
+            self.ahead.add(run)
         self.runs[run] = run.delivery
         self.alike[run] = sent.alike
         self.starts[sent.alike] += 1
@@ -319,12 +336,27 @@ class Episode:
         if sent.named and (self.published[sent.alike] == 1 or sent.unique):
             assert self.starts[sent.alike] <= 1 + self.returns[sent.alike], "again for nothing"
 
+    def begin(self, which: int, behind: bool) -> None:
+        """A process could do with another job, or comes to one that lies behind its last."""
+        if not self.ahead:
+            return
+        run = [run for run in self.runs if run in self.ahead][which % len(self.ahead)]
+        closed = self.ledger.draining or any(each.job.lost_starts for each in self.runs)
+        closed = closed or bool(self.waiting[ALONE])
+        may_begin = not closed and (behind or self._has_slot(run.job.queue))
+        assert self.ledger.may_begin(run, behind) == may_begin
+        if may_begin:
+            self.story.append("a run begins")
+            self.ledger.begins(run)
+            self.ahead.remove(run)
+
     def finish(self, which: int, verdict: Verdict, copies: int = 1) -> None:
         """A run ends; for want of a confirm, its copy may have been published twice."""
         if not self.runs:
             return
         run = list(self.runs)[which % len(self.runs)]
         delivery = self.runs.pop(run)
+        self.ahead.discard(run)
         alike = self.alike[run]
         self.story.append(f"a run ends: {verdict.value}")
         if verdict in (Verdict.RETRY, Verdict.POSTPONE):
@@ -520,8 +552,9 @@ class Episode:
         ledger = self.ledger
         assert ledger.running == set(self.runs)
         for queue in CONCURRENCY:
-            assert ledger.waiting(queue) == len(self.waiting[queue])
-            assert ledger.busy(queue) == sum(run.job.queue == queue for run in self.runs)
+            ahead = sum(run.job.queue == queue for run in self.ahead)
+            assert ledger.waiting(queue) == len(self.waiting[queue]) + ahead
+            assert ledger.busy(queue) == self._busy(queue)
         unsent = any(delivery is None for delivery in self.runs.values())
         unsent |= any(NEVER_SENT in sent_on for sent_on in self.verdicts.values())
         assert ledger.owes() == unsent
@@ -573,6 +606,7 @@ STEPS = [
     Step(None),
     *_each(Episode.publish, KINDS, CONCURRENCY),
     *_each(Episode.deliver, CONCURRENCY, (1, 3), weight=6),
+    *_each(Episode.begin, range(3), (False, True)),
     *_each(Episode.finish, range(3), Verdict),
     *_each(Episode.finish, range(3), [Verdict.RETRY, Verdict.POSTPONE], [2]),
     *_each(Episode.finish, range(3), [Verdict.DONE], weight=3),

@@ -210,8 +210,8 @@ def test_runs_that_ended_with_their_daemon_are_counted_until_the_job_has_its_ver
     memory.returned(SLEEP, ran=True)
     assert looking(memory).cut_off(SLEEP) == 2
     memory.settled(SLEEP, 1)
-    assert looking(memory).cut_off(SLEEP) == 0
-    assert looking(other).cut_off(SLEEP) == 0
+    assert looking(memory).cut_off(SLEEP) is None
+    assert looking(other).cut_off(SLEEP) is None
 
 
 def test_equal_jobs_that_ended_with_one_daemon_are_blamed_once(

@@ -630,6 +630,79 @@ def test_a_suspect_that_waits_is_given_back_like_any_other() -> None:
     assert (back.channel, back.tag) == (channel.serial, channel.tag)
 
 
+def test_one_that_may_have_begun_when_the_daemon_died_runs_alone_and_has_spent_nothing() -> None:
+    ledger = Ledger({"queue": 2}, Died())
+    channel = Channel(ledger, 1)
+    neighbour = channel.run(OTHER)
+    assert channel.deliver(NAMED, redelivered=True) is None
+    ledger.ended(neighbour)
+    suspect = ledger.next()
+    assert suspect
+    assert (suspect.job.attempt, suspect.job.lost_starts) == (1, 0)
+    assert channel.deliver(Message(message_id="later")) is None
+
+
+class Died(Memory):
+    """Of a daemon that died when its processes had jobs ahead of them."""
+
+    def cut_off(self, key: bytes) -> int | None:
+        return 0
+
+
+# Jobs that are ahead of their slots, in the hands of a handler with warm processes.
+
+
+def ahead(capacity: int) -> tuple[Ledger, Channel]:
+    ledger = Ledger({"queue": 1, "other": 1}, None, lambda _: False, lambda _: capacity)
+    return ledger, Channel(ledger, 1)
+
+
+def test_a_handler_with_room_gets_more_jobs_than_have_slots() -> None:
+    ledger, channel = ahead(3)
+    runs = [channel.run(Message(message_id=str(n))) for n in range(3)]
+    assert [run.ahead for run in runs] == [False, True, True]
+    assert channel.deliver(OTHER) is None
+    assert (ledger.busy("queue"), ledger.waiting("queue")) == (1, 3)
+    ledger.finished(runs[0], Verdict.DONE)
+    assert ledger.next()
+
+
+def test_a_job_that_is_ahead_begins_when_there_is_a_slot_or_behind_one_that_has_one() -> None:
+    ledger, channel = ahead(3)
+    first, second, third = (channel.run(Message(message_id=str(n))) for n in range(3))
+    assert ledger.may_begin(first, behind=False)
+    assert not ledger.may_begin(second, behind=False)
+    assert not ledger.has_slot_ahead
+    assert ledger.may_begin(second, behind=True)
+    ledger.begins(second)  # its process has told of the end of the first
+    assert ledger.busy("queue") == 2
+    ledger.finished(first, Verdict.DONE)
+    assert not ledger.may_begin(third, behind=False)
+    ledger.finished(second, Verdict.DONE)
+    assert ledger.has_slot_ahead
+    assert ledger.may_begin(third, behind=False)
+
+
+@pytest.mark.parametrize("trouble", ["pause", "drain", "suspect", "memory"])
+def test_a_job_that_is_ahead_does_not_begin_where_nothing_may_start(trouble: str) -> None:
+    ledger, channel = ahead(3)
+    first, second = (channel.run(Message(message_id=str(n))) for n in range(2))
+    match trouble:
+        case "pause":
+            ledger.paused = {"queue"}
+        case "drain":
+            ledger.drain()
+        case "suspect":
+            cut_off(ledger, NAMED)
+            channel.deliver(NAMED, redelivered=True)
+        case "memory":
+            ledger.one_at_a_time = True
+    assert not ledger.may_begin(second, behind=True)
+    assert channel.deliver(OTHER) is None
+    # One that has its slot is not held up, or it would hold up others for ever.
+    assert ledger.may_begin(first, behind=False)
+
+
 # A consumer that the broker cancelled, on a channel that stays open.
 
 
@@ -817,8 +890,9 @@ def test_an_id_that_never_changes_costs_no_more_than_others() -> None:
 @pytest.mark.timeout(1800)  # a campaign computes for a minute; on a busy machine that takes a while
 @settings(max_examples=EXAMPLES, report_multiple_bugs=False)
 @given(st.binary(min_size=60, max_size=60))
-def test_no_job_is_lost_and_none_is_run_twice_for_nothing(steps: bytes) -> None:
-    episode = Episode()
+@pytest.mark.parametrize("capacity", [0, 5])
+def test_no_job_is_lost_and_none_is_run_twice_for_nothing(capacity: int, steps: bytes) -> None:
+    episode = Episode(capacity)
     try:
         for step in steps:
             STEPS[step % len(STEPS)](episode)

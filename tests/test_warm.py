@@ -17,7 +17,7 @@ import pytest
 from tests.commands import alone, open_descriptors
 from tests.harness import processes
 from tests.harness.waiting import TIMEOUT, until
-from tests.pools import do, do_all, in_loop, job, logged, outcome, pool, python, sh
+from tests.pools import Warm, do, do_all, in_loop, job, logged, outcome, pool, python, sh
 from workerd.handlers import warm as module
 from workerd.job import Job, Outcome, Report
 from workerd.options import Handler
@@ -113,16 +113,131 @@ def test_a_process_has_no_descriptors_but_its_own_five() -> None:
         assert set(report.output.decode().split()) - foreign <= {"0", "1", "2", "3", "4", "5"}
 
 
-def test_several_jobs_in_a_pipe_go_evenly_to_the_processes(tmp_path: Path) -> None:
-    async def scenario() -> list[Report]:
-        async with pool(python(tmp_path, PID, processes=2), depth=8) as warm:
-            warm.start()
-            await asyncio.gather(warm.do(job()), warm.do(job()))
-            await warm.await_ready(2)
-            return await asyncio.gather(*(warm.do(job()) for _ in range(16)))
+async def learn(warm: Warm) -> None:
+    """Let it see that jobs are short: only then may some lie in a pipe."""
+    for _ in range(20):
+        await warm.do(job(b"0"))
 
-    pids = [report.output for report in in_loop(scenario())]
-    assert sorted(pids.count(pid) for pid in set(pids)) == [8, 8]
+
+async def ahead(
+    warm: Warm, events: list[dict[str, Any]], gate: Path, *stops: asyncio.Future[None]
+) -> list[asyncio.Task[Report]]:
+    """A job that waits, and four in the pipe behind it; with these stops, in this order."""
+    await learn(warm)
+    wait = f"[time.sleep(0.005) for _ in iter(lambda: os.path.exists({str(gate)!r}), True)]"
+    tasks = [warm.soon(named("first", wait.encode()))]
+    for number in range(4):
+        stop = stops[number] if number < len(stops) else None
+        tasks.append(warm.soon(named(str(number), b"str(os.getpid())"), stop))
+    await told(events, "begun", job_id="first")
+    [works] = [runner for runner in warm._runners if runner.turns]
+    assert len(works.turns) == 5
+    return tasks
+
+
+def test_jobs_that_lie_in_a_pipe_have_not_begun(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+
+    async def scenario() -> list[Report]:
+        async with pool(python(tmp_path, EVAL, processes=1), depth=8) as warm:
+            tasks = await ahead(warm, events, gate)
+            assert begun(events)[-1] == "first"
+            gate.touch()
+            return await asyncio.gather(*tasks)
+
+    with logged() as events:
+        reports = in_loop(scenario())
+    assert {report.outcome for report in reports} == {Outcome.DONE}
+    assert begun(events)[-5:] == ["first", "0", "1", "2", "3"]
+
+
+def test_jobs_in_a_pipe_go_to_a_process_that_has_nothing_to_do(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with pool(python(tmp_path, EVAL, processes=1), depth=8) as warm:
+            first, *others = await ahead(warm, events, tmp_path / "gate")
+            object.__setattr__(warm.settings, "processes", 2)
+            warm._spawn()
+            for task in others:
+                assert (await task).outcome is Outcome.DONE
+            assert not first.done()
+            (tmp_path / "gate").touch()
+            assert (await first).outcome is Outcome.DONE
+
+    with logged() as events:
+        in_loop(scenario())
+    assert sorted(begun(events)[-5:]) == ["0", "1", "2", "3", "first"]
+
+
+def test_a_long_job_is_a_reason_to_put_no_other_behind_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with pool(python(tmp_path, EVAL, processes=1), depth=8) as warm:
+            await learn(warm)
+            assert warm.capacity > 1
+            await warm.do(job(f"time.sleep({2 * module.LOOK_AHEAD})".encode()))
+            assert warm.capacity == 1
+
+    in_loop(scenario())
+
+
+def test_jobs_in_a_pipe_do_not_begin_once_it_is_held(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+
+    async def scenario() -> list[Report]:
+        async with pool(python(tmp_path, EVAL, processes=1), depth=8) as warm:
+            first, *others = await ahead(warm, events, gate)
+            warm.hold()
+            gate.touch()
+            assert (await first).outcome is Outcome.DONE
+            warm.drain()
+            return await asyncio.gather(*others)
+
+    with logged() as events:
+        reports = in_loop(scenario())
+    assert {report.outcome for report in reports} == {Outcome.INTERRUPTED}
+    assert begun(events)[-1] == "first"
+
+
+def test_a_job_in_a_pipe_is_taken_out_of_it_without_harm_to_the_others(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+
+    async def scenario() -> list[Report]:
+        async with pool(python(tmp_path, EVAL, processes=1), depth=8) as warm:
+            loop = asyncio.get_running_loop()
+            stops = [loop.create_future(), loop.create_future()]
+            first, *others = await ahead(warm, events, gate, *stops)
+            stops[1].set_result(None)
+            assert (await others[1]).outcome is Outcome.INTERRUPTED
+            gate.touch()
+            return [await first, *await asyncio.gather(*others)]
+
+    with logged() as events:
+        reports = in_loop(scenario())
+    assert [report.outcome is Outcome.DONE for report in reports] == [True, True, False, True, True]
+    assert "1" not in begun(events)
+
+
+def test_what_jobs_print_by_themselves_is_never_anothers_however_many_lie_in_the_pipe(
+    tmp_path: Path,
+) -> None:
+    code = """
+    import os
+    def f(job):
+        if job.id.startswith("job "):
+            os.write(1, job.id.encode() + b"\\n")
+    """
+
+    async def scenario() -> None:
+        async with pool(python(tmp_path, code, processes=1), depth=50) as warm:
+            await learn(warm)
+            assert warm.capacity > 5
+            # Some say nothing, and are ahead of the daemon when another does.
+            names = [f"job {n}" if n % 5 == 0 else f"silent {n}" for n in range(300)]
+            await asyncio.gather(*(warm.do(named(name)) for name in names))
+
+    with logged() as events:
+        in_loop(scenario())
+    printed = [(e["job_id"], e["text"]) for e in events if e["event"] == "output"]
+    assert sorted(printed) == sorted((f"job {n}", f"job {n}") for n in range(0, 300, 5))
 
 
 def test_after_a_job_a_process_may_start_though_one_has_just_failed(

@@ -78,7 +78,7 @@ class Sent(NamedTuple):
 
 
 class CutOff(NamedTuple):
-    """How many attempts of a job ended with their process, and when the last one did."""
+    """How many attempts of a job ended with their process, if any, and when the last did."""
 
     number: int
     when: float
@@ -134,8 +134,7 @@ class History:
                 return Elsewhere.FINISHED
         return Elsewhere.ATTACHED if running or verdicts else Elsewhere.UNKNOWN
 
-    def lost_starts(self, key: bytes) -> int:
-        """How many attempts of a job ended with their process."""
+    def _lost_starts(self, key: bytes) -> int:
         return self.cut_off[key].number if key in self.cut_off else 0
 
     def is_gone(self, sent: Sent, lost_at: float = 0.0) -> bool:
@@ -222,9 +221,10 @@ class History:
     def end_process(self) -> None:
         """The process that wrote is no more, and its jobs with it; so are its open channels."""
         for key, runs in self._running.items():
-            if len(runs) > self._unbegun[key]:
-                # Once, for each of several equal jobs.
-                self.cut_off[key] = CutOff(self.lost_starts(key) + 1, self._last)
+            # Once, for each of several equal jobs. Of one that has not begun nobody knows for
+            # sure: a process may have come to it without the daemon's knowledge.
+            begun = len(runs) > self._unbegun[key]
+            self.cut_off[key] = CutOff(self._lost_starts(key) + begun, self._last)
             self._waiting[key] += len(runs)
         # What was in hand went back, and must run, whatever equal ones have been finished.
         for key, count in self._waiting.items():

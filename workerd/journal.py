@@ -207,9 +207,10 @@ class HostMemory(Memory):
             best = max(best, answer, key=lambda each: each.value)
         return best
 
-    def cut_off(self, key: bytes) -> int:
-        own = self._cut_off[key].number if key in self._cut_off else 0
-        return own + sum(each.lost_starts(key) for each in self._readable)
+    def cut_off(self, key: bytes) -> int | None:
+        known = [each.cut_off for each in self._readable] + [self._cut_off]
+        numbers = [each[key].number for each in known if key in each]
+        return sum(numbers) if numbers else None
 
     # The disk.
 

@@ -30,8 +30,9 @@ The rules, in the order in which `delivered` applies them to a delivery:
     those that were never delayed. A handler with warm processes may have more than that: they
     are *ahead*, and begin when a slot becomes free, or when the job before them in the same
     process ends and its slot is theirs.
-7.  One whose last start ended with the daemon starts *alone*, when no handler runs, and none
-    starts until it has ended: if it brings the daemon down again, nobody else is blamed.
+7.  One whose last start ended with the daemon, or that was ahead then, starts *alone*, when no
+    handler runs, and none starts until it has ended: if it brings the daemon down again,
+    nobody else is blamed.
 
 A delivery that goes back to the broker unfinished will come again flagged as
 redelivered. An equal job may be finished before it does, and that memory must not settle
@@ -176,10 +177,11 @@ class Ledger:
     def _line_up(self, delivery: Delivery) -> Run | None:
         """Let it wait for its turn; returns the run of the job whose turn it is, if any."""
         job = delivery.job
-        lost_starts = self.memory.cut_off(job.key) if job.redelivered else 0
-        if lost_starts:
+        lost_starts = self.memory.cut_off(job.key) if job.redelivered else None
+        line = self._waiting[job.queue]
+        if lost_starts is not None:
             delivery = replace(delivery, job=job.after_lost_starts(lost_starts))
-        line = self._waiting[ALONE if lost_starts else job.queue]
+            line = self._waiting[ALONE]
         # Delayed jobs have waited before, and come first.
         place = sum(each.delayed for each in line) if delivery.delayed else len(line)
         line.insert(place, delivery)
@@ -397,6 +399,10 @@ class Ledger:
     def busy(self, queue: str) -> int:
         """How many jobs of a queue have a slot."""
         return self._busy[queue]
+
+    def is_alone(self, run: Run) -> bool:
+        """Whether nothing starts until this one has ended."""
+        return run is self._alone
 
     @property
     def has_slot_ahead(self) -> bool:

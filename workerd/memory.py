@@ -114,9 +114,12 @@ class Memory:
                     return True
         return False
 
-    def cut_off(self, key: bytes) -> int:
-        """How many attempts of a job ended with the daemon that had started them."""
-        return self._spent.get(key, 0)
+    def cut_off(self, key: bytes) -> int | None:
+        """How many attempts of a job ended with the daemon that had started them.
+
+        None when it has to do with no such end. 0 is possible: a process may have come to it.
+        """
+        return self._spent.get(key)
 
     def elsewhere(self, key: bytes) -> Elsewhere:
         """What is known of a job that came here as a redelivery; FINISHED only once."""

@@ -226,7 +226,7 @@ class Worker:
             has_started = True
             self.ledger.begins(run)
             progress.began, progress.pid = time.monotonic(), pid
-            alone = True if job.lost_starts else None
+            alone = True if self.ledger.is_alone(run) else None
             log.event("start", self.routine, redelivered=job.redelivered, alone=alone)
             if self.pauses.available(str(job.type)):
                 log.event("handler resumed", handler=job.type)

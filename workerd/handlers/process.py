@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from workerd.handlers.guardian import Guardian
 
+#: As much as a pipe takes.
 _CHUNK = 65536
 #: What may still be read after the child has ended; a grandchild could write for ever.
 _LAST_READ = 1 << 20
@@ -25,8 +26,8 @@ _DEFAULT_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 class Process:
     """A running child: its standard input is ``body``, its output goes to two callbacks.
 
-    ``more`` are descriptors that it gets as 3, 4 …; the caller closes its own copies. ``before`` is
-    called before its output is read.
+    ``more`` are descriptors that it gets as 3, 4 …; the caller closes its own copies. When it has
+    printed something, ``on_output`` is called, if there is one, and has to call `read_now`.
     ``cause`` says why it was told to end (`end`), "" when it ended by itself.
     """
 
@@ -40,7 +41,7 @@ class Process:
         on_stderr: Callable[[bytes], None],
         guardian: Guardian,
         more: Sequence[int] = (),
-        before: Callable[[], None] = lambda: None,
+        on_output: Callable[[], None] | None = None,
     ) -> None:
         """Start it. Raises OSError (no such program, no more processes …) and ValueError (NUL)."""
         self._loop = asyncio.get_running_loop()
@@ -65,7 +66,7 @@ class Process:
         guardian.started(self.pid)
         self._feed(memoryview(body))
         self._on_stdout, self._on_stderr = on_stdout, on_stderr
-        self._before = before
+        self._on_output = on_output
         self._listen(self._stdout, on_stdout)
         self._listen(self._stderr, on_stderr)
         self._loop.add_reader(self._pidfd, self._reap)
@@ -79,10 +80,10 @@ class Process:
         self._exited.add_done_callback(lambda exited: callback(exited.result()))
 
     def read_now(self) -> None:
-        """Hand all that it has written so far to the callbacks."""
+        """Hand all that it has written so far to the callbacks: no more fits into a pipe."""
         if not self._exited.done():
-            _read_rest(self._stdout, self._on_stdout)
-            _read_rest(self._stderr, self._on_stderr)
+            self._read(self._stdout, self._on_stdout)
+            self._read(self._stderr, self._on_stderr)
 
     def end_after(self, seconds: float, cause: str, grace: float) -> None:
         """Call `end` unless it has ended by itself within so many seconds."""
@@ -126,10 +127,12 @@ class Process:
         self._stdin = self._drop(self._stdin)
 
     def _listen(self, fd: int, on_data: Callable[[bytes], None]) -> None:
-        self._loop.add_reader(fd, self._read, fd, on_data)
+        if self._on_output:
+            self._loop.add_reader(fd, self._on_output)
+        else:
+            self._loop.add_reader(fd, self._read, fd, on_data)
 
     def _read(self, fd: int, on_data: Callable[[bytes], None]) -> None:
-        self._before()
         with contextlib.suppress(BlockingIOError):
             data = os.read(fd, _CHUNK)
             if data:
@@ -146,10 +149,12 @@ class Process:
         self._guardian.ended(self.pid)
         for timer in self._timers:
             timer.cancel()
-        self._before()
+        if self._on_output:
+            self._on_output()
         # All that it wrote is in the pipes by now. Not until end of file: a daemonised
         # grandchild may hold the other end for ever.
-        self.read_now()
+        _read_rest(self._stdout, self._on_stdout)
+        _read_rest(self._stderr, self._on_stderr)
         self._stdout = self._drop(self._stdout)
         self._stderr = self._drop(self._stderr)
         self._stdin = self._drop(self._stdin)

@@ -70,6 +70,9 @@ class Pool(Protocol):
     def returned(self, turns: list[Turn]) -> None:
         """It does not come to these, and another may have them."""
 
+    def hand_out(self) -> None:
+        """It may have room that it did not have before."""
+
     def leaves(self, runner: Runner, reason: str) -> None:
         """It takes no further job; what it has it will still do."""
 
@@ -112,6 +115,8 @@ class Runner:
         self._lines = lines
         self._loop = asyncio.get_running_loop()
         self._parser = Parser(self._settings.output_limit)
+        #: What it prints is being read, and it must begin no other job.
+        self._hearing = False
         #: Printed while it had no job.
         self._between: dict[str, Output] = {}
         #: What it did against the protocol.
@@ -146,8 +151,7 @@ class Runner:
                 functools.partial(self._printed, "stderr"),
                 guardian,
                 more,
-                # What it prints belongs to the job that it is at: the first without an answer.
-                self._listen,
+                self._hear,
             )
             undo.pop_all()
         self.pid = self._process.pid
@@ -223,9 +227,8 @@ class Runner:
     def end(self, cause: str) -> None:
         """SIGTERM to its process group, and SIGKILL after ``kill_grace``."""
         self._process.end(cause, self._settings.kill_grace)
-        back = self.take_back()
-        if back:
-            self._pool.returned(back)
+        self._pool.returned(self.take_back())
+        self._pool.hand_out()
 
     # What it does.
 
@@ -242,11 +245,22 @@ class Runner:
     def _listen(self) -> None:
         """Read what it has sent."""
         with contextlib.suppress(BlockingIOError):
-            sent = os.read(self._answers, _CHUNK)
-            if sent:
+            while sent := os.read(self._answers, _CHUNK):
                 self._parse(sent)
-            else:
-                self._loop.remove_reader(self._answers)
+            self._loop.remove_reader(self._answers)
+
+    def _hear(self) -> None:
+        """It has printed something by itself, and that is the job's that it is at.
+
+        Which one that is can be told when it can begin no other, and all its answers are read:
+        the first that has none.
+        """
+        self._pool.returned(self.take_back())
+        self._hearing = True
+        self._listen()
+        self._process.read_now()
+        self._hearing = False
+        self._pool.hand_out()
 
     def _parse(self, data: bytes) -> None:
         if self._fault:
@@ -331,7 +345,7 @@ class Runner:
 
     def room(self, depth: int) -> int:
         """How many more jobs it may be given."""
-        if self.state != "ready" or self._exited or self._process.cause:
+        if self.state != "ready" or self._exited or self._hearing or self._process.cause:
             return 0
         left = depth
         if self._settings.recycle_after:

@@ -51,9 +51,10 @@ class WarmHandler:
         self.settings = settings
         self._output_lines = output_lines
         self._guardian = guardian
-        self._depth = depth
         self._asks = settings.python is not None
-        #: How long a job takes, in seconds; infinite until one has been done.
+        self._most = min(depth, MOST_AHEAD) if self._asks else depth
+        #: How many jobs one process may have, and how many seconds one takes.
+        self._depth = 1 if self._asks else depth
         self._mean = math.inf
         if settings.python is not None:
             program = str(settings.interpreter or sys.executable)
@@ -81,13 +82,7 @@ class WarmHandler:
         """How many jobs it could have in hand: more than may run, when the pipes take some."""
         if not self._asks or self._held or self._retired:
             return 0
-        return len(self._runners) * self._deepest()
-
-    def _deepest(self) -> int:
-        """How many jobs one process may have: no more than are soon done."""
-        if not self._asks:
-            return self._depth
-        return min(self._depth, MOST_AHEAD, 1 + int(LOOK_AHEAD / self._mean))
+        return len(self._runners) * self._depth
 
     @property
     def processes(self) -> int:
@@ -228,7 +223,7 @@ class WarmHandler:
                 turn.end(Report(Outcome.INTERRUPTED, "drain"))
 
     def _room(self, runner: Runner) -> int:
-        return runner.room(self._deepest())
+        return runner.room(self._depth)
 
     def _spawn(self) -> bool:
         """Start one more process, unless one has just failed; returns whether it was started."""
@@ -299,8 +294,8 @@ class WarmHandler:
             runner.leave("retired")
 
     def returned(self, turns: list[Turn]) -> None:
-        self._line_up(turns)
-        self.hand_out()
+        if turns:
+            self._line_up(turns)
 
     def leaves(self, runner: Runner, reason: str) -> None:
         log.debug(
@@ -336,6 +331,8 @@ class WarmHandler:
             self._mean = seconds
         else:
             self._mean += (seconds - self._mean) * _WEIGHT
+        if self._asks:
+            self._depth = min(self._most, 1 + int(LOOK_AHEAD / (self._mean + 1e-6)))
 
     def _works(self) -> None:
         """A process has done a job: whatever kept another from it is no reason to wait."""
