@@ -62,7 +62,8 @@ class Answers:
         worker = self._worker
         consumer, ledger = worker.consumer, worker.ledger
         why_not = self._why_not_consuming()
-        jobs = sorted(ledger.running, key=lambda run: self._age(run) or 0.0, reverse=True)
+        begun = [run for run in ledger.running if not run.ahead]
+        jobs = sorted(begun, key=lambda run: self._age(run) or 0.0, reverse=True)
         return {
             "instance": self._instance,
             "pid": os.getpid(),
@@ -80,7 +81,7 @@ class Answers:
             "failed": worker.status.failed,
             "submissions": worker.submissions,
             "queues": [self._queue(name) for name in sorted(ledger.concurrency)],
-            "running": len(ledger.running),
+            "running": ledger.slots,
             "jobs": [self._job(run) for run in jobs[:MOST_JOBS]],
         }
 

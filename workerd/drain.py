@@ -46,7 +46,7 @@ class Drain:
         ledger = worker.ledger
         timeout = worker.settings.worker.drain_timeout
         self._deadline = asyncio.get_running_loop().time() + timeout
-        log.event("draining", running=len(ledger.running), seconds=timeout)
+        log.event("draining", running=ledger.slots, seconds=timeout)
         worker.notifier.stopping()
         # From here on nothing starts; what still arrives is held.
         ledger.drain()

@@ -396,6 +396,11 @@ class Ledger:
             self._drop(waiting, list(waiting))
         return sorted(back, key=lambda delivery: (delivery.channel, delivery.tag))
 
+    @property
+    def slots(self) -> int:
+        """How many jobs have a slot."""
+        return sum(self._busy.values())
+
     def busy(self, queue: str) -> int:
         """How many jobs of a queue have a slot."""
         return self._busy[queue]

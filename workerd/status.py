@@ -72,7 +72,7 @@ class Status:
     def line(self) -> str:
         worker = self._worker
         consumer = worker.consumer
-        running = len(worker.ledger.running)
+        running = worker.ledger.slots
         if worker.ledger.draining:
             return f"draining {running} jobs, {worker.drain.seconds_left:.0f}s left"
         if consumer.outage:

@@ -212,7 +212,8 @@ class Worker:
             if order:
                 self._settle(order)
             else:
-                log.event("verdict kept", verdict=verdict.value)  # for the redelivery
+                # For the redelivery; there is none to tell of where nothing happened.
+                log.event("verdict kept", "info" if report.ran else "debug", verdict=verdict.value)
         self._start_more()
 
     async def _execute(self, run: Run, progress: Progress) -> Report:
@@ -512,6 +513,8 @@ class Worker:
         }
         if report.outcome is Outcome.DONE:
             log.event("done", self.routine, **facts)
+        elif not report.ran and report.outcome is Outcome.INTERRUPTED:
+            log.debug("interrupted", **facts)
         elif report.outcome is Outcome.INTERRUPTED or report.exit_status == EX_TEMPFAIL:
             log.event(report.outcome.value, "info", **facts)
         else:

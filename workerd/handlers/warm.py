@@ -25,6 +25,8 @@ CHILD = Path(__file__).with_name("child.py")
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 #: Jobs for so many seconds may lie in the pipe of a process that can give them back, and so many.
 LOOK_AHEAD, MOST_AHEAD = 0.02, 100
+#: Of a job that no process came to, and none will.
+NOT_BEGUN = Report(Outcome.INTERRUPTED, "not begun", ran=False)
 #: The part of a job's duration that enters the mean.
 _WEIGHT = 1 / 8
 
@@ -106,7 +108,7 @@ class WarmHandler:
         can start, the report says so at once. Raises nothing on the job's account.
         """
         if self._draining or stop.done():
-            return Report(Outcome.INTERRUPTED, "drain")
+            return NOT_BEGUN
         turn = Turn(job, started, may_begin, self._output_lines)
 
         def interrupt(_stop: object) -> None:
@@ -220,7 +222,7 @@ class WarmHandler:
         self._waiting = deque(turn for turn in waiting if not turn.stopped)
         for turn in waiting:
             if turn.stopped:
-                turn.end(Report(Outcome.INTERRUPTED, "drain"))
+                turn.end(NOT_BEGUN)
 
     def _room(self, runner: Runner) -> int:
         return runner.room(self._depth)
