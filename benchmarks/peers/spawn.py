@@ -1,0 +1,55 @@
+"""Starting programs with pipes, without any broker: `python -m benchmarks.peers.spawn COUNT SLOTS`.
+
+`posix_spawn` of /bin/true, 100 bytes into its standard input, its outputs read to their end, and
+its status; as fast as one process of Python can. Prints the seconds that it took.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+BODY = b"x" * 100
+
+
+def start() -> tuple[int, list[int]]:
+    """Start one; returns its pid and the ends of its outputs."""
+    pipes = [os.pipe() for _ in range(3)]
+    (stdin, feed), (out, stdout), (err, stderr) = pipes
+    actions = [(os.POSIX_SPAWN_DUP2, end, to) for to, end in enumerate((stdin, stdout, stderr))]
+    pid = os.posix_spawn("/bin/true", ["true"], os.environ, file_actions=actions)
+    for end in (stdin, stdout, stderr):
+        os.close(end)
+    try:
+        os.write(feed, BODY)
+    except BrokenPipeError:
+        pass  # it has ended without reading
+    os.close(feed)
+    return pid, [out, err]
+
+
+def finish(outputs: list[int]) -> None:
+    for output in outputs:
+        while os.read(output, 65_536):
+            pass
+        os.close(output)
+
+
+def main(count: int, slots: int) -> None:
+    began = time.monotonic()
+    running: dict[int, list[int]] = {}
+    started = 0
+    while started < count or running:
+        while started < count and len(running) < slots:
+            pid, outputs = start()
+            running[pid] = outputs
+            started += 1
+        pid, status = os.wait()
+        assert status == 0, status
+        finish(running.pop(pid))
+    print(time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
