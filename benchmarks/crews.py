@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pika
 
+from benchmarks.peers import spawn
 from benchmarks.rig import QUEUE, SENT, Crew, Message, Rig
 from tests.harness.tables import Table, config, private
 
@@ -27,7 +28,7 @@ COMMANDS = 4
 class Worker:
     """One worker at one setting.
 
-    `start` runs it for a kind of job (`noop`, `stamp`, `slow`, or a command's `true`, `clock`);
+    `start` runs it for a kind of job (`noop`, `stamp`, `slow`, or a command's `read`, `clock`);
     `messages` makes that job's messages.
     """
 
@@ -43,16 +44,11 @@ class Worker:
 
 # workerd
 
-#: The programs of the command jobs. `clock` notes how many nanoseconds ago the moment in its input
-#: was; bash has a clock of microseconds built in.
+#: The programs of the command jobs. `read` reads its input, since amqp-consume ends when a program
+#: does not; `clock` notes how late it is.
 PROGRAMS = {
-    "true": ["/bin/true"],
-    "clock": [
-        "/bin/bash",
-        "--norc",
-        "-c",
-        'now=$EPOCHREALTIME; read -r sent; echo "$((${now//[!0-9]/}000 - sent))" >> "$BENCHMARK_NOTES"',
-    ],
+    "read": spawn.COMMAND,
+    "clock": [str(Path(spawn.__file__).with_name("clock.sh"))],
 }
 
 
@@ -115,9 +111,8 @@ def _workerd_messages(_rig: Rig, job: str, count: int) -> list[Message]:
 
 
 def _body(job: str) -> bytes:
-    return {"stamp": f"{SENT}".encode(), "clock": f"{SENT}\n".encode(), "true": b"x" * 100}.get(
-        job, b""
-    )
+    bodies = {"stamp": SENT.encode(), "clock": f"{SENT}\n".encode(), "read": spawn.BODY}
+    return bodies.get(job, b"")
 
 
 # The others

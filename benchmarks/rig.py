@@ -137,8 +137,10 @@ class Rig:
         depth = self.broker.queues().get(QUEUE)
         return (0, 0) if depth is None else (depth.ready, depth.unacked)
 
-    def empty(self, channel: Any, sample: Callable[[int], None] = lambda _: None) -> float:
-        """Wait until every message is acknowledged; returns that moment, some 10 ms late.
+    def empty(
+        self, channel: Any, crew: Crew, sample: Callable[[int], None] = lambda _: None
+    ) -> float:
+        """Wait until a crew has acknowledged every message; returns that moment, some 10 ms late.
 
         What waits is asked for fifty times a second, which costs the broker next to nothing, and
         `sample` gets it; what is unacknowledged only at the end.
@@ -146,6 +148,7 @@ class Rig:
         deadline = time.monotonic() + TIMEOUT
         pause = 0.02
         while time.monotonic() < deadline:
+            crew.check()
             ready = channel.queue_declare(QUEUE, passive=True).method.message_count
             sample(ready)
             if ready == 0:
@@ -153,7 +156,7 @@ class Rig:
                     return time.monotonic()
                 pause = 0.002
             time.sleep(pause)
-        raise AssertionError(f"{self.left()} messages are left after {TIMEOUT:g} s")
+        raise AssertionError(f"{self.left()} jobs are left after {TIMEOUT:g} s:\n{crew.tail()}")
 
     def dead(self) -> int:
         """Messages in any other queue: dead letters, or jobs that wait for another attempt."""

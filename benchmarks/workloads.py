@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -87,7 +88,7 @@ def throughput(worker: Worker, job: str, count: int, warm_up: int) -> Contender:
         crew = worker.start(rig, job)
         with rig.channel() as channel:
             rig.load(worker.messages(rig, job, warm_up))
-            rig.empty(channel)
+            rig.empty(channel, crew)
             messages = worker.messages(rig, job, jobs)
             crew.freeze()
             rig.load(messages)
@@ -95,7 +96,7 @@ def throughput(worker: Worker, job: str, count: int, warm_up: int) -> Contender:
             with profiled(rig, worker, crew):
                 began = time.monotonic()
                 crew.thaw()
-                ended = rig.empty(channel)
+                ended = rig.empty(channel, crew)
         check(rig, crew, worker, job, warm_up + jobs)
         return {"rate": jobs / (ended - began)}
 
@@ -121,14 +122,16 @@ def profiled(rig: Rig, worker: Worker, crew: Crew) -> Iterator[None]:
         yield
         return
     rig.profile.mkdir(parents=True, exist_ok=True)
-    file = rig.profile / "profile-workerd.txt"
-    program = Path(sys.executable).parent / "py-spy"
+    file = rig.profile / f"profile-{time.strftime('%H%M%S')}.txt"
     options = ["--format", "raw", "--rate", "500", "--nonblocking", "--output", str(file)]
-    crew.thaw_one()
-    process = subprocess.Popen([program, "record", *options, "--pid", str(crew.pid)])
-    yield
-    process.terminate()
-    process.wait(TIMEOUT)
+    command = [Path(sys.executable).parent / "py-spy", "record", *options, "--pid", str(crew.pid)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as spy:
+        assert spy.stdout is not None
+        said = spy.stdout.readline()  # that it samples
+        yield
+        spy.send_signal(signal.SIGINT)
+        said += spy.communicate(timeout=TIMEOUT)[0]
+    assert file.exists(), said.decode()
 
 
 def spawned(count: int) -> Contender:
@@ -162,7 +165,7 @@ def latency(worker: Worker, job: str) -> Contender:
                 due = max(due + 1 / RATE, time.monotonic())
                 sent = body.replace(SENT.encode(), str(time.time_ns()).encode())
                 channel.basic_publish("", QUEUE, sent, properties)
-            rig.empty(channel)
+            rig.empty(channel, crew)
         crew.check()
         late = [int(line) / 1e6 for line in rig.noted().split()]
         assert len(late) == len(messages), f"{len(late)} of {len(messages)} ran:\n{crew.tail()}"
@@ -248,7 +251,7 @@ def idle(worker: Worker, job: str, name: str | None = None) -> Contender:
         crew = worker.start(rig, job)
         with rig.channel() as channel:
             rig.load(worker.messages(rig, job, 200))
-            rig.empty(channel)
+            rig.empty(channel, crew)
         time.sleep(2)  # for what a worker does behind a job
         crew.check()
         return {"memory": crew.pss()}
@@ -300,7 +303,7 @@ def backlog(worker: Worker) -> Contender:
         crew = worker.start(rig, "noop")
         seen: list[tuple[float, int, float]] = []
         with rig.channel() as channel:
-            rig.empty(channel, lambda left: seen.append((time.monotonic(), left, crew.rss())))
+            rig.empty(channel, crew, lambda left: seen.append((time.monotonic(), left, crew.rss())))
         check(rig, crew, worker, "noop", jobs)
 
         def between(most: float, least: float) -> list[tuple[float, int, float]]:
@@ -389,18 +392,18 @@ WORKLOADS = (
     ),
     Workload(
         "commands",
-        f"3,000 times /bin/true with 100 bytes of input, {COMMANDS} at once",
+        f"3,000 programs that read 100 bytes and end, {COMMANDS} at once",
         (RATE_OF_JOBS,),
         (
             throughput(
                 crews.workerd_commands(
                     "concurrency 4, prefetch 16", {"concurrency": COMMANDS, "prefetch": 16}
                 ),
-                "true",
+                "read",
                 3_000,
                 100,
             ),
-            throughput(crews.amqp_consume("4 processes, -p 1"), "true", 3_000, 100),
+            throughput(crews.amqp_consume("4 processes, -p 1"), "read", 3_000, 100),
             spawned(3_000),
         ),
         (
@@ -472,7 +475,7 @@ WORKLOADS = (
         (Metric("memory", "MB", digits=1),),
         (
             idle(WORKERD_DEFAULT, "noop"),
-            idle(WORKERD_COMMANDS, "true", "workerd, commands only"),
+            idle(WORKERD_COMMANDS, "read", "workerd, commands only"),
             idle(DRAMATIQ_SMALL, "noop"),
             idle(CELERY_DEFAULT, "noop"),
         ),
