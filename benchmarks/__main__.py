@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -25,19 +25,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     began = time.monotonic()
     failed = False
-    profiles = report.FOLDER if args.profile else None
-    with Rig(args.type, args.rabbitmq, quick=args.quick, profile=profiles) as rig:
+    report.FOLDER.mkdir(parents=True, exist_ok=True)
+    try:
+        rig = Rig(args.type, args.rabbitmq, quick=args.quick)
+    except MissingTool as missing:
+        sys.exit(f"benchmarks: {missing}")
+    with rig:
         facts = report.facts(rig)
         say(report.describe(facts))
         for workload in chosen:
-            outcome = play(rig, workload, args.rounds)
+            outcome = play(rig, workload, args.rounds, profile=args.profile)
             say(report.show(outcome))
-            report.save(outcome, facts)
+            if not args.profile:  # which costs workerd speed
+                report.save(outcome, facts)
             failed = failed or bool(outcome.failures)
-    if profiles is not None:
-        for profile in sorted(profiles.glob("profile-*.txt"))[-1:]:
-            say(f"{profile}:\n{report.top_functions(profile)}")
-    say(f"{time.monotonic() - began:.0f} s in all; {report.RESULTS}")
+    if args.profile and report.PROFILE.exists():
+        say(f"{report.PROFILE}:\n{report.top_functions(report.PROFILE)}")
+    say(f"{time.monotonic() - began:.0f} s in all; python -m benchmarks --table")
     return 1 if failed else 0
 
 
@@ -71,8 +75,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def play(rig: Rig, workload: Workload, rounds: int) -> report.Outcome:
+def play(rig: Rig, workload: Workload, rounds: int, *, profile: bool) -> report.Outcome:
     """All rounds of a workload; a turn that fails is told, and the others go on."""
+    rig.profile = None
     outcome = report.Outcome(workload, os.getloadavg()[0])
     say(f"{workload.name}: {workload.title}   (load {outcome.load:.2f})")
     contenders = [
@@ -81,6 +86,7 @@ def play(rig: Rig, workload: Workload, rounds: int) -> report.Outcome:
     ]
     for contender in contenders:
         outcome.settings[contender.name] = contender.setting
+    rig.profile = report.PROFILE if profile else None
     for _ in range(min(rounds, workload.rounds_at_most)):
         for contender in contenders:
             sample = turn(rig, contender, outcome)
@@ -89,14 +95,16 @@ def play(rig: Rig, workload: Workload, rounds: int) -> report.Outcome:
 
 
 def best(rig: Rig, workload: Workload, choice: Choice, outcome: report.Outcome) -> Contender:
-    """The candidate that is fastest before the rounds begin."""
+    """The candidate with the best figure in some quick turns before the rounds begin."""
     metric = workload.metrics[0]
     trials: dict[str, list[float]] = {each.setting: [] for each in choice.candidates}
+    quick, rig.quick = rig.quick, True
     for _ in range(TRIALS):
         for candidate in choice.candidates:
             sample = turn(rig, candidate, outcome)
             if sample is not None:
                 trials[candidate.setting].append(sample[metric.name])
+    rig.quick = quick
     for setting, values in trials.items():
         shown = report.spread(metric, values) if values else "failed"
         print(f"    {choice.name}, {setting}: {shown}", flush=True)
@@ -113,7 +121,10 @@ def turn(rig: Rig, contender: Contender, outcome: report.Outcome) -> Sample | No
     try:
         rig.begin_turn()
         return contender.play(rig)
-    except (AssertionError, OSError, MissingTool, RuntimeError) as error:
+    except MissingTool as missing:
+        outcome.left_out[contender.name] = str(missing)
+        return None
+    except (AssertionError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         outcome.failures.append(f"{contender.name} ({contender.setting}): {error}")
         return None
     finally:

@@ -7,9 +7,10 @@ commands.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import pika
 
 from benchmarks.peers import spawn
 from benchmarks.rig import QUEUE, SENT, Crew, Message, Rig
+from tests.harness.processes import MissingTool
 from tests.harness.tables import Table, config, private
 
-BIN = Path(sys.executable).parent
+APPS = "benchmarks.peers."
 PROCESSES = 2
 COMMANDS = 4
 
@@ -57,8 +59,7 @@ def configuration(
     *,
     queue: Table | None = None,
     handlers: Mapping[str, Table] | None = None,
-    command: Sequence[str] = ("/bin/true",),
-    **tables: Table,
+    tables: Mapping[str, Table] | None = None,
 ) -> Path:
     """The configuration that the fault tests use, and what is set here for speed.
 
@@ -66,25 +67,26 @@ def configuration(
     """
     text = config(
         rig.broker.url,
-        command,
+        ["/bin/true"],
         queues={QUEUE: {"type": rig.queue_type, **(queue or {})}},
         **{f"handlers.{name}": keys for name, keys in (handlers or {}).items()},
-        **tables,
+        **(tables or {}),
     )
     return private(rig.turn_folder, text)
 
 
-def run_workerd(rig: Rig, file: Path) -> Crew:
-    command = [sys.executable, "-m", "workerd", "run", "--config", file]
+def run_workerd(rig: Rig, file: Path, queue: str = QUEUE) -> Crew:
+    """An instance, when it consumes `queue`."""
+    command: list[str | Path] = [sys.executable, "-m", "workerd", "run", "--config", file]
     crew = Crew(rig, [command], rig.environment())
-    crew.await_consumers(1)
+    crew.await_consumers(1, queue)
     return crew
 
 
 def workerd_python(setting: str, queue: Table, handler: Table) -> Worker:
     def start(rig: Rig, job: str) -> Crew:
         python = {
-            "python": f"benchmarks.peers.workerd_jobs:{job}",
+            "python": f"{APPS}workerd_jobs:{job}",
             "queue": QUEUE,
             "processes": PROCESSES,
             **handler,
@@ -122,7 +124,7 @@ def dramatiq(setting: str, *, threads: int, prefetch: int = 0) -> Worker:
     """`prefetch` is per process; 0 is its default, twice the threads."""
 
     def start(rig: Rig, _job: str) -> Crew:
-        command: list[str | Path] = [BIN / "dramatiq", "benchmarks.peers.dramatiq_app"]
+        command = [sys.executable, "-m", "dramatiq", APPS + "dramatiq_app"]
         command += ["--processes", str(PROCESSES), "--threads", str(threads)]
         environment = rig.environment(
             dramatiq_queue_prefetch=str(prefetch), dramatiq_restart_delay="500"
@@ -140,7 +142,8 @@ def celery(setting: str, *, multiplier: int = 4, solo: bool = False) -> Worker:
     """Its pool of two processes; or, `solo`, two workers without a pool."""
 
     def start(rig: Rig, _job: str) -> Crew:
-        command: list[str | Path] = [BIN / "celery", "-A", "benchmarks.peers.celery_app", "worker"]
+        command = [sys.executable, "-m", "celery"]
+        command += ["-A", APPS + "celery_app", "worker"]
         command += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
         commands = [[*command, "--pool", "prefork", "--concurrency", str(PROCESSES)]]
         if solo:
@@ -156,7 +159,7 @@ def celery(setting: str, *, multiplier: int = 4, solo: bool = False) -> Worker:
 def plain_pika(setting: str, *, prefetch: int) -> Worker:
     def start(rig: Rig, job: str) -> Crew:
         rig.declare()
-        command = [sys.executable, "-m", "benchmarks.peers.pika_worker", job, str(prefetch)]
+        command = [sys.executable, "-m", APPS + "pika_worker", job, str(prefetch)]
         crew = Crew(rig, [command] * PROCESSES, rig.environment())
         crew.await_consumers(PROCESSES)
         return crew
@@ -166,6 +169,8 @@ def plain_pika(setting: str, *, prefetch: int) -> Worker:
 
 def amqp_consume(setting: str) -> Worker:
     def start(rig: Rig, job: str) -> Crew:
+        if shutil.which("amqp-consume") is None:
+            raise MissingTool("amqp-consume is not installed")
         rig.declare()
         command = ["amqp-consume", f"--url={rig.broker.url}", f"--queue={QUEUE}", "-p", "1"]
         crew = Crew(rig, [[*command, *PROGRAMS[job]]] * COMMANDS, rig.environment())

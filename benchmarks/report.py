@@ -21,6 +21,7 @@ from tests.harness.trixie import CHECKOUT
 
 FOLDER = CHECKOUT / ".cache" / "benchmarks"
 RESULTS = FOLDER / "results.json"
+PROFILE = FOLDER / "profile.txt"
 
 
 @dataclass
@@ -35,6 +36,8 @@ class Outcome:
     #: The figures that the other settings reached when the best one was looked for.
     trials: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    #: Who cannot take part on this machine, and why.
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def values(self, name: str, metric: str) -> list[float]:
         return [each[metric] for each in self.samples.get(name, ()) if each is not None]
@@ -79,13 +82,12 @@ def show(outcome: Outcome) -> str:
     lines = []
     for name, setting in outcome.settings.items():
         cells = [
-            f"{spread(metric, outcome.values(name, metric.name)):<38}"
+            f"{spread(metric, outcome.values(name, metric.name)):<36}"
             for metric in workload.metrics
             if outcome.values(name, metric.name)
-        ] or ["nothing: see below"]
-        lines.append(f"  {name:<23}{''.join(cells).rstrip()}   {setting}".rstrip())
-    for verdict in verdicts(outcome):
-        lines.append(f"    {sentence(workload, verdict)}")
+        ] or [outcome.left_out.get(name, "failed")]
+        lines.append(f"  {name:<23}{' '.join(cells)}   {setting}".rstrip())
+    lines += [f"    {sentence(workload, verdict)}" for verdict in verdicts(outcome)]
     lines += [f"  FAILED: {failure}" for failure in outcome.failures]
     return "\n".join(lines)
 
@@ -104,12 +106,13 @@ def sentence(workload: Workload, verdict: Verdict) -> str:
     bound = "at least" if metric.more_is_better else "at most"
     judgement = "met" if verdict.met else "MISSED"
     if aim.against is None:
-        return f"{aim.who}: {metric.name} {verdict.reached:.2f}, aim {bound} {aim.factor:g}: {judgement}"
+        reached = f"{aim.who}: {metric.name} {verdict.reached:.2f}"
+        return f"{reached}; aim {bound} {aim.factor:g}: {judgement}"
     better = (verdict.reached > 1) == metric.more_is_better
     return (
         f"{aim.who} : {aim.against}, {metric.name}: {verdict.reached:.2f} "
         f"({verdict.lowest:.2f} to {verdict.highest:.2f}), {aim.who if better else aim.against} "
-        f"is better; aim {bound} {aim.factor:g}: {judgement}"
+        f"is ahead; aim {bound} {aim.factor:g}: {judgement}"
     )
 
 
@@ -118,7 +121,6 @@ def sentence(workload: Workload, verdict: Verdict) -> str:
 
 def save(outcome: Outcome, facts: dict[str, Any]) -> None:
     """Keep the newest results of each workload."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results[outcome.workload.name] = {
         "facts": facts,
@@ -127,6 +129,7 @@ def save(outcome: Outcome, facts: dict[str, Any]) -> None:
         "samples": outcome.samples,
         "trials": outcome.trials,
         "failures": outcome.failures,
+        "left_out": outcome.left_out,
     }
     new = RESULTS.with_suffix(".new")
     new.write_text(json.dumps(results, indent=1))
@@ -151,7 +154,7 @@ def markdown(results: Sequence[tuple[Outcome, dict[str, Any]]]) -> str:
     """The table of docs/BENCHMARKS.md."""
     lines = []
     told: list[dict[str, Any]] = []
-    for outcome, facts in results:
+    for _outcome, facts in results:
         stable = {key: value for key, value in facts.items() if key not in ("when", "fsync")}
         if stable not in told:
             told.append(stable)
@@ -159,7 +162,7 @@ def markdown(results: Sequence[tuple[Outcome, dict[str, Any]]]) -> str:
     for outcome, _facts in results:
         workload = outcome.workload
         rounds = max((len(samples) for samples in outcome.samples.values()), default=0)
-        lines += [f"**{workload.name}**: {workload.title}, {rounds} rounds.", ""]
+        lines += [f"**{workload.name}**: {workload.title} (rounds: {rounds}).", ""]
         header = [f"{metric.name}, {metric.unit}" for metric in workload.metrics]
         lines += [f"| | {' | '.join(header)} | setting |", f"|---|{'---:|' * len(header)}---|"]
         for name, setting in outcome.settings.items():
@@ -172,6 +175,7 @@ def markdown(results: Sequence[tuple[Outcome, dict[str, Any]]]) -> str:
         lines.append("")
         lines += [f"- {sentence(workload, verdict)}" for verdict in verdicts(outcome)]
         lines += [f"- failed: {failure.splitlines()[0]}" for failure in outcome.failures]
+        lines += [f"- {name} is left out: {why}" for name, why in outcome.left_out.items()]
         lines.append("")
     return "\n".join(lines)
 
@@ -198,7 +202,6 @@ def facts(rig: Rig) -> dict[str, Any]:
         "rabbitmq": rig.broker.eval('io:format("~s", [rabbit_misc:version()])'),
         "queue": rig.queue_type,
         "quick": rig.quick,
-        "profiled": rig.profile is not None,
         "commit": _printed("git", "describe", "--always", "--dirty"),
         "versions": {
             "Python": platform.python_version(),
@@ -217,8 +220,6 @@ def describe(facts: dict[str, Any]) -> str:
     )
     if facts["quick"]:
         said += "; a quick run with a fifth of the jobs"
-    if facts["profiled"]:
-        said += "; workerd slowed down by a profiler"
     return said
 
 

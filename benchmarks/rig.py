@@ -20,6 +20,7 @@ import pika
 from benchmarks.peers import pika_bulk
 from tests.harness import processes
 from tests.harness.broker import Broker
+from tests.harness.processes import MissingTool
 from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import until
 
@@ -41,12 +42,12 @@ class Rig:
         rabbitmq: str = "3.10",
         *,
         quick: bool = False,
-        profile: Path | None = None,
     ) -> None:
         self.queue_type = queue_type
+        #: Play with a fifth of the jobs.
         self.quick = quick
-        #: The folder for profiles, if workerd is to be profiled.
-        self.profile = profile
+        #: The file for a profile, while workerd is to be profiled.
+        self.profile: Path | None = None
         # On disk, as the memory of a daemon is; and a name short enough for sockets in it.
         self.folder = Path(tempfile.mkdtemp(prefix="workerd-bench-", dir="/var/tmp"))
         self.broker = Broker(self.folder / "rabbitmq", rabbitmq)
@@ -70,7 +71,7 @@ class Rig:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def jobs(self, count: int) -> int:
-        """So many, or a fifth of it in a hurry."""
+        """So many, or a fifth of them in a quick turn."""
         return count // 5 if self.quick else count
 
     # A turn
@@ -256,12 +257,18 @@ class Crew:
             os.kill(pid, signal.SIGCONT)
 
     def pss(self) -> float:
-        """Their memory in MB: proportional set size, in which shared pages count once."""
-        return sum(_field(pid, "smaps_rollup", "Pss") for pid in self.pids()) / 1000
+        """Their memory in MB: proportional set size, in which shared pages count once.
+
+        Raises MissingTool where a daemon's memory is for root alone to see.
+        """
+        try:
+            return sum(_field(pid, "smaps_rollup", "Pss") for pid in self.pids()) * 1024 / 1e6
+        except PermissionError as error:
+            raise MissingTool(f"{error.filename} is for root alone") from None
 
     def rss(self) -> float:
         """Resident memory of the first process in MB."""
-        return _field(self.pid, "status", "VmRSS") / 1000
+        return _field(self.pid, "status", "VmRSS") * 1024 / 1e6
 
     def tail(self) -> str:
         return self.log.read_bytes()[-2000:].decode(errors="replace")

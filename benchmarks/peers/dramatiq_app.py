@@ -21,7 +21,7 @@ from benchmarks.peers import work
 QUEUE = "jobs"
 
 
-class Broker(RabbitmqBroker):
+class Broker(RabbitmqBroker):  # type: ignore[misc] # Dramatiq is not installed for mypy
     def _build_queue_arguments(self, queue_name: str) -> dict[str, Any]:
         arguments = super()._build_queue_arguments(queue_name)
         return {**arguments, "x-queue-type": os.environ["BENCHMARK_QUEUE_TYPE"]}

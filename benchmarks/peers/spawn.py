@@ -1,7 +1,7 @@
 """Starting programs with pipes, without any broker: `python -m benchmarks.peers.spawn COUNT SLOTS`.
 
-`posix_spawn` of a program that reads its input, 100 bytes into its standard input, its outputs read to their end, and
-its status; as fast as one process of Python can. Prints the seconds that it took.
+`posix_spawn` of a program that reads its input, 100 bytes into it, its outputs read to their end,
+and its status; as fast as one process of Python can. Prints the seconds that it took.
 """
 
 from __future__ import annotations
