@@ -22,6 +22,7 @@ from benchmarks.crews import COMMANDS, PROCESSES, Worker
 from benchmarks.rig import QUEUE, SENT, TIMEOUT, Crew, Message, Rig
 from tests.harness.processes import MissingTool
 from tests.harness.programs import SUBMIT
+from tests.harness.tables import Table
 from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import until
 
@@ -187,7 +188,10 @@ def cold_submit(name: str, setting: str, command: Sequence[str | Path]) -> Conte
 
     def play(rig: Rig) -> Sample:
         rig.declare()
-        tables = {"worker": {"queues": ["other"]}, "queues.other": {"type": rig.queue_type}}
+        tables: dict[str, Table] = {
+            "worker": {"queues": ["other"]},
+            "queues.other": {"type": rig.queue_type},
+        }
         file = crews.configuration(rig, tables=tables)
         crews.run_workerd(rig, file, "other")
         seconds = []
@@ -351,6 +355,14 @@ CELERY = (
     crews.celery("prefetch multiplier 64", multiplier=64),
     crews.celery("prefetch multiplier 256", multiplier=256),
 )
+#: Commands: four at once; what is prefetched waits in the daemon.
+COMMAND = tuple(
+    crews.workerd_commands(
+        f"concurrency {COMMANDS}, prefetch {prefetch}",
+        {"concurrency": COMMANDS, "prefetch": prefetch},
+    )
+    for prefetch in (4, 16, 64)
+)
 PIKA = crews.plain_pika("2 processes, prefetch 64", prefetch=64)
 
 # Few jobs and none: everybody's defaults.
@@ -373,9 +385,9 @@ WORKLOADS = (
         f"20,000 Python jobs that do nothing, {PROCESSES} processes",
         (RATE_OF_JOBS,),
         (
-            many(WORKERD),
-            many(DRAMATIQ),
-            many(CELERY),
+            many(WORKERD, "noop", 20_000, 500),
+            many(DRAMATIQ, "noop", 20_000, 500),
+            many(CELERY, "noop", 20_000, 500),
             throughput(PIKA, "noop", 20_000, 500),
         ),
         (
@@ -389,14 +401,7 @@ WORKLOADS = (
         f"3,000 programs that read 100 bytes and end, {COMMANDS} at once",
         (RATE_OF_JOBS,),
         (
-            throughput(
-                crews.workerd_commands(
-                    "concurrency 4, prefetch 16", {"concurrency": COMMANDS, "prefetch": 16}
-                ),
-                "read",
-                3_000,
-                100,
-            ),
+            many(COMMAND, "read", 3_000, 100),
             throughput(crews.amqp_consume("4 processes, -p 1"), "read", 3_000, 100),
             spawned(3_000),
         ),
