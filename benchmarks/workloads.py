@@ -375,8 +375,9 @@ CELERY_DEFAULT = crews.celery("2 processes", multiplier=4)
 RATE_OF_JOBS = Metric("rate", "jobs/s", more_is_better=True)
 
 
-def many(workers: Sequence[Worker]) -> Choice:
-    return Choice(workers[0].name, tuple(throughput(each, "noop", 20_000, 500) for each in workers))
+def many(workers: Sequence[Worker], job: str, count: int, warm_up: int) -> Choice:
+    name = workers[0].name
+    return Choice(name, tuple(throughput(each, job, count, warm_up) for each in workers))
 
 
 WORKLOADS = (
