@@ -20,8 +20,9 @@ TRIALS = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     chosen = [each for each in WORKLOADS if each.name in args.workloads or not args.workloads]
+    results = report.results_file(args.type, args.rabbitmq, args.quick)
     if args.table:
-        print(report.markdown(report.load(chosen)))
+        print(report.markdown(report.load(results, chosen)))
         return 0
     began = time.monotonic()
     failed = False
@@ -37,11 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcome = play(rig, workload, args.rounds, profile=args.profile)
             say(report.show(outcome))
             if not args.profile:  # which costs workerd speed
-                report.save(outcome, facts)
+                report.save(results, outcome, facts)
             failed = failed or bool(outcome.failures)
     if args.profile and report.PROFILE.exists():
         say(f"{report.PROFILE}:\n{report.top_functions(report.PROFILE)}")
-    say(f"{time.monotonic() - began:.0f} s in all; python -m benchmarks --table")
+    say(f"{time.monotonic() - began:.0f} s in all; {results}")
     return 1 if failed else 0
 
 

@@ -20,7 +20,6 @@ from benchmarks.workloads import Aim, Metric, Sample, Workload
 from tests.harness.trixie import CHECKOUT
 
 FOLDER = CHECKOUT / ".cache" / "benchmarks"
-RESULTS = FOLDER / "results.json"
 PROFILE = FOLDER / "profile.txt"
 
 
@@ -119,9 +118,14 @@ def sentence(workload: Workload, verdict: Verdict) -> str:
 # As JSON
 
 
-def save(outcome: Outcome, facts: dict[str, Any]) -> None:
+def results_file(queue_type: str, rabbitmq: str, quick: bool) -> Path:
+    """Where the newest results of each workload are, of runs with these options."""
+    return FOLDER / f"{queue_type}-{rabbitmq}{'-quick' if quick else ''}.json"
+
+
+def save(file: Path, outcome: Outcome, facts: dict[str, Any]) -> None:
     """Keep the newest results of each workload."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(file.read_text()) if file.exists() else {}
     results[outcome.workload.name] = {
         "facts": facts,
         "load": outcome.load,
@@ -131,14 +135,14 @@ def save(outcome: Outcome, facts: dict[str, Any]) -> None:
         "failures": outcome.failures,
         "left_out": outcome.left_out,
     }
-    new = RESULTS.with_suffix(".new")
+    new = file.with_suffix(".new")
     new.write_text(json.dumps(results, indent=1))
-    new.replace(RESULTS)
+    new.replace(file)
 
 
-def load(workloads: Iterable[Workload]) -> list[tuple[Outcome, dict[str, Any]]]:
+def load(file: Path, workloads: Iterable[Workload]) -> list[tuple[Outcome, dict[str, Any]]]:
     """The newest results, and the facts about the machine of each."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(file.read_text()) if file.exists() else {}
     loaded = []
     for workload in workloads:
         if saved := results.get(workload.name):

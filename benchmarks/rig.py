@@ -36,20 +36,17 @@ SENT = "@sent@"
 class Rig:
     """One broker, a folder on disk, and the virtual host of the turn that is being played."""
 
-    def __init__(
-        self,
-        queue_type: str = "quorum",
-        rabbitmq: str = "3.10",
-        *,
-        quick: bool = False,
-    ) -> None:
+    def __init__(self, queue_type: str, rabbitmq: str, *, quick: bool) -> None:
         self.queue_type = queue_type
         #: Play with a fifth of the jobs.
         self.quick = quick
         #: The file for a profile, while workerd is to be profiled.
         self.profile: Path | None = None
         # On disk, as the memory of a daemon is; and a name short enough for sockets in it.
-        self.folder = Path(tempfile.mkdtemp(prefix="workerd-bench-", dir="/var/tmp"))
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="workerd-bench-", dir="/var/tmp", ignore_cleanup_errors=True
+        )
+        self.folder = Path(self._folder.name)
         self.broker = Broker(self.folder / "rabbitmq", rabbitmq)
         self._encoded: dict[tuple[str, str, int], list[Message]] = {}
         self._turns = 0
@@ -68,7 +65,7 @@ class Rig:
     ) -> None:
         self.end_turn()
         self.broker.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._folder.cleanup()
 
     def jobs(self, count: int) -> int:
         """So many, or a fifth of them in a quick turn."""
@@ -77,12 +74,16 @@ class Rig:
     # A turn
 
     def begin_turn(self) -> None:
-        """A fresh virtual host and a fresh folder."""
+        """A fresh virtual host and a fresh folder; a broker that the turn before has lost is back."""
+        if not self.broker.running:
+            self.broker.close()
+            self.broker.start()
         self._turns += 1
         self.turn_folder.mkdir()
         self.broker.fresh_vhost()
 
     def end_turn(self) -> None:
+        """End whatever runs, and forget what it wrote."""
         for crew in self.crews[:]:
             crew.close()
         if self._turns:
