@@ -74,7 +74,7 @@ class Rig:
     # A turn
 
     def begin_turn(self) -> None:
-        """A fresh virtual host and a fresh folder; a broker that the turn before has lost is back."""
+        """A fresh virtual host and a fresh folder; the broker is back if a turn has lost it."""
         if not self.broker.running:
             self.broker.close()
             self.broker.start()
