@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     began = time.monotonic()
     failed = False
+    # What was started must end with us, the others' children as well.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     report.FOLDER.mkdir(parents=True, exist_ok=True)
     try:
         rig = Rig(args.type, args.rabbitmq, quick=args.quick)
