@@ -264,8 +264,8 @@ class Crew:
         """
         try:
             return sum(_field(pid, "smaps_rollup", "Pss") for pid in self.pids()) * 1024 / 1e6
-        except PermissionError as error:
-            raise MissingTool(f"{error.filename} is for root alone") from None
+        except PermissionError:
+            raise MissingTool("its memory is for root alone to see") from None
 
     def rss(self) -> float:
         """Resident memory of the first process in MB."""
