@@ -26,7 +26,7 @@ from tests.harness.waiting import until
 
 QUEUE = "jobs"
 #: Seconds that anything may take at most: a start, a stop, a queue to be emptied.
-TIMEOUT = 120.0
+TIMEOUT = 300.0
 
 Message = pika_bulk.Message
 #: Stands for the moment of publishing in the body of a message.
@@ -132,7 +132,7 @@ class Rig:
 
     def load(self, messages: Iterable[Message]) -> int:
         """Publish all of them, confirmed; returns how many."""
-        return pika_bulk.publish(self.broker.url, QUEUE, messages)
+        return pika_bulk.publish(self.broker.url, QUEUE, messages, TIMEOUT)
 
     def left(self) -> tuple[int, int]:
         """How many messages of the queue wait, and how many are unacknowledged, now."""

@@ -16,10 +16,10 @@ WINDOW = 1_000
 Message = tuple[bytes, pika.BasicProperties]
 
 
-def publish(url: str, queue: str, messages: Iterable[Message]) -> int:
+def publish(url: str, queue: str, messages: Iterable[Message], timeout: float) -> int:
     """Publish all of them; return how many, when the broker has confirmed them.
 
-    Raises RuntimeError when it refuses one, or the connection ends.
+    Raises RuntimeError when it refuses one, when the connection ends, or after `timeout` seconds.
     """
     pending = iter(messages)
     sent = 0
@@ -68,6 +68,11 @@ def publish(url: str, queue: str, messages: Iterable[Message]) -> int:
             trouble = trouble or str(reason)
         connection.ioloop.stop()
 
+    def late() -> None:
+        nonlocal trouble
+        trouble = f"not all are confirmed in {timeout:g} s"
+        connection.ioloop.stop()
+
     unconfirmed: set[int] = set()
     connection = pika.SelectConnection(
         pika.URLParameters(url),
@@ -75,6 +80,7 @@ def publish(url: str, queue: str, messages: Iterable[Message]) -> int:
         on_open_error_callback=closed,
         on_close_callback=closed,
     )
+    connection.ioloop.call_later(timeout, late)
     connection.ioloop.start()
     if trouble:
         raise RuntimeError(trouble)
@@ -84,4 +90,4 @@ def publish(url: str, queue: str, messages: Iterable[Message]) -> int:
 if __name__ == "__main__":
     persistent = pika.BasicProperties(delivery_mode=2)
     lines = ((line.rstrip(b"\n"), persistent) for line in sys.stdin.buffer)
-    publish(os.environ["BENCHMARK_URL"], sys.argv[1], lines)
+    publish(os.environ["BENCHMARK_URL"], sys.argv[1], lines, timeout=300.0)
