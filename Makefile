@@ -1,6 +1,6 @@
 # make help lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check deb mutants campaign clean
+.PHONY: help demo test check deb bench mutants campaign clean
 
 python := .venv/bin/python
 cache := $(CURDIR)/.cache
@@ -37,6 +37,10 @@ check: ## linters, formatting, types
 deb: ## build the Debian package: dist/workerd_<version>_all.deb
 	@tests/install deb
 	@packaging/deb/build dist
+
+bench: ## workerd beside Celery, Dramatiq, pika and amqp-consume: only="python submit" options=--quick
+	@tests/install bench
+	@$(cache)/bench/bin/python -m benchmarks $(only) $(options)
 
 mutants: ## plant every known bug, one at a time, and see its test catch it
 	@tests/install test

@@ -1,0 +1,1 @@
+"""The programs that are measured: the others, and the jobs that all of them run."""
