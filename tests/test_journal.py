@@ -214,6 +214,21 @@ def test_runs_that_ended_with_their_daemon_are_counted_until_the_job_has_its_ver
     assert looking(other).cut_off(SLEEP) is None
 
 
+def test_runs_that_had_not_begun_when_their_daemon_ended_are_suspects_without_a_lost_start(
+    remember: Callable[..., HostMemory],
+) -> None:
+    memory = remember()
+    memory.started(SLEEP, 1, begun=False)
+    dies(memory)
+    assert looking(remember("2")).cut_off(SLEEP) == 0
+    memory = remember()
+    assert looking(memory).cut_off(SLEEP) == 0
+    memory.started(SLEEP, 1, begun=False)
+    memory.begun(SLEEP)
+    dies(memory)
+    assert looking(remember()).cut_off(SLEEP) == 1
+
+
 def test_equal_jobs_that_ended_with_one_daemon_are_blamed_once(
     remember: Callable[..., HostMemory],
 ) -> None:
