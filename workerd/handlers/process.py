@@ -46,6 +46,8 @@ class Process:
         """Start it. Raises OSError (no such program, no more processes …) and ValueError (NUL)."""
         self._loop = asyncio.get_running_loop()
         self.cause = ""
+        #: It has ended, and what it wrote last is being read.
+        self.over = False
         self._exited: asyncio.Future[int] = self._loop.create_future()
         self._timers: list[asyncio.TimerHandle] = []
         with contextlib.ExitStack() as undo:
@@ -149,6 +151,7 @@ class Process:
         self._guardian.ended(self.pid)
         for timer in self._timers:
             timer.cancel()
+        self.over = True
         if self._on_output:
             self._on_output()
         # All that it wrote is in the pipes by now. Not until end of file: a daemonised

@@ -123,7 +123,6 @@ class Runner:
         self._fault = ""
         #: It has said that it takes no job after the one that it answered.
         self._gave_up = False
-        self._exited = False
         self._unsent: deque[memoryview] = deque()
         #: Permits that are yet to be sent.
         self._ungranted = b""
@@ -345,7 +344,7 @@ class Runner:
 
     def room(self, depth: int) -> int:
         """How many more jobs it may be given."""
-        if self.state != "ready" or self._exited or self._hearing or self._process.cause:
+        if self.state != "ready" or self._hearing or self._process.over or self._process.cause:
             return 0
         left = depth
         if self._settings.recycle_after:
@@ -354,7 +353,6 @@ class Runner:
 
     def _over(self, status: int) -> None:
         """The process has ended, and what it printed has been read."""
-        self._exited = True
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self._answers, _CHUNK):
                 self._parse(data)

@@ -172,17 +172,20 @@ class WarmHandler:
             turn, runner = found
             self._waiting.remove(turn)
             runner.take(turn)
-        if not self._waiting:
-            return
+        if self._waiting:
+            self._start_more([turn for turn in self._waiting if turn.may_begin(behind=False)])
+
+    def _start_more(self, ready: list[Turn]) -> None:
+        """Start processes for jobs that could begin, or tell why there is none."""
         starting = sum(runner.state == "starting" for runner in self._runners)
-        for _ in range(len(self._waiting) - starting):
+        for _ in range(len(ready) - starting):
             if len(self._runners) >= self.settings.processes or not self._spawn():
                 break
-        if not self._runners:
+        if ready and not self._runners:
             assert self._trouble is not None
-            for turn in self._waiting:
+            for turn in ready:
+                self._waiting.remove(turn)
                 turn.end(self._trouble)
-            self._waiting.clear()
 
     def _next(self) -> tuple[Turn, Runner] | None:
         """A job that waits, and the process that is to have it."""
