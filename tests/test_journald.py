@@ -33,11 +33,13 @@ def test_without_a_journal_the_log_goes_to_stderr_until_there_is_one(
         return [line for line in worker.output if line.startswith("<6>done") and job in line]
 
     run("missing")
+    until(lambda: on_stderr("missing"), "its line")
     journald.start()
     run("there")
     journald.wait("done", job_id="there")
     journald.crash()
     run("refused")
+    until(lambda: on_stderr("refused"), "its line")
     journald.start()
     run("again")
     done = journald.wait("done", job_id="again")

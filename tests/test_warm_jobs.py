@@ -230,7 +230,8 @@ def with_jobs_ahead(subject: Subject, client: Client, gate: Path, count: int = 8
     """A daemon whose process does a job that waits, with others in its pipe."""
     worker = subject.start(**AHEAD)
     for number in range(10):  # short ones, or nothing lies in the pipe
-        client.publish("default", b"0", type="function", message_id=f"short {number}")
+        body = b"time.sleep(0.002)"  # so that not all that follow find room there
+        client.publish("default", body, type="function", message_id=f"short {number}")
     worker.wait_event("done", count=10)
     client.publish("default", bytes(gate), type="function", message_id="long")
     for number in range(count):
@@ -243,16 +244,16 @@ def test_what_lies_in_the_pipe_of_a_process_goes_back_in_a_drain_at_once_and_in_
     broker: Broker, client: Client, daemon: Start, tmp_path: Path
 ) -> None:
     gate = tmp_path / "gate"
-    worker = with_jobs_ahead(Subject(daemon, broker, tmp_path), client, gate)
-    broker.await_depth("default", unacked=9)
+    worker = with_jobs_ahead(Subject(daemon, broker, tmp_path), client, gate, 20)
+    broker.await_depth("default", unacked=21)
     worker.signal(signal.SIGTERM)
-    client.await_ready("default", 8)
+    client.await_ready("default", 20)
     gate.touch()
     assert worker.wait_exit() == 0
     assert worker.events("done", job_id="long")
     assert not [entry for entry in worker.events("start") if entry["job_id"].isdigit()]
-    back = [message.id for message in client.take("default", 8)]
-    assert back == [str(number) for number in range(8)]
+    back = [message.id for message in client.take("default", 20)]
+    assert back == [str(number) for number in range(20)]
 
 
 def test_what_lies_in_the_pipe_of_a_process_when_the_daemon_is_killed_has_spent_nothing(
