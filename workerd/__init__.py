@@ -7,7 +7,8 @@ below them:
     cli         the command line: puts the parts together, turns errors into exit statuses
     daemon      `workerd run`: a running worker and its exit status
     submit      `submit`: one job, confirmed by the broker; direct: without an instance; bulk: many
-    order       what a submission asks for; submit_command: its command line
+    jobspec     what a submission asks for; order: the message, and where it goes
+    submit_command    the options of `submit`
     check       `workerd check`: what is wrong without a broker; connect: at the broker
     run_once    `workerd run-once`: one job, without a broker
     show        `workerd check --show`
