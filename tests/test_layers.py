@@ -55,6 +55,7 @@ def within(name: str, package: str) -> bool:
         ("sdnotify", "workerd.service"),
         ("daemon", "workerd.service"),
         ("tomli", "workerd.settings"),
+        ("rich", "workerd.screen"),
     ],
 )
 def test_a_library_is_imported_in_one_place(library: str, place: str) -> None:
@@ -65,7 +66,7 @@ def test_a_library_is_imported_in_one_place(library: str, place: str) -> None:
 
 CORE = [
     *("admission", "cancellations", "copies", "job", "ledger", "pauses", "retry"),
-    *("template", "times", "topology"),
+    *("tally", "template", "times", "topology"),
 ]
 
 

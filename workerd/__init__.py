@@ -14,13 +14,14 @@ below them:
     show        `workerd check --show`
     instances   what the instances of this host say of themselves; ask: how they are asked
     status_command, steer_command, queues_command, logs_command    their command lines
+    watch       `workerd status --watch`: the terminal; screen: what it shows
     dead        dead letters sent back and dropped; dead_command: its command line
     letterbox   dead letters looked at; letters: what they say; sheets: how they are shown
     setup       `workerd setup`: everything declared by an administrator
 
     worker      the shell around the ledger: starts runs, settles deliveries
     drain       how a worker comes to rest
-    status      what an operator is told
+    status      what an operator is told; tally: how jobs ended of late; depths: what waits
     consumer    the consuming connection, a channel for each queue; declarations: the queues
     outbox      copies that the broker must take: next attempts, dead letters
     control     the local socket, which holds up no job; answers: what is said on it

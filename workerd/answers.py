@@ -7,10 +7,12 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from workerd import __version__, log
 from workerd.control import Answer, Peer, Request, member_of
+from workerd.depths import Depths
 from workerd.errors import Refused, Trouble
 from workerd.exits import EX_NOPERM, EX_UNAVAILABLE, EX_USAGE
 from workerd.job import submitter
@@ -34,6 +36,7 @@ class Answers:
         self._instance = instance
         self._began = time.monotonic()
         self.pulse = Pulse(worker)
+        self.depths = Depths(worker)
         self._requests: dict[str, Callable[[Request, Peer], Answer]] = {
             "status": self._status,
             "health": self._health,
@@ -58,8 +61,10 @@ class Answers:
 
     # Looking.
 
-    def _status(self, _request: Request, _peer: Peer) -> Answer:
+    def _status(self, request: Request, _peer: Peer) -> Answer:
         worker = self._worker
+        tally = worker.status.tally
+        depths = request.get("depths") is True
         consumer, ledger = worker.consumer, worker.ledger
         why_not = self._why_not_consuming()
         jobs = sorted(ledger.running, key=lambda run: self._age(run) or 0.0, reverse=True)
@@ -72,19 +77,22 @@ class Answers:
             "healthy": not why_not,
             "why": why_not or None,
             "status": worker.status.line(),
+            "notes": worker.status.notes(),
             "broker": consumer.broker or None,
             "rabbitmq": ".".join(map(str, consumer.version)) if consumer.broker else None,
             "drain_left": round(worker.drain.seconds_left, 1) if ledger.draining else None,
-            "done": worker.status.done,
-            "retried": worker.status.retried,
-            "failed": worker.status.failed,
+            "done": tally.done,
+            "retried": tally.retried,
+            "failed": tally.failed,
+            "pace": tally.pace(time.monotonic()),
+            "failures": [asdict(failure) for failure in tally.failures],
             "submissions": worker.submissions,
-            "queues": [self._queue(name) for name in sorted(ledger.concurrency)],
+            "queues": [self._queue(name, depths) for name in sorted(ledger.concurrency)],
             "running": len(ledger.running),
             "jobs": [self._job(run) for run in jobs[:MOST_JOBS]],
         }
 
-    def _queue(self, name: str) -> Answer:
+    def _queue(self, name: str, depths: bool) -> Answer:
         worker = self._worker
         ledger, consumer = worker.ledger, worker.consumer
         paused = consumer.paused.get(name)
@@ -99,6 +107,7 @@ class Answers:
             "held": sum(delivery.job.queue == name for delivery in ledger.held),
             "consuming": name in consumer.channels,
             "paused": paused or next(iter(refused), None),
+            **(self.depths.of(name) if depths else {}),
         }
 
     def _job(self, run: Run) -> Answer:

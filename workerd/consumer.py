@@ -132,6 +132,11 @@ class Consumer:
         """The host that it is connected to, "" when there is none."""
         return self._link.url.host if self._link else ""
 
+    @property
+    def link(self) -> Link | None:
+        """The connection, None while there is none."""
+        return self._link
+
     async def run(self, connect: Connect) -> None:
         async for link in connect("consume", self._failed, self.wake):
             if not self._receiver.wanted:

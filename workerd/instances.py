@@ -26,9 +26,10 @@ def states(name: str | None) -> Iterator[ask.Answer]:
         yield state(instance, folder)
 
 
-def state(instance: str, folder: Path) -> ask.Answer:
+def state(instance: str, folder: Path, depths: bool = False) -> ask.Answer:
+    """What this instance says; with ``depths``, also what waits at the broker, if it knows."""
     try:
-        return ask.ask(folder, {"request": "status"})
+        return ask.ask(folder, {"request": "status", "depths": depths})
     except Refused as refused:
         return _silent(instance, "unknown", str(refused))
     except ask.NoAnswer as silent:

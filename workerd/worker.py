@@ -178,7 +178,7 @@ class Worker:
             del self.progress[run]
             self.ledger.ended(run)
             verdict = await self._carry_out(self._judge(job, report), run, report)
-            self.status.count(verdict)
+            self.status.count(verdict, job, report)
             order = self.ledger.finished(run, verdict)
             if order:
                 self._settle(order)
