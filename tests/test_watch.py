@@ -101,6 +101,8 @@ def test_a_daemon_that_stops_dies_hangs_or_comes_back_shows_and_the_others_go_on
     for name in ("first", "second"):
         is_told(name, "running")
     first.signal(signal.SIGSTOP)
+    # It is drawn before the question has been given up.
+    shown.wait(lambda text: "no answer for 1s" in text, "a question without an answer")
     is_told("first", "stuck")
     # Frozen as one of them is, the other is as fresh as ever.
     second.stop()
@@ -213,7 +215,7 @@ def test_depths_are_counted_for_those_who_want_them_and_missing_queues_do_no_har
 ) -> None:
     queues: dict[str, dict[str, Any]] = {
         "jobs": {"concurrency": 1},
-        "lost": {"declare": "wait"},
+        "absent": {"declare": "wait"},
     }
     workerd = daemon(config(broker.url, oracle.command(), queues=queues))
     workerd.wait_event("consuming", queue="jobs.due")
@@ -227,7 +229,7 @@ def test_depths_are_counted_for_those_who_want_them_and_missing_queues_do_no_har
         return {q["queue"]: [q[key] for key in ("ready", "due", "dead")] for q in found}
 
     until(lambda: depths()["jobs"] == [2, 0, 3], "the depths of jobs")
-    assert depths()["lost"][0] is None
+    assert depths()["absent"][0] is None
     assert "ready" not in call(workerd, "status")["queues"][0]
     # The connection that consumes has not suffered.
     assert not workerd.events("disconnected")

@@ -18,12 +18,13 @@ STATUS_EPILOG = f"""\
 exit status:
   0   told
   64  usage; --watch without a terminal
-  69  nothing is known of the instance that --instance names; --watch without rich
+  69  nothing is known of the instance that --instance names; --watch without
+      the Python package rich
   77  only members of {ask.GROUP} may ask the instances
 
 examples:
   workerd status
-  workerd status --watch            until q is typed; also what waits and what fails
+  workerd status --watch            live, with what waits and what fails; q quits
   workerd status --json | jq '.jobs[]? | select(.age > 600)'
 """
 HEALTH = """\
