@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from workerd import __version__, log
+from workerd import __version__, log, topology
 from workerd.control import Answer, Peer, Request, member_of
 from workerd.depths import Depths
 from workerd.errors import Refused, Trouble
@@ -36,7 +36,7 @@ class Answers:
         self._instance = instance
         self._began = time.monotonic()
         self.pulse = Pulse(worker)
-        self.depths = Depths(worker)
+        self._depths = Depths(worker)
         self._requests: dict[str, Callable[[Request, Peer], Answer]] = {
             "status": self._status,
             "health": self._health,
@@ -64,7 +64,7 @@ class Answers:
     def _status(self, request: Request, _peer: Peer) -> Answer:
         worker = self._worker
         tally = worker.status.tally
-        depths = request.get("depths") is True
+        depths = self._depths.glance() if request.get("depths") is True else None
         consumer, ledger = worker.consumer, worker.ledger
         why_not = self._why_not_consuming()
         jobs = sorted(ledger.running, key=lambda run: self._age(run) or 0.0, reverse=True)
@@ -92,7 +92,7 @@ class Answers:
             "jobs": [self._job(run) for run in jobs[:MOST_JOBS]],
         }
 
-    def _queue(self, name: str, depths: bool) -> Answer:
+    def _queue(self, name: str, depths: Mapping[str, int] | None) -> Answer:
         worker = self._worker
         ledger, consumer = worker.ledger, worker.consumer
         paused = consumer.paused.get(name)
@@ -107,7 +107,7 @@ class Answers:
             "held": sum(delivery.job.queue == name for delivery in ledger.held),
             "consuming": name in consumer.channels,
             "paused": paused or next(iter(refused), None),
-            **(self.depths.of(name) if depths else {}),
+            **({} if depths is None else _waiting(name, depths)),
         }
 
     def _job(self, run: Run) -> Answer:
@@ -223,6 +223,12 @@ class Answers:
         if self._operators[0] != name:
             self._operators = (name, member_of(name))
         return peer.uid in (0, os.geteuid()) or self._operators[1](peer)
+
+
+def _waiting(queue: str, depths: Mapping[str, int]) -> Answer:
+    """What waits at the broker for a queue, None for what is not known."""
+    names = {"ready": queue, "due": topology.due(queue), "dead": topology.dead(queue)}
+    return {key: depths.get(name) for key, name in names.items()}
 
 
 class Pulse:

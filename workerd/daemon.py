@@ -144,13 +144,11 @@ async def _serve(
     control = Control(folder, answers)
     await control.open()
     pulse = loop.create_task(answers.pulse.run(), name="pulse")
-    depths = loop.create_task(answers.depths.run(), name="depths")
     try:
         await worker.run()
     finally:
         control.close()
         pulse.cancel()
-        depths.cancel()
     return EX_SOFTWARE if bugs else 0
 
 

@@ -24,7 +24,7 @@ exit status:
 
 examples:
   workerd status
-  workerd status --watch            live, with what waits and what fails; q quits
+  workerd status --watch            live: also what waits and fails
   workerd status --json | jq '.jobs[]? | select(.age > 600)'
 """
 HEALTH = """\
