@@ -55,6 +55,7 @@ def within(name: str, package: str) -> bool:
         ("sdnotify", "workerd.service"),
         ("daemon", "workerd.service"),
         ("tomli", "workerd.settings"),
+        ("prometheus_client", "workerd.exposition"),
     ],
 )
 def test_a_library_is_imported_in_one_place(library: str, place: str) -> None:
@@ -64,7 +65,7 @@ def test_a_library_is_imported_in_one_place(library: str, place: str) -> None:
 
 
 CORE = [
-    *("admission", "cancellations", "copies", "job", "ledger", "pauses", "retry"),
+    *("admission", "cancellations", "copies", "figures", "job", "ledger", "pauses", "retry"),
     *("template", "times", "topology"),
 ]
 

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from workerd import __version__, log
 from workerd.control import Answer, Peer, Request, member_of
+from workerd.depths import Depths
 from workerd.errors import Refused, Trouble
 from workerd.exits import EX_NOPERM, EX_UNAVAILABLE, EX_USAGE
 from workerd.job import submitter
 from workerd.ledger import Run
 from workerd.order import is_short_text
+from workerd.readings import readings
 from workerd.submissions import accept
 from workerd.wording import did_you_mean
 
@@ -33,10 +35,15 @@ class Answers:
         self._worker = worker
         self._instance = instance
         self._began = time.monotonic()
+        self._started = time.time()
+        self._depths = Depths(worker)
         self.pulse = Pulse(worker)
-        self._requests: dict[str, Callable[[Request, Peer], Answer]] = {
+        self._requests: dict[
+            str, Callable[[Request, Peer], Answer | Coroutine[Any, Any, Answer]]
+        ] = {
             "status": self._status,
             "health": self._health,
+            "metrics": self._metrics,
             "pause": self._pause,
             "resume": self._resume,
             "cancel": self._cancel,
@@ -68,16 +75,16 @@ class Answers:
             "pid": os.getpid(),
             "release": __version__,
             "uptime": round(time.monotonic() - self._began, 1),
-            "state": "draining" if worker.drain.wanted.is_set() else "running",
+            "state": self._state,
             "healthy": not why_not,
             "why": why_not or None,
             "status": worker.status.line(),
             "broker": consumer.broker or None,
             "rabbitmq": ".".join(map(str, consumer.version)) if consumer.broker else None,
             "drain_left": round(worker.drain.seconds_left, 1) if ledger.draining else None,
-            "done": worker.status.done,
-            "retried": worker.status.retried,
-            "failed": worker.status.failed,
+            "done": worker.figures.total("done"),
+            "retried": worker.figures.total("retried"),
+            "failed": worker.figures.total("dead"),
             "submissions": worker.submissions,
             "queues": [self._queue(name) for name in sorted(ledger.concurrency)],
             "running": len(ledger.running),
@@ -122,6 +129,21 @@ class Answers:
         progress = self._worker.progress.get(run)
         began = progress.began if progress else None
         return None if began is None else time.monotonic() - began
+
+    async def _metrics(self, _request: Request, _peer: Peer) -> Answer:
+        # A broker that is silent would only make the question a reason to give it up.
+        depths = {} if self.pulse.silent_for else await self._depths.look()
+        return {
+            "instance": self._instance,
+            "state": self._state,
+            "started": self._started,
+            "healthy": not self._why_not_consuming(),
+            **readings(self._worker, depths),
+        }
+
+    @property
+    def _state(self) -> str:
+        return "draining" if self._worker.drain.wanted.is_set() else "running"
 
     def _health(self, _request: Request, _peer: Peer) -> Answer:
         why_not = self._why_not_consuming()

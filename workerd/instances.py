@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from workerd import ask
@@ -14,21 +15,28 @@ from workerd.errors import Refused
 #: In an instance's runtime folder: why its last start, or its run, has failed.
 FAILURE = "failure"
 _MAX_FAILURE = 4096
+#: Instances that are asked at the same time.
+_AT_ONCE = 16
 
 
-def states(name: str | None) -> Iterator[ask.Answer]:
+def states(name: str | None, request: str = "status") -> Iterator[ask.Answer]:
     """The state of this instance, or of every one of the host; docs/control.md has the keys.
 
-    Raises NoAnswer when nothing is known of this instance.
+    One that answers does so to this ``request``: `status`, or `metrics`. Raises NoAnswer when
+    nothing is known of this instance.
     """
+    # The daemon, which imports this module, has no use for it.
+    from concurrent.futures import ThreadPoolExecutor
+
     found = ask.folders() if name is None else {name: ask.folder_of(name)}
-    for instance, folder in found.items():
-        yield state(instance, folder)
+    # At once: one that is stuck holds up nobody else.
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        yield from pool.map(partial(state, request=request), found.keys(), found.values())
 
 
-def state(instance: str, folder: Path) -> ask.Answer:
+def state(instance: str, folder: Path, request: str = "status") -> ask.Answer:
     try:
-        return ask.ask(folder, {"request": "status"})
+        return ask.ask(folder, {"request": request})
     except Refused as refused:
         return _silent(instance, "unknown", str(refused))
     except ask.NoAnswer as silent:

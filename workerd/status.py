@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Protocol
 from workerd import log
 from workerd.consumer import Consumer
 from workerd.ledger import Ledger, Run
-from workerd.retry import Verdict
 
 if TYPE_CHECKING:
     from workerd.worker import Worker
@@ -35,22 +34,9 @@ class Status:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self.done = 0
-        self.retried = 0
-        self.failed = 0
         #: How many problems the configuration had at the last reload; the old one is in force.
         self.refused = 0
         self._timer: asyncio.TimerHandle | None = None
-
-    def count(self, verdict: Verdict) -> None:
-        """A job has its verdict."""
-        match verdict:
-            case Verdict.DONE:
-                self.done += 1
-            case Verdict.RETRY:
-                self.retried += 1
-            case Verdict.DEAD | Verdict.REJECT:
-                self.failed += 1
 
     def touch(self) -> None:
         """Something changed."""
@@ -81,10 +67,11 @@ class Status:
         consuming = [queue for queue in worker.ledger.concurrency if queue in consumer.channels]
         if consuming:
             slots = sum(worker.ledger.concurrency[queue] for queue in consuming)
-            retried = f"{self.retried} retried, " if self.retried else ""
+            total = worker.figures.total
+            retried = f"{total('retried')} retried, " if total("retried") else ""
             parts.append(
                 f"consuming {', '.join(sorted(consuming))}: {running}/{slots} running, "
-                f"{self.done} done, {retried}{self.failed} failed; {consumer.broker}"
+                f"{total('done')} done, {retried}{total('dead')} failed; {consumer.broker}"
             )
         held_back = sorted(consumer.held_back.intersection(worker.ledger.concurrency))
         parts += [f"{queue} paused by an operator" for queue in held_back]
