@@ -95,3 +95,7 @@ def test_broker_handlers_and_service_know_nothing_of_each_other() -> None:
 def test_the_worker_is_given_its_handlers_and_its_host() -> None:
     used = below("workerd.worker")
     assert not {n for n in used if within(n, "workerd.handlers") or within(n, "workerd.service")}
+
+
+def test_the_daemon_does_without_the_library_for_metrics() -> None:
+    assert "prometheus_client" not in below("workerd.daemon")

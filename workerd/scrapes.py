@@ -47,8 +47,6 @@ def _inherited() -> socket.socket:
     inherited = socket.socket(fileno=_FIRST)
     if inherited.family not in (socket.AF_INET, socket.AF_INET6):
         raise Refused(EX_UNAVAILABLE, "metrics --serve: the socket is none of TCP's")
-    # A client that is gone before it is accepted holds up nobody.
-    inherited.setblocking(False)
     return inherited
 
 
