@@ -268,9 +268,28 @@ def test_a_scrape_starts_what_answers_it(bare: Machine, package: Path) -> None:
     until(lambda: bare.show("workerd@2", "MainPID") == "0", "the second one is gone")
     until(lambda: bare.run("curl", *SCRAPE).stdout.splitlines()[2:] == DOWN, "only the dead one")
     bare.run("systemctl", "unmask", "--runtime", "workerd@2")
-    # The administrator's own look is the same, and so is that of whoever may look.
+
+
+def test_members_of_the_group_look_and_submit_through_an_instance(
+    bare: Machine, package: Path
+) -> None:
+    bare.install(package)
     bare.run("useradd", "--groups", "workerd-submit", "mary")
-    assert bare.run("workerd", "metrics", user="mary").stdout.splitlines()[2:] == DOWN
+    bare.run("systemctl", "start", "workerd@1")
+    bare.wait("consuming", instance="1")
+    assert "consuming default" in bare.run("workerd", "status", user="mary").stdout
+    assert 'workerd_up{worker="1"} 1.0' in bare.run("workerd", "metrics", user="mary").stdout
+    job = bare.run("submit", "sleep", "0", user="mary").stdout.strip()
+    # The instance knows who it was.
+    assert bare.wait("submitted", job_id=job)["WORKERD_UID"] == bare.sh("id -u mary")
+    bare.run("systemctl", "stop", "workerd@1")
+    bare.configure("[worker]\nqueue = 1\n", instance="1")
+    bare.run("systemctl", "start", "workerd@1", check=False)
+    # Why it failed is for those who can read the configuration anyway.
+    assert "unknown key" in bare.run("workerd", "status", user="mary").stdout
+    assert 'workerd_up{worker="1"} 0.0' in bare.run("workerd", "metrics", user="mary").stdout
+    bare.run("useradd", "eve")
+    assert "unknown key" not in bare.run("workerd", "status", user="eve", check=False).stdout
 
 
 def test_another_port_is_a_drop_in(bare: Machine, package: Path) -> None:
@@ -303,7 +322,8 @@ def test_what_answers_is_as_confined_as_the_daemon(bare: Machine, package: Path)
     level = re.search(r"exposure level for workerd-metrics.service: ([\d.]+)", said, re.IGNORECASE)
     assert level
     assert float(level[1]) <= 2.0
-    bare.run("systemd-analyze", "verify", "workerd-metrics.socket", "workerd-metrics.service")
+    units = ("workerd-metrics.socket", "workerd-metrics.service")
+    assert bare.run("systemd-analyze", "verify", "--man=no", *units).stderr == ""
 
 
 def test_clients_that_are_stuck_hold_up_no_scrape_of_the_service(
