@@ -163,9 +163,9 @@ class Worker:
         """From now on work with these; jobs that run keep the old."""
         self.settings = settings
         self.handlers = self.register.of(settings)
-        self.figures.know(settings.handlers)
         self.ledger.configure(_slots(settings))
         self.consumer.reload(settings)
+        self.figures.know(settings.handlers)
         # What was wrong with a handler may be right now.
         self.pauses = Pauses()
         self._start_more()
