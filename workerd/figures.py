@@ -7,7 +7,7 @@ no handler has had are counted as one. So the memory they take is bounded.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from workerd.job import REPLAY, Job
@@ -59,9 +59,9 @@ class Figures:
         #: Attempts, by queue, handler and outcome.
         self.jobs: Counter[tuple[str, str, str]] = Counter()
         #: How long they ran, by queue and handler.
-        self.runs: dict[tuple[str, str], Histogram] = {}
+        self.runs = defaultdict[tuple[str, str], Histogram](lambda: Histogram(RUN_BOUNDS))
         #: How long they had waited before the first attempt, by queue.
-        self.waits: dict[str, Histogram] = {}
+        self.waits = defaultdict[str, Histogram](lambda: Histogram(WAIT_BOUNDS))
         #: Jobs that came over the local socket and were confirmed, by queue.
         self.submitted: Counter[str] = Counter()
         self._handlers: set[str] = set()
@@ -75,14 +75,12 @@ class Figures:
         """A handler has begun with a job; ``now`` is in seconds since 1970."""
         waited = _waited(run, now)
         if waited is not None:
-            queue = run.job.queue
-            self.waits.setdefault(queue, Histogram(WAIT_BOUNDS)).add(waited)
+            self.waits[run.job.queue].add(waited)
 
     def ended(self, job: Job, began: float | None, now: float) -> None:
         """A handler has ended that had begun then, if it ever had; on one clock."""
         if began is not None:
-            key = (job.queue, self._handler(job))
-            self.runs.setdefault(key, Histogram(RUN_BOUNDS)).add(now - began)
+            self.runs[job.queue, self._handler(job)].add(now - began)
 
     def settled(self, job: Job, verdict: Verdict) -> None:
         """An attempt has its verdict."""
