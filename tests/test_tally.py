@@ -20,7 +20,7 @@ def count(tally: Tally, verdict: Verdict, now: float) -> None:
 def test_what_goes_back_has_not_ended(verdict: Verdict) -> None:
     tally = Tally(0.0)
     count(tally, verdict, 1.0)
-    assert (tally.done, tally.retried, tally.failed, [*tally.failures]) == (0, 0, 0, [])
+    assert not tally.failures
     assert tally.pace(STEP)["done"] == [0]
 
 
@@ -38,7 +38,6 @@ def test_the_ends_of_each_step_are_counted_once_it_is_over() -> None:
         "done": [2, 0, 0],
         "failed": [1, 0, 2],
     }
-    assert (tally.done, tally.retried, tally.failed) == (2, 1, 2)
 
 
 def test_it_is_bounded_however_long_nothing_happens_and_however_much_fails() -> None:

@@ -18,6 +18,7 @@ from workerd.exits import EX_NOPERM, EX_UNAVAILABLE, EX_USAGE
 from workerd.job import submitter
 from workerd.ledger import Run
 from workerd.order import is_short_text
+from workerd.readings import readings
 from workerd.submissions import accept
 from workerd.wording import did_you_mean
 
@@ -35,11 +36,15 @@ class Answers:
         self._worker = worker
         self._instance = instance
         self._began = time.monotonic()
-        self.pulse = Pulse(worker)
+        self._started = time.time()
         self._depths = Depths(worker)
-        self._requests: dict[str, Callable[[Request, Peer], Answer]] = {
+        self.pulse = Pulse(worker)
+        self._requests: dict[
+            str, Callable[[Request, Peer], Answer | Coroutine[Any, Any, Answer]]
+        ] = {
             "status": self._status,
             "health": self._health,
+            "metrics": self._metrics,
             "pause": self._pause,
             "resume": self._resume,
             "cancel": self._cancel,
@@ -73,7 +78,7 @@ class Answers:
             "pid": os.getpid(),
             "release": __version__,
             "uptime": round(time.monotonic() - self._began, 1),
-            "state": "draining" if worker.drain.wanted.is_set() else "running",
+            "state": self._state,
             "healthy": not why_not,
             "why": why_not or None,
             "status": worker.status.line(),
@@ -81,9 +86,9 @@ class Answers:
             "broker": consumer.broker or None,
             "rabbitmq": ".".join(map(str, consumer.version)) if consumer.broker else None,
             "drain_left": round(worker.drain.seconds_left, 1) if ledger.draining else None,
-            "done": tally.done,
-            "retried": tally.retried,
-            "failed": tally.failed,
+            "done": worker.figures.total("done"),
+            "retried": worker.figures.total("retried"),
+            "failed": worker.figures.total("dead"),
             "pace": tally.pace(time.monotonic()),
             "failures": [asdict(failure) for failure in tally.failures],
             "submissions": worker.submissions,
@@ -131,6 +136,21 @@ class Answers:
         progress = self._worker.progress.get(run)
         began = progress.began if progress else None
         return None if began is None else time.monotonic() - began
+
+    async def _metrics(self, _request: Request, _peer: Peer) -> Answer:
+        # A broker that is silent would only make the question a reason to give it up.
+        depths = {} if self.pulse.silent_for else await self._depths.look()
+        return {
+            "instance": self._instance,
+            "state": self._state,
+            "started": self._started,
+            "healthy": not self._why_not_consuming(),
+            **readings(self._worker, depths),
+        }
+
+    @property
+    def _state(self) -> str:
+        return "draining" if self._worker.drain.wanted.is_set() else "running"
 
     def _health(self, _request: Request, _peer: Peer) -> Answer:
         why_not = self._why_not_consuming()

@@ -120,6 +120,8 @@ class Consumer:
         self._down = False
         #: The present connection, None while there is none.
         self.link: Link | None = None
+        #: How many connections were lost: those that we did not close ourselves.
+        self.losses = 0
         #: Declares the delay levels, once on each connection.
         self._levels: asyncio.Task[None]
 
@@ -151,6 +153,7 @@ class Consumer:
                 # Queues may be added for as long as the connection lives.
                 await asyncio.wait({link.ended})
             self.link = None
+            self.losses += link.ended.result().kind is not Kind.CLOSED
 
     def reload(self, settings: Settings) -> None:
         """Consume the queues of these settings; reconnect with them, when that is due."""

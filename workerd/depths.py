@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Seconds for which an answer of the broker's is good enough, however many ask.
 FRESH = 2.0
+#: Seconds to wait for one.
+PATIENCE = 1.0
 #: After so many seconds an answer is worth nothing any more.
 STALE = 10.0
 #: Seconds before a queue that was not there is asked for again: the broker logs each such error.
@@ -38,13 +40,25 @@ class Depths:
         self._absent: dict[str, float] = {}
 
     def glance(self) -> Mapping[str, int]:
-        """The ready messages by the queue's full name, as far as is known; better soon."""
+        """The ready messages by the queue's full name, as far as is known; better soon.
+
+        Nothing is known while there is no connection.
+        """
         now = time.monotonic()
         link = self._worker.consumer.link
-        idle = self._asking is None or self._asking.done()
-        if link is not None and idle and now - self._at >= FRESH:
+        if link is None:
+            return {}
+        if now - self._at >= FRESH and (self._asking is None or self._asking.done()):
             self._asking = asyncio.create_task(self._ask(link), name="depths")
         return self._counts if now - self._at < STALE else {}
+
+    async def look(self) -> Mapping[str, int]:
+        """The same, but what is not known, or not of late, is waited for a little."""
+        known = self.glance()
+        if self._asking is None or self._asking.done():
+            return known
+        await asyncio.wait({self._asking}, timeout=PATIENCE)
+        return self.glance()
 
     async def _ask(self, link: Link) -> None:
         counts: dict[str, int] = {}
@@ -61,6 +75,7 @@ class Depths:
                     # The broker has closed the channel over it.
                     self._channel = None
                     if trouble.kind in (Kind.AWAY, Kind.CLOSED):
-                        return  # the connection is gone, and nobody knows
+                        self._counts = {}  # the connection is gone, and nobody knows
+                        return
                     self._absent[name] = time.monotonic() + ABSENT
         self._counts, self._at = counts, time.monotonic()

@@ -71,11 +71,11 @@ class Status:
         troubles = self._troubles()
         if consuming and not worker.ledger.draining and not consumer.outage:
             slots = sum(worker.ledger.concurrency[queue] for queue in consuming)
-            tally = self.tally
-            retried = f"{tally.retried} retried, " if tally.retried else ""
+            total = worker.figures.total
+            retried = f"{total('retried')} retried, " if total("retried") else ""
             does = (
                 f"consuming {', '.join(sorted(consuming))}: {len(worker.ledger.running)}/{slots} "
-                f"running, {tally.done} done, {retried}{tally.failed} failed; {consumer.broker}"
+                f"running, {total('done')} done, {retried}{total('dead')} failed; {consumer.broker}"
             )
             troubles.insert(0, does)
         return "; ".join([*self._reload(), *(troubles or [f"declaring queues; {consumer.broker}"])])

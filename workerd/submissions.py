@@ -82,6 +82,7 @@ def accept(
             await _publish(worker, wanted, message, deadline)
         finally:
             worker.submissions -= 1
+        worker.figures.submitted[wanted.queue] += 1
         log.event(
             "submitted",
             worker.routine,

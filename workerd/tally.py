@@ -19,6 +19,9 @@ FAILURES = 20
 _MAX_ERROR = 200
 _MAX_TEXT = 255
 
+#: The verdicts on attempts that have come to their end.
+_ENDED = (Verdict.DONE, Verdict.RETRY, Verdict.DEAD, Verdict.REJECT)
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -41,9 +44,6 @@ class Tally:
     """Counts ends of attempts; ``now`` is always an instant of the monotonic clock."""
 
     def __init__(self, now: float) -> None:
-        self.done = 0
-        self.retried = 0
-        self.failed = 0
         self.failures: deque[Failure] = deque(maxlen=FAILURES)
         #: Of each step until the one that goes on: those that were done, those that failed.
         self._steps: deque[list[int]] = deque([[0, 0]], maxlen=KEPT + 1)
@@ -51,15 +51,8 @@ class Tally:
 
     def count(self, verdict: Verdict, job: Job, report: Report, now: float, clock: float) -> None:
         """A job has its verdict; ``clock`` is the same instant in seconds since 1970."""
-        match verdict:
-            case Verdict.DONE:
-                self.done += 1
-            case Verdict.RETRY:
-                self.retried += 1
-            case Verdict.DEAD | Verdict.REJECT:
-                self.failed += 1
-            case _:
-                return
+        if verdict not in _ENDED:
+            return
         self._advance(now)
         self._steps[-1][verdict is not Verdict.DONE] += 1
         if verdict is not Verdict.DONE:
