@@ -38,11 +38,15 @@ class Depths:
         self._absent: dict[str, float] = {}
 
     def glance(self) -> Mapping[str, int]:
-        """The ready messages by the queue's full name, as far as is known; better soon."""
+        """The ready messages by the queue's full name, as far as is known; better soon.
+
+        Nothing is known while there is no connection.
+        """
         now = time.monotonic()
         link = self._worker.consumer.link
-        idle = self._asking is None or self._asking.done()
-        if link is not None and idle and now - self._at >= FRESH:
+        if link is None:
+            return {}
+        if now - self._at >= FRESH and (self._asking is None or self._asking.done()):
             self._asking = asyncio.create_task(self._ask(link), name="depths")
         return self._counts if now - self._at < STALE else {}
 
@@ -61,6 +65,7 @@ class Depths:
                     # The broker has closed the channel over it.
                     self._channel = None
                     if trouble.kind in (Kind.AWAY, Kind.CLOSED):
-                        return  # the connection is gone, and nobody knows
+                        self._counts = {}  # the connection is gone, and nobody knows
+                        return
                     self._absent[name] = time.monotonic() + ABSENT
         self._counts, self._at = counts, time.monotonic()
