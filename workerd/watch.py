@@ -108,8 +108,7 @@ def watch(name: str | None) -> int:
             raise
         raise Refused(
             EX_UNAVAILABLE,
-            "--watch needs the Python package rich: apt install python3-rich "
-            "(or pip install 'workerd[watch]')",
+            "--watch needs the Python package rich: apt install python3-rich (or pip install rich)",
         ) from None
     paint = Paint(sys.stdout.encoding)
     asker = Asker(name)

@@ -7,16 +7,27 @@ happens to run.
 
 from __future__ import annotations
 
-import io
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from workerd.log import safe
+from workerd.screen.layout import (
+    BARS,
+    FAINT,
+    GAP,
+    Column,
+    Row,
+    Section,
+    Table,
+    filled,
+    more,
+    shared,
+    some,
+    wrapped,
+)
 from workerd.tables import age
 
 #: What the instances say of themselves: docs/control.md has the keys.
@@ -30,15 +41,8 @@ _LOW = 16
 _WIDE = 100
 #: The length of an id that `submit` makes.
 _ID = 36
-_GAP = "  "
-#: Never as high as the line, lest two charts touch.
-_BARS = "▁▂▃▄▅▆▇"
-#: For a terminal that knows ASCII alone.
-_PLAIN = str.maketrans({"…": "~", **dict(zip(_BARS, "_.:-=+#", strict=True))})
 
 _TITLE = "bold reverse"
-_HEADING = "bold cyan underline"
-_FAINT = "dim"
 _GOOD = "green"
 _ODD = "yellow"
 _BAD = "bold red"
@@ -46,70 +50,9 @@ _STATES = {
     "running": _GOOD,
     "draining": _ODD,
     "silent": _ODD,
-    "stopped": _FAINT,
-    "unknown": _FAINT,
+    "stopped": FAINT,
+    "unknown": FAINT,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column: ``width`` cells, or with 0 a part of what is left, as its ``share`` says.
-
-    It is left out where the screen has fewer than ``needs`` cells in a line.
-    """
-
-    heading: str
-    width: int = 0
-    needs: int = 0
-    right: bool = False
-    share: int = 1
-    least: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A part of the screen that has at least ``least`` lines, and is complete with ``most``."""
-
-    least: int
-    most: int
-    lines: Callable[[int], list[Text]]
-
-
-Row = Sequence[str | Text]
-
-
-class Table:
-    """Rows under headings, in columns that depend on the width of the screen alone."""
-
-    def __init__(self, columns: Sequence[Column], width: int) -> None:
-        self._width = width
-        self._shown = [number for number, each in enumerate(columns) if width >= each.needs]
-        self._columns = [columns[number] for number in self._shown]
-        fixed = sum(each.width or each.least for each in self._columns)
-        left = max(0, width - fixed - len(_GAP) * (len(self._columns) - 1))
-        shares = sum(each.share for each in self._columns if not each.width)
-        self._widths = []
-        for each in self._columns:
-            part = 0 if each.width else left * each.share // shares
-            self._widths.append(each.width or each.least + part)
-
-    def heading(self) -> Text:
-        line = self.row([each.heading for each in self._columns], every=True)
-        line.pad_right(self._width - line.cell_len)
-        line.stylize(_HEADING)
-        return line
-
-    def row(self, cells: Row, every: bool = False) -> Text:
-        """A line; of ``cells`` there are as many as columns, shown or not."""
-        line = Text()
-        chosen = cells if every else [cells[number] for number in self._shown]
-        for cell, column, width in zip(chosen, self._columns, self._widths, strict=True):
-            text = cell.copy() if isinstance(cell, Text) else Text(safe(cell))
-            text.truncate(width, overflow="ellipsis")
-            room = " " * (width - text.cell_len)
-            line.append(_GAP if line else "")
-            line.append_text(Text.assemble(room, text) if column.right else text + Text(room))
-        return line
 
 
 def screen(states: States, host: str, now: float, width: int, height: int) -> list[Text]:
@@ -134,20 +77,6 @@ def screen(states: States, host: str, now: float, width: int, height: int) -> li
     for line in lines:
         line.truncate(width)
     return lines[:height]
-
-
-def shared(wants: Sequence[tuple[int, int]], room: int) -> list[int]:
-    """How many lines each gets that wants at least, and at most, so many.
-
-    All get what they need; what is left goes to those that have the fewest.
-    """
-    given = [least for least, _ in wants]
-    for _ in range(room - sum(given)):
-        wanting = [n for n, (_, most) in enumerate(wants) if given[n] < most]
-        if not wanting:
-            break
-        given[min(wanting, key=given.__getitem__)] += 1
-    return given
 
 
 def _title(states: States, host: str, now: float, width: int) -> Text:
@@ -180,36 +109,31 @@ def _instances(states: States, width: int, height: int) -> Section:
         width,
     )
     if not states:
-        text = Text("no instance of workerd runs or has run on this host", _FAINT)
+        text = Text("no instance of workerd runs or has run on this host", FAINT)
         return Section(1, 1, lambda _: [text])
     blocks = [[table.row(_instance(state)), *_why(state, width)] for state in states]
     # What is wrong comes first where not all of it can be shown.
     urgent = sorted(
         range(len(states)), key=lambda n: (states[n]["healthy"], states[n]["state"] == "stopped")
     )
+    most = 1 + sum(map(len, blocks))
 
     def lines(room: int) -> list[Text]:
-        if 1 + sum(map(len, blocks)) <= room:
+        if most <= room:
             return [table.heading(), *(line for block in blocks for line in block)]
+        rows = room - 1
+        kept = urgent[: rows if len(blocks) <= rows else max(1, rows - 1)]
+        rest = len(blocks) - len(kept)
         # First a line for each, then its words.
-        shown = urgent[: room - 1] if len(blocks) < room else urgent[: max(1, room - 2)]
-        spare = room - 1 - len(shown)
-        found = [table.heading()]
-        kept: dict[int, list[Text]] = {}
-        if len(shown) < len(blocks):
-            spare -= 1
-        for n in shown:
-            words = blocks[n][1 : 1 + max(0, spare)]
-            spare -= len(words)
-            kept[n] = [blocks[n][0], *words]
-        for n in sorted(kept):
-            found += kept[n]
-        if len(shown) < len(blocks):
-            found.append(_more(len(blocks) - len(shown)))
-        return found
+        spare = rows - len(kept) - bool(rest)
+        words: dict[int, list[Text]] = {}
+        for n in kept:
+            words[n] = blocks[n][1 : 1 + max(0, spare)]
+            spare -= len(words[n])
+        shown = (line for n in sorted(kept) for line in (blocks[n][0], *words[n]))
+        return [table.heading(), *shown, *([more(rest)] if rest else [])]
 
     # Its words say why something does not run: up to a third of the screen is theirs.
-    most = 1 + sum(map(len, blocks))
     return Section(min(most, max(2, height // 3)), most, lines)
 
 
@@ -244,7 +168,7 @@ def _why(state: Mapping[str, Any], width: int) -> list[Text]:
     for note in notes:
         for text in note.splitlines():
             shown = Text(safe(text), style)
-            lines += shown.wrap(_MEASURE, max(1, width - 2))
+            lines += wrapped(shown, width - 2)
     return [Text("  ") + line for line in lines]
 
 
@@ -252,7 +176,7 @@ def _pace(states: States, width: int) -> Section:
     seconds, done, failed = _summed(states)
     per_minute = round(60 / seconds)
     # Whole minutes, as many as a daemon remembers at most.
-    room = width - 8 - 7 - 7 - 3 * len(_GAP)
+    room = width - 8 - 7 - 7 - 3 * len(GAP)
     bars = max(0, min(10 * per_minute, room) // per_minute * per_minute)
     table = Table(
         [
@@ -274,7 +198,7 @@ def _pace(states: States, width: int) -> Section:
     lines = [
         table.heading(),
         row("done", done, _GOOD),
-        row("failed", failed, _BAD if any(failed) else _FAINT),
+        row("failed", failed, _BAD if any(failed) else FAINT),
     ]
     return Section(3, 3, lambda _: lines)
 
@@ -298,8 +222,8 @@ def _summed(states: States) -> tuple[float, list[int], list[int]]:
 def _chart(counts: Sequence[int]) -> str:
     """A bar for each; the lowest one is for nothing at all."""
     peak = max(counts, default=0)
-    levels = len(_BARS) - 1
-    return "".join(_BARS[-(-count * levels // peak) if peak else 0] for count in counts)
+    levels = len(BARS) - 1
+    return "".join(BARS[-(-count * levels // peak) if peak else 0] for count in counts)
 
 
 def _rate(rate: float) -> str:
@@ -326,7 +250,7 @@ def _queues(states: States, width: int) -> Section:
             queues.setdefault(queue["queue"], []).append(queue)
     rows = [table.row(_queue(name, parts)) for name, parts in sorted(queues.items())]
     return Section(
-        1 + min(2, len(rows)), 1 + len(rows), lambda room: [table.heading(), *_some(rows, room - 1)]
+        1 + min(2, len(rows)), 1 + len(rows), lambda room: [table.heading(), *some(rows, room - 1)]
     )
 
 
@@ -394,8 +318,8 @@ def _running(states: States, width: int, several: bool) -> Section:
 
     def lines(room: int) -> list[Text]:
         if not rows:
-            return _filled([table.heading(), Text("nothing runs", _FAINT)], room)
-        return _filled([table.heading(), *_some(rows, room - 1, unseen)], room)
+            return filled([table.heading(), Text("nothing runs", FAINT)], room)
+        return filled([table.heading(), *some(rows, room - 1, unseen)], room)
 
     return Section(2, 1 + max(1, slots), lines)
 
@@ -424,7 +348,7 @@ def _failures(states: States, now: float, width: int) -> Section:
                 failure["reason"],
                 str(failure["attempt"]),
                 Text("dead", _BAD) if failure["last"] else Text("retry", _ODD),
-                Text(safe(failure["error"]), _FAINT),
+                Text(safe(failure["error"]), FAINT),
             ]
         )
         for failure in failures
@@ -432,7 +356,7 @@ def _failures(states: States, now: float, width: int) -> Section:
 
     def lines(room: int) -> list[Text]:
         # The last ones are enough: the log and the dead letters have them all.
-        shown = rows[: room - 1] or [Text("nothing has failed since the start", _FAINT)]
+        shown = rows[: room - 1] or [Text("nothing has failed since the start", FAINT)]
         return [table.heading(), *shown]
 
     return Section(2, 1 + 20, lines)
@@ -446,50 +370,3 @@ def _clock(when: float, now: float) -> str:
     """The time of day, or the day when that was not today."""
     then, today = time.localtime(when), time.localtime(now)
     return time.strftime("%H:%M:%S" if then[:3] == today[:3] else "%b %d", then)
-
-
-def _some(rows: Sequence[Text], room: int, unseen: int = 0) -> list[Text]:
-    """As many of them as there is room for, and how many more there are."""
-    if len(rows) + bool(unseen) <= room:
-        return [*rows, *([_more(unseen)] if unseen else [])]
-    kept = max(0, room - 1)
-    return [*rows[:kept], _more(len(rows) - kept + unseen)]
-
-
-def _more(count: int) -> Text:
-    return Text(f"and {count} more", _FAINT)
-
-
-def _filled(lines: list[Text], room: int) -> list[Text]:
-    return [*lines, *[Text()] * (room - len(lines))]
-
-
-#: For what rich can only do with a console.
-_MEASURE = Console(file=io.StringIO(), width=80)
-
-
-class Paint:
-    """Lines with the colours of a terminal, as bytes for it.
-
-    ``encoding`` is that of the terminal; NO_COLOR and TERM are heeded.
-    """
-
-    def __init__(self, encoding: str) -> None:
-        self._encoding = encoding
-        self._plain = not encoding.lower().replace("-", "").startswith("utf8")
-        self._console = Console(
-            file=io.StringIO(), force_terminal=True, highlight=False, width=10_000
-        )
-
-    def __call__(self, lines: Iterable[Text], width: int) -> bytes:
-        """A screen that is ``width`` wide, from its upper left corner on."""
-        text = "\x1b[H" + "\r\n".join(self._painted(line, width) for line in lines)
-        if self._plain:
-            text = text.translate(_PLAIN)
-        return text.encode(self._encoding, "replace")
-
-    def _painted(self, line: Text, width: int) -> str:
-        with self._console.capture() as capture:
-            self._console.print(line, end="", no_wrap=True, overflow="ignore", crop=False)
-        # Behind the last column it would erase what stands there.
-        return capture.get() + ("\x1b[K" if line.cell_len < width else "")
