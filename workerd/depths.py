@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FRESH = 5.0
 #: Seconds to wait for one.
 PATIENCE = 1.0
-#: After so many seconds an answer is worth nothing any more.
+#: After so many seconds an answer is worth nothing any more, be it a refusal.
 STALE = 60.0
 
 
@@ -29,6 +29,8 @@ class Depths:
         self._worker = worker
         self._counts: Mapping[str, int] = {}
         self._at = -STALE
+        #: When the broker last refused to count a queue. It logs that, so it is asked rarely.
+        self._refused: dict[str, float] = {}
         self._asking: asyncio.Task[None] | None = None
 
     async def look(self) -> Mapping[str, int]:
@@ -53,6 +55,8 @@ class Depths:
         channel: Channel | None = None
         try:
             for name in names:
+                if time.monotonic() - self._refused.get(name, -STALE) < STALE:
+                    continue
                 if channel is None or channel.ended.done():
                     channel = await link.channel()
                 try:
@@ -60,6 +64,7 @@ class Depths:
                 except Trouble as trouble:
                     if trouble.kind in (Kind.AWAY, Kind.CLOSED):
                         raise
+                    self._refused[name] = time.monotonic()
             if channel is not None and not channel.ended.done():
                 await channel.close()
         except Trouble:
