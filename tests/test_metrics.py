@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -293,29 +295,17 @@ def test_one_that_is_stuck_is_down_and_holds_up_nobody(broker: Broker, daemon: S
     assert (value(found, "up", "a"), value(found, "up", "b")) == (0, 1)
 
 
-def test_without_the_library_it_says_how_to_get_it(tmp_path: Path) -> None:
-    absent = tmp_path / "prometheus_client"
-    absent.mkdir()
-    (absent / "__init__.py").write_text(
-        "raise ModuleNotFoundError('absent', name='prometheus_client')"
-    )
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
-    result = command(tmp_path / "run", "metrics", env={"PYTHONPATH": path})
-    assert result.status == 69
-    assert "apt install python3-prometheus-client" in result.stderr
-
-
 class Endpoint:
     """`workerd metrics --serve` on a socket that it is given as systemd gives it."""
 
-    def __init__(self, runtime: Path) -> None:
+    def __init__(self, runtime: Path, **env: str) -> None:
         self.listening = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.address: tuple[str, int] = self.listening.getsockname()
         script = 'exec env LISTEN_PID=$$ LISTEN_FDS=1 "$@" 3<&0'
         self.program = Program(
             ["sh", "-c", script, "sh", *WORKERD, "metrics", "--serve"],
             stdin=self.listening.fileno(),
-            env={"RUNTIME_DIRECTORY": str(runtime)},
+            env={"RUNTIME_DIRECTORY": str(runtime), **env},
         )
 
     def get(self, **headers: str) -> tuple[str, str]:
@@ -331,14 +321,16 @@ class Endpoint:
 
 
 @pytest.fixture
-def endpoint() -> Iterator[Callable[[Path], Endpoint]]:
+def endpoint() -> Iterator[Callable[..., Endpoint]]:
     """A function that starts one."""
     with contextlib.ExitStack() as stack:
-        yield lambda runtime: stack.enter_context(contextlib.closing(Endpoint(runtime)))
+        yield lambda runtime, **env: stack.enter_context(
+            contextlib.closing(Endpoint(runtime, **env))
+        )
 
 
 def test_over_http_it_is_the_same(
-    broker: Broker, daemon: Start, endpoint: Callable[[Path], Endpoint]
+    broker: Broker, daemon: Start, endpoint: Callable[..., Endpoint]
 ) -> None:
     worker = begin(daemon, config(broker.url, ["true"]))
     http = endpoint(worker.runtime)
@@ -355,7 +347,7 @@ def test_over_http_it_is_the_same(
 
 
 def test_clients_that_are_stuck_hold_up_no_scrape(
-    broker: Broker, daemon: Start, endpoint: Callable[[Path], Endpoint]
+    broker: Broker, daemon: Start, endpoint: Callable[..., Endpoint]
 ) -> None:
     worker = begin(daemon, config(broker.url, ["true"]))
     http = endpoint(worker.runtime)
@@ -375,3 +367,26 @@ def test_without_a_socket_it_says_where_one_comes_from(tmp_path: Path) -> None:
     result = command(tmp_path / "run", "metrics", "--serve")
     assert result.status == 69
     assert "start workerd-metrics.socket" in result.stderr
+
+
+def test_without_the_library_it_says_how_to_get_it(
+    tmp_path: Path, endpoint: Callable[..., Endpoint]
+) -> None:
+    absent = tmp_path / "prometheus_client"
+    absent.mkdir()
+    (absent / "__init__.py").write_text(
+        "raise ModuleNotFoundError('absent', name='prometheus_client')"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    result = command(tmp_path / "run", "metrics", env={"PYTHONPATH": path})
+    assert result.status == 69
+    assert "apt install python3-prometheus-client" in result.stderr
+    http = endpoint(tmp_path / "run", PYTHONPATH=path)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        http.get()
+    with refused.value as answer:
+        assert answer.code == 503
+        assert "apt install python3-prometheus-client" in answer.read().decode()
+    # It need not be started anew once the library is there.
+    shutil.rmtree(absent)
+    assert http.get()[1] == ""

@@ -261,6 +261,9 @@ def test_a_scrape_starts_what_answers_it(bare: Machine, package: Path) -> None:
     text = bare.run("curl", *SCRAPE).stdout
     assert 'workerd_up{worker="1"} 1.0' in text
     assert 'workerd_up{worker="2"} 1.0' in text
+    # When it has ended, the next scrape starts it again.
+    bare.run("systemctl", "stop", "workerd-metrics.service")
+    assert 'workerd_up{worker="1"} 1.0' in bare.run("curl", *SCRAPE).stdout
     # One that was stopped is forgotten, one that was killed is missed.
     bare.run("systemctl", "stop", "workerd@1")
     bare.run("systemctl", "mask", "--runtime", "workerd@2")

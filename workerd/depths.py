@@ -21,7 +21,7 @@ PATIENCE = 1.0
 #: After so many seconds an answer is worth nothing any more.
 STALE = 10.0
 #: Seconds before a queue that was not there is asked for again: the broker logs each such error.
-ABSENT = 15.0
+ABSENT = 60.0
 
 
 class Depths:
@@ -34,48 +34,53 @@ class Depths:
         self._worker = worker
         self._counts: Mapping[str, int] = {}
         self._at = float("-inf")
+        #: When the broker last refused to count a queue.
+        self._refused: dict[str, float] = {}
         self._asking: asyncio.Task[None] | None = None
         self._channel: Channel | None = None
-        #: Until when a queue is not asked for.
-        self._absent: dict[str, float] = {}
 
     def glance(self) -> Mapping[str, int]:
         """The ready messages by the queue's full name, as far as is known; better soon.
 
-        Nothing is known while there is no connection.
+        What the broker does not tell is missing, and all of it while there is no connection.
         """
-        now = time.monotonic()
         link = self._worker.consumer.link
         if link is None:
             return {}
-        if now - self._at >= FRESH and (self._asking is None or self._asking.done()):
+        idle = self._asking is None or self._asking.done()
+        if idle and time.monotonic() - self._at > FRESH:
             self._asking = asyncio.create_task(self._ask(link), name="depths")
-        return self._counts if now - self._at < STALE else {}
+        return self._known()
 
     async def look(self) -> Mapping[str, int]:
-        """The same, but what is not known, or not of late, is waited for a little."""
+        """The same, but what is not known of late is waited for a little."""
         known = self.glance()
-        if self._asking is None or self._asking.done():
+        if self._worker.consumer.link is None or self._asking is None or self._asking.done():
             return known
         await asyncio.wait({self._asking}, timeout=PATIENCE)
-        return self.glance()
+        return self._known()
+
+    def _known(self) -> Mapping[str, int]:
+        return self._counts if time.monotonic() - self._at < STALE else {}
 
     async def _ask(self, link: Link) -> None:
+        queues = sorted(self._worker.ledger.concurrency)
+        names = [name for queue in queues for name in (queue, topology.due(queue))]
+        names += map(topology.dead, queues)
         counts: dict[str, int] = {}
-        for queue in sorted(self._worker.ledger.concurrency):
-            for name in (queue, topology.due(queue), topology.dead(queue)):
-                if time.monotonic() < self._absent.get(name, 0.0):
-                    continue
-                try:
-                    if self._channel is None or self._channel.link is not link:
-                        self._channel = await link.channel()
-                    # A connection that is slow to answer must not be lost over it.
-                    counts[name], _ = await self._channel.count(name, timeout=None)
-                except Trouble as trouble:
-                    # The broker has closed the channel over it.
-                    self._channel = None
-                    if trouble.kind in (Kind.AWAY, Kind.CLOSED):
-                        self._counts = {}  # the connection is gone, and nobody knows
-                        return
-                    self._absent[name] = time.monotonic() + ABSENT
+        for name in names:
+            if time.monotonic() - self._refused.get(name, float("-inf")) < ABSENT:
+                continue
+            try:
+                if self._channel is None or self._channel.link is not link:
+                    self._channel = await link.channel()
+                # A connection that is slow to answer must not be lost over it.
+                counts[name], _ = await self._channel.count(name, timeout=None)
+            except Trouble as trouble:
+                # The broker has closed the channel over it.
+                self._channel = None
+                if trouble.kind in (Kind.AWAY, Kind.CLOSED):
+                    self._counts = {}  # the connection is gone, and nobody knows
+                    return
+                self._refused[name] = time.monotonic()
         self._counts, self._at = counts, time.monotonic()

@@ -6,7 +6,7 @@ import argparse
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from workerd import ask
@@ -25,8 +25,9 @@ METRICS_EPILOG = f"""\
 exit status:
   0   told; with --serve: nobody has asked for some minutes
   64  usage
-  69  the library prometheus_client is not installed, nothing is known of the
-      instance that --instance names, or --serve was given no socket
+  69  the library prometheus_client is not installed (--serve answers so),
+      nothing is known of the instance that --instance names, or --serve was
+      given no socket
   77  only members of {ask.GROUP} may ask the instances
 
 examples:
@@ -39,6 +40,7 @@ examples:
 _FRESH = 1.0
 
 States = list[dict[str, Any]]
+Application = Callable[..., Iterable[bytes]]
 
 
 def add_metrics(parser: argparse.ArgumentParser) -> None:
@@ -54,19 +56,36 @@ def add_metrics(parser: argparse.ArgumentParser) -> None:
 
 
 def _metrics(args: argparse.Namespace) -> int:
-    exposition = _exposition()
     if args.serve:
         from workerd import scrapes
 
-        look = Shared(lambda: _look(args.instance))
-        scrapes.serve(exposition.application(look))
+        scrapes.serve(_application(Shared(lambda: _look(args.instance))))
         return EX_OK
+    exposition = _exposition()
     states = _look(args.instance)
     sys.stdout.buffer.write(exposition.text(lambda: states))
     unknown = [state for state in states if state["state"] == "unknown"]
     if unknown and len(unknown) == len(states):
         raise Refused(EX_NOPERM, str(unknown[0]["why"]))
     return EX_OK
+
+
+def _application(look: Shared) -> Application:
+    """What answers over HTTP; where the library is missing, how to get it.
+
+    To end instead would make systemd start us for the same client again, until it gives up.
+    """
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        try:
+            exposition = _exposition()
+        except Refused as missing:
+            start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
+            return [f"{missing}\n".encode()]
+        application: Application = exposition.application(look)
+        return application(environ, start_response)
+
+    return answer
 
 
 def _exposition() -> ModuleType:
