@@ -1,7 +1,7 @@
 """The manual pages and the completion of the shells: `python3 packaging/manual.py FOLDER`.
 
 Each has one source, which is read anyway: the commands' own --help, docs/configuration.md,
-docs/server.md, the comments of workerd@.service.
+docs/server.md and docs/metrics.md, the comments of the units.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ sys.path.insert(0, str(CHECKOUT))
 
 from workerd import __version__, cli  # noqa: E402
 
-PAGES = ("workerd.8", "submit.1", "workerd.toml.5", "workerd@.service.8")
+PAGES = (
+    *("workerd.8", "submit.1", "workerd.toml.5"),
+    *("workerd@.service.8", "workerd-metrics.service.8"),
+)
 
 
 def main(folder: Path) -> None:
     daemon, submit = parser_of(cli.main), parser_of(cli.submit_main)
-    docs, unit = CHECKOUT / "docs", CHECKOUT / "packaging/systemd/workerd@.service"
+    docs, units = CHECKOUT / "docs", CHECKOUT / "packaging/systemd"
     for page, about, body in (
         ("workerd.8", "a worker daemon for RabbitMQ", of_commands(daemon)),
         ("submit.1", "send a job to a worker daemon", of_command(submit, "")),
@@ -36,7 +39,18 @@ def main(folder: Path) -> None:
         (
             "workerd@.service.8",
             "instances of workerd under systemd",
-            [*of_markdown((docs / "server.md").read_text()), *of_unit(unit.read_text())],
+            [
+                *of_markdown((docs / "server.md").read_text()),
+                *of_unit((units / "workerd@.service").read_text()),
+            ],
+        ),
+        (
+            "workerd-metrics.service.8",
+            "metrics of the instances of workerd, for Prometheus",
+            [
+                *of_markdown((docs / "metrics.md").read_text()),
+                *of_unit((units / "workerd-metrics.socket").read_text()),
+            ],
         ),
     ):
         (folder / page).write_text("\n".join(framed(page, about, body)) + "\n")

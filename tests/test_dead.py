@@ -27,7 +27,7 @@ from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import TIMEOUT, until
 from workerd.dead import opened
 from workerd.job import UNREADABLE, Message
-from workerd.letters import Filter, Irreplaceable, Letter, renewed, replayed
+from workerd.letters import Filter, Irreplaceable, Letter, renewed, replayed, stamp
 from workerd.settings import load
 from workerd.sheets import everything, row, sheet
 
@@ -120,6 +120,9 @@ def test_a_letter_full_of_nonsense_can_be_shown(headers: dict[Any, Any]) -> None
         (Filter(reason="expired"), "b"),
         (Filter(older_than=3600.0), "ab"),
         (Filter(older_than=7201.0), "a"),
+        (Filter(newer_than=7201.0), "b"),
+        (Filter(newer_than=7200.0), ""),
+        (Filter(older_than=3600.0, newer_than=7201.0), "b"),
         (Filter(type="t", reason="expired"), ""),
     ],
 )
@@ -146,6 +149,15 @@ def test_a_replayed_letter_is_the_job_as_it_was_submitted_and_a_mark() -> None:
     assert (copy.body, copy.message_id, copy.type, copy.timestamp) == (b"body", "a", "t", 7)
     assert dropped == []
     assert replayed(Message(headers={"big": 2**70}), "mark")[1] == ["big"]
+
+
+def test_a_replayed_letter_still_tells_who_submitted_the_job() -> None:
+    owned = Message(headers={**FACTS, "x-workerd-submitter": 1000})
+    headers = {"x-workerd-submitter": 1000, "x-workerd-replay": "mark"}
+    assert replayed(owned, "mark")[0].headers == headers
+    # What is no user is none of ours.
+    forged = Message(headers={"x-workerd-submitter": "root"})
+    assert replayed(forged, "mark")[0].headers == {"x-workerd-replay": "mark"}
 
 
 def test_a_renewed_letter_loses_only_the_count_of_its_returns() -> None:
@@ -480,6 +492,27 @@ def test_only_the_chosen_letters_are_sent_back(client: Client, workerd: Workerd)
     assert workerd("requeue", "jobs", *chosen).stdout.split() == ids[10:90:20]
     assert [message.id for message in client.take("jobs", 4)] == ids[10:90:20]
     assert workerd.listed() == [each for each in ids if each not in ids[10:90:20]]
+
+
+def test_the_last_hours_letters_are_sent_back_with_one_command(
+    client: Client, workerd: Workerd
+) -> None:
+    client.declare("jobs")
+    client.declare("jobs.dead", **OWN)
+    minutes = {"young": 59, "old": 61, "older": 121}
+    for name, ago in minutes.items():
+        failed = stamp(time.time() - 60 * ago)
+        client.publish("jobs.dead", headers={"x-workerd-last-failure": failed}, message_id=name)
+    # It does not tell when it failed.
+    client.publish("jobs.dead", message_id="ageless")
+    assert workerd.listed("--newer-than", "2h", "--older-than", "1h") == ["old"]
+    for bounds in (["1h", "1h"], ["1h", "2h"]):
+        impossible = ["--newer-than", bounds[0], "--older-than", bounds[1]]
+        refused = workerd("requeue", "jobs", *impossible, status=64)
+        assert "--newer-than must be longer than --older-than" in refused.stderr
+    assert workerd("requeue", "jobs", "--newer-than", "1h").stdout == "young\n"
+    assert workerd.listed() == ["old", "older", "ageless"]
+    assert [message.id for message in client.take("jobs")] == ["young"]
 
 
 def test_a_letter_with_unreadable_headers_stays_and_the_others_are_sent_back(

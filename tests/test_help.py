@@ -11,7 +11,7 @@ from tests.harness.trixie import CHECKOUT
 from workerd import cli, exits
 
 DEAD = ("list", "show", "requeue", "drop", "export")
-STEER = ("status", "health", "queues", "logs", "cancel", "pause", "resume")
+STEER = ("status", "health", "metrics", "queues", "logs", "cancel", "pause", "resume")
 COMMANDS = (
     *("", "run", "check", "submit", "setup", "run-once", "dead"),
     *STEER,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
+from tests.harness.control import call
 from tests.harness.daemon import Daemon
 from tests.harness.journald import Journald
 from tests.harness.tables import config
@@ -87,6 +88,7 @@ def test_a_frozen_journal_holds_up_nothing_and_what_is_dropped_is_counted(
     )
     dropped = sum(int(entry["WORKERD_RECORDS"]) for entry in journald.find("log dropped"))
     assert came + dropped == count * (lines + 2)
+    assert call(worker, "metrics")["log_records_dropped"] == dropped
 
     def beats() -> list[float]:
         return [at for at, text in worker.notifications if text == "WATCHDOG=1"]

@@ -55,6 +55,8 @@ def within(name: str, package: str) -> bool:
         ("sdnotify", "workerd.service"),
         ("daemon", "workerd.service"),
         ("tomli", "workerd.settings"),
+        ("rich", "workerd.screen"),
+        ("prometheus_client", "workerd.exposition"),
     ],
 )
 def test_a_library_is_imported_in_one_place(library: str, place: str) -> None:
@@ -64,8 +66,8 @@ def test_a_library_is_imported_in_one_place(library: str, place: str) -> None:
 
 
 CORE = [
-    *("admission", "cancellations", "copies", "job", "ledger", "pauses", "retry"),
-    *("template", "times", "topology"),
+    *("admission", "cancellations", "copies", "figures", "job", "ledger", "pauses", "retry"),
+    *("tally", "template", "times", "topology"),
 ]
 
 
@@ -94,3 +96,7 @@ def test_broker_handlers_and_service_know_nothing_of_each_other() -> None:
 def test_the_worker_is_given_its_handlers_and_its_host() -> None:
     used = below("workerd.worker")
     assert not {n for n in used if within(n, "workerd.handlers") or within(n, "workerd.service")}
+
+
+def test_the_daemon_does_without_the_library_for_metrics() -> None:
+    assert "prometheus_client" not in below("workerd.daemon")

@@ -398,7 +398,7 @@ def test_what_a_stopped_journal_misses_is_counted(
     for _ in range(100):
         new.put("event", "info", {"text": "x" * 50_000})
     new.flush(TIMEOUT)
-    dropped = new._dropped
+    dropped = new.dropped
     assert 0 < dropped < 100
     for _ in range(100 - dropped):
         assert journal.receive()["WORKERD_EVENT"] == "event"

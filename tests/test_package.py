@@ -103,7 +103,13 @@ def manual(unpacked: Path, page: str) -> str:
     return gzip.decompress(packed.read_bytes()).decode()
 
 
-@pytest.mark.parametrize("page", ["submit.1", "workerd.8", "workerd.toml.5", "workerd@.service.8"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        *("submit.1", "workerd.8", "workerd.toml.5"),
+        *("workerd@.service.8", "workerd-metrics.service.8"),
+    ],
+)
 def test_a_manual_page_is_shown_without_a_complaint(unpacked: Path, page: str) -> None:
     need("groff")
     source = manual(unpacked, page)

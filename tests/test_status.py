@@ -145,6 +145,9 @@ def test_status_has_the_shape_that_is_documented(
         "submitter": None,
     }
     assert 0 < state.pop("uptime") < 60 * SCALE
+    pace = state.pop("pace")
+    assert (pace["seconds"], pace["until"] % 5.0) == (5.0, 0.0)
+    assert pace["done"] == pace["failed"] == [0] * len(pace["done"])
     assert state.pop("rabbitmq").split(".")[0] in ("3", "4")
     assert state == {
         "instance": "1",
@@ -154,11 +157,13 @@ def test_status_has_the_shape_that_is_documented(
         "healthy": True,
         "why": None,
         "status": "consuming jobs: 1/1 running, 0 done, 0 failed; 127.0.0.1",
+        "notes": [],
         "broker": "127.0.0.1",
         "drain_left": None,
         "done": 0,
         "retried": 0,
         "failed": 0,
+        "failures": [],
         "submissions": 0,
         "queues": [
             {

@@ -282,7 +282,7 @@ def test_members_look_operators_steer_and_all_others_are_told_whom_to_ask(shared
 
 
 def test_who_submitted_a_job_may_cancel_it_and_nobody_else_of_the_group(
-    shared: Daemon, client: Client
+    shared: Daemon, client: Client, tmp_path: Path
 ) -> None:
     runtime = shared.runtime
     member, other = user(MEMBER, MAY_ASK), user(OTHER_MEMBER, MAY_ASK)
@@ -301,6 +301,16 @@ def test_who_submitted_a_job_may_cancel_it_and_nobody_else_of_the_group(
     assert shared.wait_event("dead letter", job_id="mine")["reason"] == "cancelled"
     (letter,) = client.look("jobs.dead")
     assert letter.headers["x-workerd-submitter"] == MEMBER
+
+    # Sent back by an administrator, it is still theirs, and nobody else's.
+    since = shared.mark()
+    file = tmp_path / "workerd-1.toml"
+    again = command(runtime, "dead", "requeue", "jobs", "--id", "mine", "--config", file)
+    assert again.stdout == "mine\n", again
+    shared.wait_event("start", job_id="mine", since=since)
+    assert command(runtime, "cancel", "mine", become=other).status == 77
+    assert command(runtime, "cancel", "mine", become=member).status == 0
+    assert shared.wait_event("dead letter", job_id="mine", since=since)["reason"] == "cancelled"
 
     # One that waits: refused only if it is theirs.
     call(shared, "pause")

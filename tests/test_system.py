@@ -57,6 +57,10 @@ def test_the_whole_life_of_a_members_job_is_in_the_journal(server: Machine) -> N
     server.wait("done", job_id=job)
     text = server.sh(f"journalctl --output=json WORKERD_JOB_ID={job}")
     entries = [json.loads(line) for line in text.splitlines()]
+    # One of the two has submitted it, perhaps not the one that has run it, nor before it began.
+    (submitted,) = (entry for entry in entries if entry["WORKERD_EVENT"] == "submitted")
+    assert submitted["WORKERD_UID"] == server.sh("id --user alice")
+    entries.remove(submitted)
     assert [entry["WORKERD_EVENT"] for entry in entries] == ["start", "output", "done"]
     assert entries[1]["WORKERD_TEXT"] == "hello from the job"
     (unit,) = {entry["_SYSTEMD_UNIT"] for entry in entries}
@@ -278,7 +282,10 @@ def test_users_of_the_broker_need_no_more_than_the_documentation_gives_them(
     start(server, "1")
     by_url = ("submit", "--url", "@/etc/workerd/submit-url", "say")
     server.wait("done", job_id=server.run(*by_url, user="alice").stdout.strip())
-    # The worker's password is not for those who submit.
+    # Through the instance nobody needs a password.
+    server.wait("done", job_id=server.run("submit", "say", user="alice").stdout.strip())
+    # The worker's is not for those who submit.
+    server.run("systemctl", "stop", "workerd@1")
     refused = server.run("submit", "say", user="alice", check=False)
     assert refused.returncode == 77
     assert "/etc/workerd/password: Permission denied" in refused.stderr

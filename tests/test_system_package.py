@@ -21,6 +21,7 @@ ready_wait = "1s"
 [handlers.hold]
 command = ["sh", "-c", "until [ -e /srv/go ]; do sleep 0.05; done"]
 """
+SCRAPE = ("--silent", "--show-error", "--fail", "http://127.0.0.1:15693/metrics")
 # All files, but for those that are no package's, and those that dpkg and others keep.
 OF_OTHERS = "proc sys dev run tmp root var/cache var/log var/lib/dpkg var/lib/rabbitmq"
 FIND = (
@@ -166,8 +167,9 @@ def test_a_removal_stops_first_and_a_new_installation_goes_on(bare: Machine, pac
 def test_a_purge_leaves_only_what_the_administrator_wrote(bare: Machine, package: Path) -> None:
     before, run = files(bare), bare.sh("ls /run")
     bare.install(package)
-    bare.run("systemctl", "enable", "--now", "workerd@1")
+    bare.run("systemctl", "enable", "--now", "workerd@1", "workerd-metrics.socket")
     bare.wait("done", job_id=bare.submit("sleep", "0"))
+    assert "workerd_up" in bare.run("curl", *SCRAPE).stdout
     bare.configure("[log]\n", instance="1")
     bare.drop_in("workerd@1.service", "[Service]\nMemoryMax=1G\n")
     bare.run("dpkg", "--purge", "workerd")
@@ -228,3 +230,126 @@ def test_enabled_instances_are_there_after_a_reboot_before_their_broker(
     bare.run("systemctl", "enable", "--now", "rabbitmq-server")
     bare.wait("done", job_id=job)
     assert len(bare.find("start", job_id=job)) == 1
+
+
+# Metrics
+
+
+def test_an_installation_answers_no_scrape_before_it_is_asked_to(
+    bare: Machine, package: Path, previous: Path
+) -> None:
+    bare.install(previous)
+    assert bare.run("curl", *SCRAPE, check=False).returncode == CONNECTION_REFUSED
+    # Nor does an upgrade.
+    bare.install(package)
+    assert bare.run("curl", *SCRAPE, check=False).returncode == CONNECTION_REFUSED
+    assert bare.show("workerd-metrics.socket", "UnitFileState") == "disabled"
+
+
+def test_a_scrape_starts_what_answers_it(bare: Machine, package: Path) -> None:
+    bare.install(package)
+    bare.run("systemctl", "enable", "--now", "workerd-metrics.socket")
+    assert bare.show("workerd-metrics.service", "ActiveState") == "inactive"
+    # No instance, no series.
+    assert bare.run("curl", *SCRAPE).stdout == ""
+    assert bare.show("workerd-metrics.service", "ActiveState") == "active"
+    bare.run("systemctl", "start", "workerd@1", "workerd@2")
+    for instance in "12":
+        bare.wait("consuming", instance=instance)
+    bare.wait("done", job_id=bare.submit("sleep", "0"))
+    until(lambda: 'outcome="done"' in counted(bare), "the job is counted")
+    text = bare.run("curl", *SCRAPE).stdout
+    assert 'workerd_up{worker="1"} 1.0' in text
+    assert 'workerd_up{worker="2"} 1.0' in text
+    # When it has ended, the next scrape starts it again.
+    bare.run("systemctl", "stop", "workerd-metrics.service")
+    assert 'workerd_up{worker="1"} 1.0' in bare.run("curl", *SCRAPE).stdout
+    # One that was stopped is forgotten, one that was killed is missed.
+    bare.run("systemctl", "stop", "workerd@1")
+    bare.run("systemctl", "mask", "--runtime", "workerd@2")
+    bare.run("systemctl", "kill", "--signal=KILL", "workerd@2")
+    until(lambda: bare.show("workerd@2", "MainPID") == "0", "the second one is gone")
+    until(lambda: bare.run("curl", *SCRAPE).stdout.splitlines()[2:] == DOWN, "only the dead one")
+    bare.run("systemctl", "unmask", "--runtime", "workerd@2")
+
+
+def test_members_of_the_group_look_and_submit_through_an_instance(
+    bare: Machine, package: Path
+) -> None:
+    bare.install(package)
+    bare.run("useradd", "--groups", "workerd-submit", "mary")
+    bare.run("systemctl", "start", "workerd@1")
+    bare.wait("consuming", instance="1")
+    assert "consuming default" in bare.run("workerd", "status", user="mary").stdout
+    assert 'workerd_up{worker="1"} 1.0' in bare.run("workerd", "metrics", user="mary").stdout
+    job = bare.run("submit", "sleep", "0", user="mary").stdout.strip()
+    # The instance knows who it was.
+    assert bare.wait("submitted", job_id=job)["WORKERD_UID"] == bare.sh("id -u mary")
+    bare.run("systemctl", "stop", "workerd@1")
+    bare.configure("[worker]\nqueue = 1\n", instance="1")
+    bare.run("systemctl", "start", "workerd@1", check=False)
+    # Why it failed is for those who can read the configuration anyway.
+    assert "unknown key" in bare.run("workerd", "status", user="mary").stdout
+    assert 'workerd_up{worker="1"} 0.0' in bare.run("workerd", "metrics", user="mary").stdout
+    bare.run("useradd", "eve")
+    assert "unknown key" not in bare.run("workerd", "status", user="eve", check=False).stdout
+
+
+def test_another_port_is_a_drop_in(bare: Machine, package: Path) -> None:
+    bare.install(package)
+    bare.drop_in("workerd-metrics.socket", "[Socket]\nListenStream=\nListenStream=127.0.0.1:9999\n")
+    bare.run("systemctl", "start", "workerd-metrics.socket")
+    assert bare.run("curl", "--fail", "http://127.0.0.1:9999/metrics").returncode == 0
+    assert bare.run("curl", *SCRAPE, check=False).returncode == CONNECTION_REFUSED
+
+
+def test_an_upgrade_brings_the_new_version_of_what_answers(
+    bare: Machine, package: Path, previous: Path
+) -> None:
+    bare.install(previous)
+    bare.run("systemctl", "enable", "--now", "workerd-metrics.socket")
+    bare.run("curl", *SCRAPE)
+    before = bare.show("workerd-metrics.service", "MainPID")
+    assert before != "0"
+    bare.install(package)
+    bare.run("curl", *SCRAPE)
+    assert bare.show("workerd-metrics.service", "MainPID") not in (before, "0")
+    bare.run("dpkg", "--remove", "workerd")
+    assert bare.run("curl", *SCRAPE, check=False).returncode == CONNECTION_REFUSED
+    assert bare.show("workerd-metrics.service", "ActiveState") == "inactive"
+
+
+def test_what_answers_is_as_confined_as_the_daemon(bare: Machine, package: Path) -> None:
+    bare.install(package)
+    said = bare.sh("systemd-analyze security workerd-metrics.service | tail -n 1")
+    level = re.search(r"exposure level for workerd-metrics.service: ([\d.]+)", said, re.IGNORECASE)
+    assert level
+    assert float(level[1]) <= 2.0
+    units = ("workerd-metrics.socket", "workerd-metrics.service")
+    assert bare.run("systemd-analyze", "verify", "--man=no", *units).stderr == ""
+
+
+def test_clients_that_are_stuck_hold_up_no_scrape_of_the_service(
+    bare: Machine, package: Path
+) -> None:
+    bare.install(package)
+    bare.run("systemctl", "start", "workerd-metrics.socket", "workerd@1")
+    bare.wait("consuming", instance="1")
+    said = bare.run("python3", "-c", STUCK).stdout
+    assert "workerd_up" in said
+
+
+DOWN = ['workerd_up{worker="2"} 0.0']
+#: The exit status of curl.
+CONNECTION_REFUSED = 7
+STUCK = """
+import socket, urllib.request
+stuck = [socket.create_connection(("127.0.0.1", 15693)) for _ in range(50)]
+print(urllib.request.urlopen("http://127.0.0.1:15693/metrics", timeout=20).read().decode())
+"""
+
+
+def counted(machine: Machine) -> str:
+    """The lines of jobs that are not 0."""
+    text = machine.run("curl", *SCRAPE).stdout
+    return "\n".join(re.findall(r"(?m)^workerd_jobs_total.* [1-9].*$", text))

@@ -7,23 +7,27 @@ below them:
     cli         the command line: puts the parts together, turns errors into exit statuses
     daemon      `workerd run`: a running worker and its exit status
     submit      `submit`: one job, confirmed by the broker; direct: without an instance; bulk: many
-    order       what a submission asks for; submit_command: its command line
+    jobspec     what a submission asks for; order: the message, and where it goes
+    submit_command    the options of `submit`
     check       `workerd check`: what is wrong without a broker; connect: at the broker
     run_once    `workerd run-once`: one job, without a broker
     show        `workerd check --show`
     instances   what the instances of this host say of themselves; ask: how they are asked
     status_command, steer_command, queues_command, logs_command    their command lines
+    watch       `workerd status --watch`: the terminal; screen: what it shows
+    metrics_command    `workerd metrics`; exposition: as Prometheus reads it; scrapes: over HTTP
     dead        dead letters sent back and dropped; dead_command: its command line
     letterbox   dead letters looked at; letters: what they say; sheets: how they are shown
     setup       `workerd setup`: everything declared by an administrator
 
     worker      the shell around the ledger: starts runs, settles deliveries
     drain       how a worker comes to rest
-    status      what an operator is told
+    status      what an operator is told; tally: how jobs ended of late; depths: what waits
     consumer    the consuming connection, a channel for each queue; declarations: the queues
     outbox      copies that the broker must take: next attempts, dead letters
     control     the local socket, which holds up no job; answers: what is said on it
     submissions jobs that come over it
+    readings    what it says of itself in numbers; depths: what waits at the broker
     cancellations    jobs that are refused when they come
     admission   whether a job may start; pauses: handlers that cannot run; pressure: of memory
     publisher   confirmed publishing, on a connection of its own
@@ -36,6 +40,7 @@ below them:
     ledger      the core: which jobs run, and which delivery each will settle
     memory      what the ledger remembers of jobs that are over
     retry       from an outcome to a verdict; copies: next attempts and dead letters
+    figures     what is counted
     job         messages, jobs, outcomes
     topology    every queue and exchange, and their arguments
     template    arguments with placeholders

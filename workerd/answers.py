@@ -6,16 +6,19 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from workerd import __version__, log
+from workerd import __version__, log, topology
 from workerd.control import Answer, Peer, Request, member_of
+from workerd.depths import Depths
 from workerd.errors import Refused, Trouble
 from workerd.exits import EX_NOPERM, EX_UNAVAILABLE, EX_USAGE
 from workerd.job import submitter
 from workerd.ledger import Run
 from workerd.order import is_short_text
+from workerd.readings import readings
 from workerd.submissions import accept
 from workerd.wording import did_you_mean
 
@@ -33,10 +36,15 @@ class Answers:
         self._worker = worker
         self._instance = instance
         self._began = time.monotonic()
+        self._started = time.time()
+        self._depths = Depths(worker)
         self.pulse = Pulse(worker)
-        self._requests: dict[str, Callable[[Request, Peer], Answer]] = {
+        self._requests: dict[
+            str, Callable[[Request, Peer], Answer | Coroutine[Any, Any, Answer]]
+        ] = {
             "status": self._status,
             "health": self._health,
+            "metrics": self._metrics,
             "pause": self._pause,
             "resume": self._resume,
             "cancel": self._cancel,
@@ -58,8 +66,10 @@ class Answers:
 
     # Looking.
 
-    def _status(self, _request: Request, _peer: Peer) -> Answer:
+    def _status(self, request: Request, _peer: Peer) -> Answer:
         worker = self._worker
+        tally = worker.status.tally
+        depths = self._depths.glance() if request.get("depths") is True else None
         consumer, ledger = worker.consumer, worker.ledger
         why_not = self._why_not_consuming()
         begun = [run for run in ledger.running if not run.ahead]
@@ -69,23 +79,26 @@ class Answers:
             "pid": os.getpid(),
             "release": __version__,
             "uptime": round(time.monotonic() - self._began, 1),
-            "state": "draining" if worker.drain.wanted.is_set() else "running",
+            "state": self._state,
             "healthy": not why_not,
             "why": why_not or None,
             "status": worker.status.line(),
+            "notes": worker.status.notes(),
             "broker": consumer.broker or None,
             "rabbitmq": ".".join(map(str, consumer.version)) if consumer.broker else None,
             "drain_left": round(worker.drain.seconds_left, 1) if ledger.draining else None,
-            "done": worker.status.done,
-            "retried": worker.status.retried,
-            "failed": worker.status.failed,
+            "done": worker.figures.total("done"),
+            "retried": worker.figures.total("retried"),
+            "failed": worker.figures.total("dead"),
+            "pace": tally.pace(time.monotonic()),
+            "failures": [asdict(failure) for failure in tally.failures],
             "submissions": worker.submissions,
-            "queues": [self._queue(name) for name in sorted(ledger.concurrency)],
+            "queues": [self._queue(name, depths) for name in sorted(ledger.concurrency)],
             "running": ledger.slots,
             "jobs": [self._job(run) for run in jobs[:MOST_JOBS]],
         }
 
-    def _queue(self, name: str) -> Answer:
+    def _queue(self, name: str, depths: Mapping[str, int] | None) -> Answer:
         worker = self._worker
         ledger, consumer = worker.ledger, worker.consumer
         paused = consumer.paused.get(name)
@@ -100,6 +113,7 @@ class Answers:
             "held": sum(delivery.job.queue == name for delivery in ledger.held),
             "consuming": name in consumer.channels,
             "paused": paused or next(iter(refused), None),
+            **({} if depths is None else _waiting(name, depths)),
         }
 
     def _job(self, run: Run) -> Answer:
@@ -123,6 +137,21 @@ class Answers:
         progress = self._worker.progress.get(run)
         began = progress.began if progress else None
         return None if began is None else time.monotonic() - began
+
+    async def _metrics(self, _request: Request, _peer: Peer) -> Answer:
+        # A broker that is silent would only make the question a reason to give it up.
+        depths = {} if self.pulse.silent_for else await self._depths.look()
+        return {
+            "instance": self._instance,
+            "state": self._state,
+            "started": self._started,
+            "healthy": not self._why_not_consuming(),
+            **readings(self._worker, depths),
+        }
+
+    @property
+    def _state(self) -> str:
+        return "draining" if self._worker.drain.wanted.is_set() else "running"
 
     def _health(self, _request: Request, _peer: Peer) -> Answer:
         why_not = self._why_not_consuming()
@@ -215,6 +244,12 @@ class Answers:
         if self._operators[0] != name:
             self._operators = (name, member_of(name))
         return peer.uid in (0, os.geteuid()) or self._operators[1](peer)
+
+
+def _waiting(queue: str, depths: Mapping[str, int]) -> Answer:
+    """What waits at the broker for a queue, None for what is not known."""
+    names = {"ready": queue, "due": topology.due(queue), "dead": topology.dead(queue)}
+    return {key: depths.get(name) for key, name in names.items()}
 
 
 class Pulse:

@@ -18,6 +18,7 @@ from workerd.broker import Channel
 from workerd.direct import connect, late, until_deadline
 from workerd.errors import Refused, Trouble, Unencodable, WorkerdError
 from workerd.exits import EX_DATAERR, EX_IOERR, EX_OK, EX_USAGE, exit_status
+from workerd.jobspec import JobSpec
 from workerd.order import Order, explained, order
 from workerd.settings import Broker, Settings
 from workerd.submit import open_input, print_id
@@ -32,14 +33,17 @@ _CLOSE_TIMEOUT = 1.0
 _CHUNK = 1 << 16
 
 
-def submit_lines(args: argparse.Namespace, settings: Settings) -> int:
-    """Submit each line of the input; returns the exit status. Raises Refused."""
+def submit_lines(args: argparse.Namespace, spec: JobSpec, settings: Settings) -> int:
+    """Submit each line of the input as a job that is otherwise ``spec``; returns the exit status.
+
+    Raises Refused.
+    """
     if args.body is not None:
         text = "--lines and --jsonl read a file or standard input, not an argument"
         raise Refused(EX_USAGE, text)
-    if args.id is not None:
+    if spec.id is not None:
         raise Refused(EX_USAGE, "--id names one job; with --lines and --jsonl each gets its own")
-    wanted = order(args, settings)
+    wanted = order(spec, settings)
     source = open_input(args.file)
     bulk = Bulk(args, settings.broker, wanted, source.fileno())
     complete(bulk.run())

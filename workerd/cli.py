@@ -93,7 +93,13 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `workerd`; ends the process."""
     # `submit` need not wait for these.
-    from workerd import logs_command, queues_command, status_command, steer_command
+    from workerd import (
+        logs_command,
+        metrics_command,
+        queues_command,
+        status_command,
+        steer_command,
+    )
     from workerd.dead_command import add_dead
     from workerd.run_once_command import add_run_once
 
@@ -123,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         commands.add_parser("status", help="the instances of this host, and what they run")
     )
     status_command.add_health(commands.add_parser("health", help="whether one really consumes"))
+    metrics_command.add_metrics(commands.add_parser("metrics", help="figures for Prometheus"))
     queues_command.add_queues(
         commands.add_parser("queues", help="what waits, is due, is dead"), _add_common
     )

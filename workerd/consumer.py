@@ -118,26 +118,29 @@ class Consumer:
         self.attempt_failed = asyncio.Event()
         #: Whether the present outage has been logged.
         self._down = False
-        self._link: Link | None = None
+        #: The present connection, None while there is none.
+        self.link: Link | None = None
+        #: How many connections were lost: those that we did not close ourselves.
+        self.losses = 0
         #: Declares the delay levels, once on each connection.
         self._levels: asyncio.Task[None]
 
     @property
     def version(self) -> tuple[int, ...]:
         """RabbitMQ's version, (0,) while there is no connection."""
-        return self._link.version if self._link else (0,)
+        return self.link.version if self.link else (0,)
 
     @property
     def broker(self) -> str:
         """The host that it is connected to, "" when there is none."""
-        return self._link.url.host if self._link else ""
+        return self.link.url.host if self.link else ""
 
     async def run(self, connect: Connect) -> None:
         async for link in connect("consume", self._failed, self.wake):
             if not self._receiver.wanted:
                 await link.close(timeout=2.0)
                 continue
-            self._link = link
+            self.link = link
             self.outage = ""
             self._down = False
             self.connected_at = asyncio.get_running_loop().time()
@@ -149,7 +152,8 @@ class Consumer:
                     self._begin(link, name)
                 # Queues may be added for as long as the connection lives.
                 await asyncio.wait({link.ended})
-            self._link = None
+            self.link = None
+            self.losses += link.ended.result().kind is not Kind.CLOSED
 
     def reload(self, settings: Settings) -> None:
         """Consume the queues of these settings; reconnect with them, when that is due."""
@@ -160,11 +164,11 @@ class Consumer:
             for name, source in _sources(settings).items()
             if source.queue.name not in self.held_back
         }
-        if self._link is None or self._link.ended.done():
+        if self.link is None or self.link.ended.done():
             return
         for name in self._sources:
             if name not in self._changes:
-                self._begin(self._link, name)
+                self._begin(self.link, name)
         for name, changed in self._changes.items():
             old, new = before.get(name), self._sources.get(name)
             if old is None or new is None or not new.looks_like(old):
@@ -219,8 +223,8 @@ class Consumer:
                 await channel.close()
             except Trouble as trouble:
                 log.warning("close failed", text=str(trouble))
-        if self._link:
-            await self._link.close(timeout=2.0)
+        if self.link:
+            await self.link.close(timeout=2.0)
 
     async def _consume(self, link: Link, name: str) -> None:
         """Consume one source for as long as the connection lives and the settings name it."""

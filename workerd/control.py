@@ -43,8 +43,8 @@ QUIET = 2.0
 IDLE = 30.0
 #: What all bodies together may take, in bytes.
 MOST_BYTES = 64 << 20
-#: Jobs of all clients that the broker has not confirmed yet. Fewer than clients, so that there is
-#: room for those who ask why.
+#: Answers that wait for the broker, as for the confirm of a job, of all clients. Fewer than
+#: clients, so that there is room for those who ask why.
 MOST_UNCONFIRMED = 32
 #: The part of the loop's time that answers may take.
 SHARE = 0.2
@@ -311,12 +311,12 @@ class Client(asyncio.Protocol):
                 return
             if self._control.unconfirmed >= MOST_UNCONFIRMED:
                 answer.close()
-                raise Busy(EX_TEMPFAIL, "too many jobs wait for the broker")
+                raise Busy(EX_TEMPFAIL, "too many others wait for the broker")
         except Exception as error:  # noqa: BLE001 - see `_tell_error`
             self._tell_error(error)
             return
         self._control.unconfirmed += 1
-        self._task = asyncio.get_running_loop().create_task(self._later(answer), name="submission")
+        self._task = asyncio.get_running_loop().create_task(self._later(answer), name="answer")
 
     async def _later(self, answer: Coroutine[Any, Any, Answer]) -> None:
         try:

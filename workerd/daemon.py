@@ -183,7 +183,7 @@ def _lock(instance: str) -> int:
     """Hold the instance's name on this host. Raises SettingsError when another daemon does."""
     try:
         path = places.runtime_directory() / instance / "lock"
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        instances.make_folder(path.parent)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise SettingsError(f"{error.filename}: {error.strerror}") from None

@@ -38,7 +38,7 @@ examples:
   workerd dead list default
   workerd dead list default --reason timeout --json
   workerd dead show default ID
-  workerd dead requeue default --type resize --older-than 1h --dry-run
+  workerd dead requeue default --newer-than 1h --dry-run
   workerd dead export default > letters.jsonl && workerd dead drop default --all
 """
 LIST = "List dead letters, the oldest first. This neither changes nor shuffles them."
@@ -103,6 +103,9 @@ def _add_filters(parser: argparse.ArgumentParser, duration: Duration) -> None:
     filters.add_argument(
         "--older-than", type=duration, metavar="T", help="failed longer ago than this: 30m, 2d"
     )
+    filters.add_argument(
+        "--newer-than", type=duration, metavar="T", help="failed within this time: 1h"
+    )
     filters.add_argument("--limit", type=_positive, metavar="N", help="the first N at most")
 
 
@@ -113,13 +116,21 @@ def _positive(text: str) -> int:
 
 
 def _filter(args: argparse.Namespace) -> Filter:
+    """The filter that a command line gives. Raises Refused for one that nothing can pass."""
     from workerd.letters import Filter
 
+    older, newer = args.older_than, args.newer_than
+    if newer is not None and newer <= (older or 0.0):
+        from workerd.errors import Refused
+
+        bound = "0s" if older is None else "--older-than"
+        raise Refused(EX_USAGE, f"--newer-than must be longer than {bound}, or no letter is meant")
     return Filter(
         ids=frozenset(args.id or ()),
         type=args.type,
         reason=args.reason,
         older_than=args.older_than,
+        newer_than=args.newer_than,
         limit=args.limit,
     )
 

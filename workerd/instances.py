@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import grp
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from workerd import ask
@@ -14,21 +16,29 @@ from workerd.errors import Refused
 #: In an instance's runtime folder: why its last start, or its run, has failed.
 FAILURE = "failure"
 _MAX_FAILURE = 4096
+#: Instances that are asked at the same time.
+_AT_ONCE = 16
 
 
-def states(name: str | None) -> Iterator[ask.Answer]:
+def states(name: str | None, request: str = "status") -> Iterator[ask.Answer]:
     """The state of this instance, or of every one of the host; docs/control.md has the keys.
 
-    Raises NoAnswer when nothing is known of this instance.
+    One that answers does so to this ``request``: `status`, or `metrics`. Raises NoAnswer when
+    nothing is known of this instance.
     """
+    # The daemon, which imports this module, has no use for it.
+    from concurrent.futures import ThreadPoolExecutor
+
     found = ask.folders() if name is None else {name: ask.folder_of(name)}
-    for instance, folder in found.items():
-        yield state(instance, folder)
+    # At once: one that is stuck holds up nobody else.
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        yield from pool.map(partial(state, request=request), found.keys(), found.values())
 
 
-def state(instance: str, folder: Path) -> ask.Answer:
+def state(instance: str, folder: Path, request: str = "status", depths: bool = False) -> ask.Answer:
+    """The answer of an instance to this request; ``depths`` is for `status`."""
     try:
-        return ask.ask(folder, {"request": "status"})
+        return ask.ask(folder, {"request": request, "depths": depths})
     except Refused as refused:
         return _silent(instance, "unknown", str(refused))
     except ask.NoAnswer as silent:
@@ -65,18 +75,36 @@ def _is_held(lock: Path) -> bool:
         os.close(file)
 
 
+def make_folder(folder: Path) -> None:
+    """The runtime folder of an instance, which others may enter whatever our umask is.
+
+    What is in it is guarded by itself. Raises OSError.
+    """
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with contextlib.suppress(PermissionError):  # somebody else's
+        folder.chmod(0o755)
+
+
 def failed(folder: Path, why: str, ours: bool) -> None:
     """Leave word of why an instance does not run; where that cannot be, nobody is told.
 
     Unless its lock is ``ours``, another process may run under its name: then it does run.
     """
     with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        make_folder(folder)
         lock = folder / "lock"
         if ours or not _is_held(lock):
             (folder / FAILURE).write_text(why[:_MAX_FAILURE] + "\n")
+            _show(folder / FAILURE)
             # It is the lock that makes it an instance, for those who look.
             lock.touch(mode=0o600)
+
+
+def _show(file: Path) -> None:
+    """Let those read it who may look."""
+    with contextlib.suppress(KeyError, PermissionError):
+        os.chown(file, -1, grp.getgrnam(ask.GROUP).gr_gid)
+    file.chmod(0o640)
 
 
 def well(folder: Path) -> None:

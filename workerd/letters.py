@@ -14,9 +14,11 @@ from workerd.job import (
     DELIVERY_COUNT,
     MAX_ATTEMPTS,
     REPLAY,
+    SUBMITTER,
     UNREADABLE,
     Message,
     count,
+    submitter,
 )
 
 #: RabbitMQ's own counts of returns. It writes them at each delivery, but 4.0 not at
@@ -115,12 +117,16 @@ class Letter:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which letters are meant: those for which all that is given holds; at most ``limit``."""
+    """Which letters are meant: those for which all that is given holds; at most ``limit``.
+
+    ``older_than`` and ``newer_than`` are in seconds since it failed.
+    """
 
     ids: frozenset[str] = frozenset()
     type: str | None = None
     reason: str | None = None
     older_than: float | None = None
+    newer_than: float | None = None
     limit: int | None = None
 
     @property
@@ -129,13 +135,17 @@ class Filter:
         return replace(self, limit=None) == Filter()
 
     def takes(self, letter: Letter, now: float) -> bool:
-        """Whether a letter is meant, apart from the limit. One of unknown age is not old."""
+        """Whether a letter is meant, apart from the limit.
+
+        One of unknown age is neither old nor new.
+        """
         age = letter.age(now)
         return (
             (not self.ids or letter.id in self.ids)
             and (self.type is None or letter.type == self.type)
             and (self.reason is None or letter.reason == self.reason)
             and (self.older_than is None or (age is not None and age > self.older_than))
+            and (self.newer_than is None or (age is not None and age < self.newer_than))
         )
 
 
@@ -148,12 +158,16 @@ def replayed(message: Message, mark: str) -> tuple[Message, list[str]]:
 
     ``mark`` is a text never used before: without it the daemon could take the job for the
     one that it has finished. The instant after which it must not start is dropped with the
-    other facts, or it would come back at once. Raises Irreplaceable.
+    other facts, or it would come back at once. Whoever submitted it still has: it stays theirs
+    to cancel, whoever sends it back. Raises Irreplaceable.
     """
     headers, dropped = portable_headers(_readable(message))
     wish = message.headers.get(MAX_ATTEMPTS)
     if count(wish):
         headers[MAX_ATTEMPTS] = wish
+    owner = submitter(message)
+    if owner is not None:
+        headers[SUBMITTER] = owner
     headers[REPLAY] = mark
     return replace(message, headers=headers), dropped
 

@@ -99,7 +99,9 @@ class Log:
         self.instance = ""
         self._write: Callable[[Record], None] = console(sys.stderr.fileno())
         self._records: deque[Record] = deque()
-        self._dropped = 0
+        #: Records that were never written, and how many of them the log has told of.
+        self.dropped = 0
+        self._told = 0
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -120,7 +122,7 @@ class Log:
         if self._thread is None:
             self._write(record)
         elif len(self._records) >= BACKLOG:
-            self._dropped += 1
+            self.dropped += 1
         else:
             self._records.append(record)
             if not self._wake.is_set():
@@ -150,11 +152,12 @@ class Log:
             self._write(record)
         except OSError:
             # A reader of the log that went away is no reason to stop working.
-            self._dropped += 1
+            self.dropped += 1
         else:
             # Told only once something can be written again, and not among too much else.
-            if self._dropped and len(self._records) < BACKLOG // 2:
-                lost, self._dropped = self._dropped, 0
+            if self.dropped > self._told and len(self._records) < BACKLOG // 2:
+                lost = self.dropped - self._told
+                self._told += lost
                 self.put("log dropped", "warning", {"records": lost})
 
 
@@ -292,6 +295,11 @@ def _write_all(fd: int, data: bytes) -> None:
         except BlockingIOError:
             # Somebody else made our stderr non-blocking, as a shell's terminal often is.
             select.select([], [fd], [])
+
+
+def dropped() -> int:
+    """How many records were never written, since the process has begun."""
+    return _log.dropped
 
 
 _log = Log()

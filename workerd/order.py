@@ -1,8 +1,7 @@
-"""What a `submit` command line asks for: jobs, and where they go at which moment."""
+"""What is to be submitted: the message, and where it goes at which moment."""
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ from workerd.copies import is_reserved, portable_headers
 from workerd.errors import Kind, Refused, Trouble
 from workerd.ids import new_id
 from workerd.job import COPY, EXPIRES, MAX_ATTEMPTS, Message
+from workerd.jobspec import JobSpec
 from workerd.settings import Handler, Settings
 from workerd.wording import did_you_mean
 
@@ -76,45 +76,44 @@ class Order:
         return Parcel(exchange, key, message)
 
 
-def order(args: argparse.Namespace, settings: Settings) -> Order:
-    """The order that a command line gives. Raises Refused."""
-    now = time.time()
-    handler = settings.handlers.get(args.type)
-    if handler is None and args.queue is None and settings.handlers:
-        hint = did_you_mean(args.type, settings.handlers)
+def order(spec: JobSpec, settings: Settings) -> Order:
+    """The order for what is asked for, named as by the options of `submit`. Raises Refused."""
+    handler = settings.handlers.get(spec.type)
+    if handler is None and spec.queue is None and settings.handlers:
+        hint = did_you_mean(spec.type, settings.handlers)
         raise Refused(
-            EX_USAGE, f"no handler is named {args.type!r}{hint}; name a --queue to send it anyway"
+            EX_USAGE, f"no handler is named {spec.type!r}{hint}; name a --queue to send it anyway"
         )
-    for option, text in (("TYPE", args.type), ("--id", args.id), ("--queue", args.queue)):
+    for option, text in (("TYPE", spec.type), ("--id", spec.id), ("--queue", spec.queue)):
         if text is not None and not is_short_text(text):
             raise Refused(EX_USAGE, f"{option} must be 1 to {_SHORT} bytes of printable text")
-    if args.priority is not None and not 0 <= args.priority <= 255:
+    if spec.priority is not None and not 0 <= spec.priority <= 255:
         raise Refused(EX_USAGE, "--priority must be from 0 to 255")
-    if args.ttl is not None and not 0 < args.ttl <= _LONGEST_TTL:
+    if spec.ttl is not None and not 0 < spec.ttl <= _LONGEST_TTL:
         raise Refused(EX_USAGE, "--ttl must be more than nothing, and at most a hundred years")
-    if args.body is not None and args.file is not None:
-        raise Refused(EX_USAGE, "BODY and --file exclude each other")
-    headers, too_large = portable_headers(dict(map(_header, args.header)))
+    for name, value in spec.headers.items():
+        _check_header(name, value)
+    headers, too_large = portable_headers(spec.headers)
     if too_large:
         raise Refused(EX_DATAERR, f"--header {too_large[0]}: all headers together are too large")
-    if args.attempts is not None:
-        headers[MAX_ATTEMPTS] = _attempts(args.attempts, handler)
-    queue = args.queue or (handler.queue if handler else "default")
-    due = _due(args, now)
+    if spec.attempts is not None:
+        headers[MAX_ATTEMPTS] = _attempts(spec.attempts, handler)
+    queue = spec.queue or (handler.queue if handler else "default")
+    due = _due(spec.due, time.time())
     if due is not None and len(queue.encode()) > _DELAYED:
         raise Refused(EX_USAGE, f"a delay needs a queue whose name has at most {_DELAYED} bytes")
     return Order(
         queue=queue,
         template=Message(
-            type=args.type,
-            message_id=args.id,
-            content_type="application/json" if args.jsonl else None,
-            priority=args.priority,
+            type=spec.type,
+            message_id=spec.id,
+            content_type=spec.content_type,
+            priority=spec.priority,
             headers=headers,
         ),
         max_body=handler.max_body if handler else _LARGEST_BODY,
         due=due,
-        ttl=args.ttl,
+        ttl=spec.ttl,
     )
 
 
@@ -138,22 +137,13 @@ def marked(message: Message, mark: str | None, timestamp: int) -> Message:
     return replace(message, headers=headers, timestamp=timestamp)
 
 
-def _due(args: argparse.Namespace, now: float) -> float | None:
+def _due(due: float | None, now: float) -> float | None:
     """When the jobs come due, None when that is now or past. Raises Refused."""
-    if args.delay is not None:
-        due: float = now + args.delay
-    elif args.at is not None:
-        try:
-            due = times.instant(args.at, now)
-        except ValueError as error:
-            raise Refused(EX_USAGE, f"--at {args.at!r}: {error}") from None
-    else:
-        return None
-    if due - now > topology.MAX_DELAY:
+    if due is not None and due - now > topology.MAX_DELAY:
         days = topology.MAX_DELAY // 86_400
         raise Refused(EX_USAGE, f"a job can be delayed by {days} days at most")
     # Who sends a job late, such as a script that was held up, wants it all the more.
-    return due if due > now else None
+    return due if due is not None and due > now else None
 
 
 def _attempts(wanted: int, handler: Handler | None) -> int:
@@ -165,17 +155,16 @@ def _attempts(wanted: int, handler: Handler | None) -> int:
     return wanted
 
 
-def _header(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not is_short_text(name):
-        raise Refused(EX_USAGE, f"--header {text!r}: expected NAME=VALUE")
+def _check_header(name: str, value: str) -> None:
+    """Raises Refused for what a submitter may not set."""
+    if not is_short_text(name):
+        raise Refused(EX_USAGE, f"--header {name!r}: expected NAME=VALUE, with a printable name")
     if is_reserved(name.lower()):
         raise Refused(EX_USAGE, f"--header {name}: only workerd or RabbitMQ may set this header")
     try:
         value.encode()
     except UnicodeEncodeError:
         raise Refused(EX_DATAERR, f"--header {name}: the value is not UTF-8") from None
-    return name, value
 
 
 def is_short_text(text: str) -> bool:

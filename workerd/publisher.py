@@ -49,6 +49,8 @@ class Publisher:
         self._link: Link | None = None
         #: Whether the present outage has been logged.
         self._down = False
+        #: How many connections were lost: those that we did not close ourselves.
+        self.losses = 0
 
     @property
     def blocked(self) -> str:
@@ -62,6 +64,8 @@ class Publisher:
             self._link = link
             await asyncio.gather(self._default.run(link), self._others.run(link))
             self._link = None
+            await asyncio.wait({link.ended})
+            self.losses += link.ended.result().kind is not Kind.CLOSED
 
     def _failed(self, broker: str, trouble: Trouble, _delay: float) -> None:
         # The consuming connection has warned already when the broker as a whole is away.

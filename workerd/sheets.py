@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 
-from workerd.job import EXPIRES, Message
+from workerd.job import EXPIRES, Message, submitter
 from workerd.letters import RETURNS, Letter, stamp, text_of
 from workerd.tables import age as as_age
 
@@ -30,6 +30,7 @@ _FACTS = (
     "first-failure",
     "last-failure",
     "expires",
+    "submitter",
 )
 # The headers that are not shown as such.
 _TOLD = (
@@ -159,6 +160,8 @@ def _facts(letter: Letter, now: float) -> Iterator[tuple[str, object]]:
     if isinstance(expires, int):
         yield "not to start after", stamp(expires / 1000)
     yield "submitted", stamp(message.timestamp)
+    user = submitter(message)
+    yield "submitted by", None if user is None else f"user {user}"
     for name in ("content_type", "content_encoding", "correlation_id", "reply_to", "expiration"):
         yield name.replace("_", " "), text_of(getattr(message, name))
     yield "priority", message.priority

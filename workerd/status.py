@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Protocol
 
 from workerd import log
 from workerd.consumer import Consumer
+from workerd.job import Job, Report
 from workerd.ledger import Ledger, Run
 from workerd.retry import Verdict
+from workerd.tally import Tally
 
 if TYPE_CHECKING:
     from workerd.worker import Worker
@@ -35,22 +38,14 @@ class Status:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self.done = 0
-        self.retried = 0
-        self.failed = 0
+        self.tally = Tally(time.monotonic())
         #: How many problems the configuration had at the last reload; the old one is in force.
         self.refused = 0
         self._timer: asyncio.TimerHandle | None = None
 
-    def count(self, verdict: Verdict) -> None:
+    def count(self, verdict: Verdict, job: Job, report: Report) -> None:
         """A job has its verdict."""
-        match verdict:
-            case Verdict.DONE:
-                self.done += 1
-            case Verdict.RETRY:
-                self.retried += 1
-            case Verdict.DEAD | Verdict.REJECT:
-                self.failed += 1
+        self.tally.count(verdict, job, report, time.monotonic(), time.time())
 
     def touch(self) -> None:
         """Something changed."""
@@ -63,29 +58,45 @@ class Status:
             self._timer.cancel()
         self._timer = None
         worker = self._worker
-        refused = f"reload refused: {self.refused} problems, see the log; " if self.refused else ""
-        worker.notifier.status(refused + self.line())
+        worker.notifier.status(self.line())
         if worker.ledger.draining:
             worker.notifier.extend(worker.drain.seconds_left + REST_OF_DRAIN)
             self.touch()
 
     def line(self) -> str:
+        """What systemd shows: what the instance does, and its `notes`."""
+        worker = self._worker
+        consumer = worker.consumer
+        consuming = [queue for queue in worker.ledger.concurrency if queue in consumer.channels]
+        troubles = self._troubles()
+        if consuming and not worker.ledger.draining and not consumer.outage:
+            slots = sum(worker.ledger.concurrency[queue] for queue in consuming)
+            total = worker.figures.total
+            retried = f"{total('retried')} retried, " if total("retried") else ""
+            does = (
+                f"consuming {', '.join(sorted(consuming))}: {worker.ledger.slots}/{slots} "
+                f"running, {total('done')} done, {retried}{total('dead')} failed; {consumer.broker}"
+            )
+            troubles.insert(0, does)
+        return "; ".join([*self._reload(), *(troubles or [f"declaring queues; {consumer.broker}"])])
+
+    def notes(self) -> list[str]:
+        """What an operator should know besides: what keeps it from work, what is wrong."""
+        return [*self._reload(), *self._troubles()]
+
+    def _reload(self) -> list[str]:
+        refused = self.refused
+        return [f"reload refused: {refused} problems, see the log"] if refused else []
+
+    def _troubles(self) -> list[str]:
         worker = self._worker
         consumer = worker.consumer
         running = worker.ledger.slots
         if worker.ledger.draining:
-            return f"draining {running} jobs, {worker.drain.seconds_left:.0f}s left"
+            return [f"draining {running} jobs, {worker.drain.seconds_left:.0f}s left"]
         if consumer.outage:
-            return consumer.outage + (f"; {running} running" if running else "")
+            return [consumer.outage, *([f"{running} running"] if running else [])]
         parts = []
-        consuming = [queue for queue in worker.ledger.concurrency if queue in consumer.channels]
-        if consuming:
-            slots = sum(worker.ledger.concurrency[queue] for queue in consuming)
-            retried = f"{self.retried} retried, " if self.retried else ""
-            parts.append(
-                f"consuming {', '.join(sorted(consuming))}: {running}/{slots} running, "
-                f"{self.done} done, {retried}{self.failed} failed; {consumer.broker}"
-            )
         held_back = sorted(consumer.held_back.intersection(worker.ledger.concurrency))
         parts += [f"{queue} paused by an operator" for queue in held_back]
         parts += [f"{queue} paused: {text}" for queue, text in sorted(consumer.paused.items())]
@@ -101,7 +112,7 @@ class Status:
             parts.append("short of memory: one job at a time")
         if worker.outbox.publisher.blocked:
             parts.append(f"publishing blocked: {worker.outbox.publisher.blocked}")
-        return "; ".join(parts) or f"declaring queues; {consumer.broker}"
+        return parts
 
     def log_state(self) -> None:
         """Everything that is in hand, into the log."""

@@ -17,12 +17,14 @@ broker, queues, and the jobs that run. Asks the instances, not the broker."""
 STATUS_EPILOG = f"""\
 exit status:
   0   told
-  64  usage
-  69  nothing is known of the instance that --instance names
+  64  usage; --watch without a terminal
+  69  nothing is known of the instance that --instance names; --watch without
+      the Python package rich
   77  only members of {ask.GROUP} may ask the instances
 
 examples:
   workerd status
+  workerd status --watch            live: also what waits and fails
   workerd status --json | jq '.jobs[]? | select(.age > 600)'
 """
 HEALTH = """\
@@ -61,6 +63,9 @@ def add_status(parser: argparse.ArgumentParser) -> None:
     """Add the options of `status`."""
     parser.description, parser.epilog = STATUS, STATUS_EPILOG
     add_instance(parser, "all of this host")
+    parser.add_argument(
+        "--watch", action="store_true", help="show it live; with --json: every second"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.set_defaults(carry_out=_status)
 
@@ -95,13 +100,15 @@ def _status(args: argparse.Namespace) -> int:
     from workerd.instances import states
     from workerd.tables import print_json
 
+    if args.watch:
+        return _watch(args)
     try:
         found = list(states(args.instance))
     except WorkerdError as error:
         raise Refused(EX_UNAVAILABLE, str(error)) from None
     if args.json:
         for state in found:
-            print_json({name: value for name, value in state.items() if name not in _PROTOCOL})
+            print_json(_told(state))
     elif not found:
         sys.stdout.write("no instance of workerd runs or has run on this host\n")
     else:
@@ -114,8 +121,21 @@ def _status(args: argparse.Namespace) -> int:
     return EX_OK
 
 
-#: The parts of an answer that say nothing of the instance.
-_PROTOCOL = ("version", "ok")
+def _watch(args: argparse.Namespace) -> int:
+    from workerd.tables import print_json
+    from workerd.watch import stream, watch
+
+    if not args.json:
+        return watch(args.instance)
+    for state in stream(args.instance):
+        print_json(_told(state))
+        sys.stdout.flush()
+    raise AssertionError("a stream never ends")
+
+
+def _told(state: dict[str, Any]) -> dict[str, Any]:
+    """An answer without what says nothing of the instance."""
+    return {name: value for name, value in state.items() if name not in ("version", "ok")}
 
 
 def _show(state: dict[str, Any]) -> None:

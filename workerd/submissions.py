@@ -6,7 +6,6 @@ publish to anything but the queues of its configuration.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import time
@@ -20,13 +19,15 @@ from workerd.control import Answer, Peer, Request
 from workerd.errors import Kind, Refused, Trouble
 from workerd.exits import EX_DATAERR, EX_UNAVAILABLE
 from workerd.job import SUBMITTER, Message
+from workerd.jobspec import JobSpec
 from workerd.order import Order, explained, is_short_text, marked, order
 from workerd.retry import backoff
 
 if TYPE_CHECKING:
     from workerd.worker import Worker
 
-#: In seconds; a client that wants to wait longer asks again.
+#: In seconds; a client that wants to wait longer than the second asks again.
+_USUAL_WAIT = 30.0
 _LONGEST_WAIT = 86_400.0
 
 #: Of any key. Instants are much smaller, in seconds.
@@ -47,6 +48,8 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "timeout": (int, float),
     "config": str,
 }
+#: Those of them that are in a JobSpec as they are.
+_SAID = ("type", "queue", "id", "due", "ttl", "priority", "attempts")
 
 
 def accept(
@@ -58,17 +61,20 @@ def accept(
     """
     if worker.drain.wanted.is_set():
         raise Elsewhere(EX_UNAVAILABLE, "the instance is draining")
-    wish = _wish(request)
-    if wish.config is not None and not _is_among(wish.config, worker):
+    found = _checked(request)
+    config: str | None = found["config"]
+    if config is not None and not _is_among(config, worker):
         raise Elsewhere(EX_UNAVAILABLE, "the instance has another configuration")
-    wanted = order(wish, worker.settings)
+    spec = JobSpec(headers=found["headers"] or {}, **{key: found[key] for key in _SAID})
+    wanted = order(spec, worker.settings)
     if wanted.queue not in worker.settings.queues:
         raise Elsewhere(EX_UNAVAILABLE, f"the instance knows no queue {wanted.queue!r}")
     if wanted.due is not None and not _comes_due(worker, wanted.queue):
         raise Elsewhere(EX_UNAVAILABLE, "the instance does not know of delays there")
-    message = marked(wanted.message(body), wish.mark, wish.timestamp)
+    message = marked(wanted.message(body), found["mark"], _timestamp(found["timestamp"]))
     message = replace(message, headers={**message.headers, SUBMITTER: peer.uid})
-    deadline = time.monotonic() + min(wish.timeout, _LONGEST_WAIT)
+    patience = _USUAL_WAIT if found["timeout"] is None else found["timeout"]
+    deadline = time.monotonic() + min(patience, _LONGEST_WAIT)
 
     async def publish() -> Answer:
         worker.submissions += 1
@@ -76,11 +82,12 @@ def accept(
             await _publish(worker, wanted, message, deadline)
         finally:
             worker.submissions -= 1
+        worker.figures.submitted[wanted.queue] += 1
         log.event(
             "submitted",
             worker.routine,
             job_id=str(message.message_id),
-            job_type=wish.type,
+            job_type=spec.type,
             queue=wanted.queue,
             uid=peer.uid,
             pid=peer.pid,
@@ -91,8 +98,8 @@ def accept(
     return publish()
 
 
-def _wish(request: Request) -> argparse.Namespace:
-    """What a request asks for, as the command line of `submit` would. Raises Refused."""
+def _checked(request: Request) -> dict[str, Any]:
+    """The value of every key, of its type, or None. Raises Refused."""
     found: dict[str, Any] = {key: request.get(key) for key in _KEYS}
     for key, value in found.items():
         if value is not None and (not isinstance(value, _KEYS[key]) or isinstance(value, bool)):
@@ -102,28 +109,18 @@ def _wish(request: Request) -> argparse.Namespace:
             raise Refused(EX_DATAERR, f"submit: {key} is out of range")
     if found["mark"] is not None and not is_short_text(found["mark"]):
         raise Refused(EX_DATAERR, "submit: mark is a short text")
-    headers = found["headers"] or {}
-    if not all(isinstance(value, str) for value in headers.values()):
+    if not all(isinstance(value, str) for value in (found["headers"] or {}).values()):
         raise Refused(EX_DATAERR, "submit: headers are texts")
     if found["type"] is None:
         raise Refused(EX_DATAERR, "submit: a type is needed")
+    return found
+
+
+def _timestamp(said: int | None) -> int:
+    """When the job was submitted, in seconds since 1970."""
     now = time.time()
-    timestamp = found["timestamp"]
     # Whoever lets it begin elsewhere is not believed either.
-    sane = timestamp is not None and 0 < timestamp <= now + 86_400
-    return argparse.Namespace(
-        **{
-            **found,
-            "delay": None if found["due"] is None else found["due"] - now,
-            "at": None,
-            "header": [f"{name}={value}" for name, value in headers.items()],
-            "body": None,
-            "file": None,
-            "jsonl": False,
-            "timestamp": timestamp if sane else int(now),
-            "timeout": 30.0 if found["timeout"] is None else found["timeout"],
-        }
-    )
+    return said if said is not None and 0 < said <= now + 86_400 else int(now)
 
 
 def _is_among(config: str, worker: Worker) -> bool:

@@ -31,36 +31,40 @@ from workerd.exits import (
     exit_status,
 )
 from workerd.ids import new_id
+from workerd.jobspec import JobSpec
 
 #: Seconds by which the daemon is told to be earlier than we would give up.
 _MARGIN = 0.2
 
 
-def submit(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    """Carry out a `submit` command line for one job; returns the exit status.
+def submit(args: argparse.Namespace, spec: JobSpec, environ: Mapping[str, str]) -> int:
+    """Carry out a `submit` command line for one job, ``spec``; returns the exit status.
 
     ``environ`` has the broker's URL in it, where one was given. Raises Refused, SettingsError,
     and WorkerdError for trouble with the broker.
     """
     deadline = time.monotonic() + args.timeout
+    if args.body is not None and args.file is not None:
+        raise Refused(EX_USAGE, "BODY and --file exclude each other")
     head = b""
     mark = None
     # A job that is sent once more must be the same one.
-    job_id, timestamp = new_id() if args.id is None else args.id, int(time.time())
+    job_id, timestamp = new_id() if spec.id is None else spec.id, int(time.time())
+    spec = spec._replace(id=job_id)
     by_itself = args.direct or args.dry_run or bool(environ.get("WORKERD_BROKER_URL"))
     folders = [] if by_itself else _folders(args)
     if folders:
-        _check(args)
         head = read_body(args, ask.MAX_BODY)
         if len(head) <= ask.MAX_BODY:
             mark = new_id()
-            request = _request(args, job_id, mark, timestamp)
+            config = None if args.config is None else os.path.realpath(args.config)
+            request = _request(spec, mark, timestamp, config)
             answer = _ask_any(folders, request, head, deadline)
             if answer:
                 print_id(args.json, job_id, str(answer["queue"]), answer["due"])
                 return EX_OK
     try:
-        return _directly(args, environ, head, (job_id, mark, timestamp), deadline)
+        return _directly(args, spec, environ, head, mark, timestamp, deadline)
     except WorkerdError as error:
         # Who may not read the configuration, or has no password, need not have one.
         if not by_itself and exit_status(error) in (EX_NOPERM, EX_CONFIG) and _is_barred():
@@ -85,41 +89,20 @@ def _is_barred() -> bool:
     return any(os.path.lexists(each) and not os.access(each, os.W_OK) for each in sockets)
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Raises Refused for what the daemon would not see."""
-    if args.body is not None and args.file is not None:
-        raise Refused(EX_USAGE, "BODY and --file exclude each other")
-
-
-def _request(args: argparse.Namespace, job_id: str, mark: str, timestamp: int) -> dict[str, object]:
-    """What the daemon is asked. Raises Refused."""
-    now = time.time()
-    due = None if args.delay is None else now + args.delay
-    if args.at is not None:
-        from workerd import times
-
-        try:
-            due = times.instant(args.at, now)  # in our zone, not in the daemon's
-        except ValueError as error:
-            raise Refused(EX_USAGE, f"--at {args.at!r}: {error}") from None
-    headers = {}
-    for text in args.header:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise Refused(EX_USAGE, f"--header {text!r}: expected NAME=VALUE")
-        headers[name] = value
+def _request(spec: JobSpec, mark: str, timestamp: int, config: str | None) -> dict[str, object]:
+    """What the daemon is asked."""
     facts = {
-        "type": args.type,
-        "queue": args.queue,
-        "id": job_id,
-        "due": due,
-        "ttl": args.ttl,
-        "priority": args.priority,
-        "attempts": args.attempts,
-        "headers": headers or None,
+        "type": spec.type,
+        "queue": spec.queue,
+        "id": spec.id,
+        "due": spec.due,
+        "ttl": spec.ttl,
+        "priority": spec.priority,
+        "attempts": spec.attempts,
+        "headers": spec.headers or None,
         "mark": mark,
         "timestamp": timestamp,
-        "config": None if args.config is None else os.path.realpath(args.config),
+        "config": config,
     }
     given = {name: value for name, value in facts.items() if value is not None}
     return {"request": "submit", **given}
@@ -149,18 +132,18 @@ def _ask_any(
 
 def _directly(
     args: argparse.Namespace,
+    spec: JobSpec,
     environ: Mapping[str, str],
     head: bytes,
-    copy: tuple[str, str | None, int],
+    mark: str | None,
+    timestamp: int,
     deadline: float,
 ) -> int:
     from workerd.order import marked, order
     from workerd.settings import load
 
     settings = load(args.config, args.instance or "1", environ)
-    job_id, mark, timestamp = copy
-    args.id = job_id
-    wanted = order(args, settings)
+    wanted = order(spec, settings)
     body = read_body(args, wanted.max_body, head)
     message = marked(wanted.message(body), mark, timestamp)
     if not args.dry_run:
@@ -168,7 +151,7 @@ def _directly(
         from workerd.waiting import complete
 
         complete(submit_one(settings.broker, wanted, message, deadline))
-    print_id(args.json, job_id, wanted.queue, wanted.due)
+    print_id(args.json, str(message.message_id), wanted.queue, wanted.due)
     return EX_OK
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+from workerd.jobspec import JobSpec
 
 EX_USAGE = 64
 
@@ -75,14 +78,54 @@ def add_submit(parser: argparse.ArgumentParser, add_common: Add, duration: Durat
 
 def _submit(args: argparse.Namespace) -> int:
     variables = environ(args)
+    spec = spec_of(args)
     if args.lines or args.jsonl:
         from workerd.bulk import submit_lines
         from workerd.settings import load
 
-        return submit_lines(args, load(args.config, args.instance or "1", variables))
+        return submit_lines(args, spec, load(args.config, args.instance or "1", variables))
     from workerd.submit import submit
 
-    return submit(args, variables)
+    return submit(args, spec, variables)
+
+
+def spec_of(args: argparse.Namespace) -> JobSpec:
+    """What the options say of the job. Raises Refused."""
+    return JobSpec(
+        type=args.type,
+        queue=args.queue,
+        id=args.id,
+        due=_due(args),
+        ttl=args.ttl,
+        priority=args.priority,
+        attempts=args.attempts,
+        headers=dict(map(_header, args.header)),
+        content_type="application/json" if args.jsonl else None,
+    )
+
+
+def _due(args: argparse.Namespace) -> float | None:
+    now = time.time()
+    if args.delay is not None:
+        return now + float(args.delay)
+    if args.at is None:
+        return None
+    from workerd import times
+    from workerd.errors import Refused
+
+    try:
+        return times.instant(args.at, now)  # in our zone, not in the daemon's
+    except ValueError as error:
+        raise Refused(EX_USAGE, f"--at {args.at!r}: {error}") from None
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        from workerd.errors import Refused
+
+        raise Refused(EX_USAGE, f"--header {text!r}: expected NAME=VALUE")
+    return name, value
 
 
 def add_url(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from workerd.consumer import Connect, Consumer, Source
 from workerd.copies import Place
 from workerd.drain import Drain
 from workerd.errors import Trouble
+from workerd.figures import Figures
 from workerd.job import BadJob, Delivery, Job, Outcome, Report, submitter
 from workerd.ledger import Ledger, Rejoined, Run, Settle
 from workerd.memory import Memory
@@ -139,6 +140,7 @@ class Worker:
         self.pauses = Pauses()
         self.pressure = Pressure(own_file())
         self.status = Status(self)
+        self.figures = Figures(settings.handlers)
         self.cancellations = Cancellations()
         #: Jobs that came over the local socket and that the broker has not confirmed yet.
         self.submissions = 0
@@ -192,6 +194,7 @@ class Worker:
         self.handlers = self.register.of(settings)
         self.ledger.configure(_slots(settings))
         self.consumer.reload(settings)
+        self.figures.know(settings.handlers)
         # What was wrong with a handler may be right now.
         self.pauses = Pauses()
         self._start_more()
@@ -205,9 +208,11 @@ class Worker:
             with self.drain.interrupting(progress.stop):
                 report = await self._execute(run, progress)
             del self.progress[run]
+            self.figures.ended(job, progress.began, time.monotonic())
             self.ledger.ended(run)
             verdict = await self._carry_out(self._judge(job, report), run, report)
-            self.status.count(verdict)
+            self.figures.settled(job, verdict)
+            self.status.count(verdict, job, report)
             order = self.ledger.finished(run, verdict)
             if order:
                 self._settle(order)
@@ -227,6 +232,7 @@ class Worker:
             has_started = True
             self.ledger.begins(run)
             progress.began, progress.pid = time.monotonic(), pid
+            self.figures.began(run, time.time())
             alone = True if self.ledger.is_alone(run) else None
             log.event("start", self.routine, redelivered=job.redelivered, alone=alone)
             if self.pauses.available(str(job.type)):

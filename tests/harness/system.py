@@ -7,6 +7,7 @@ that this machine's apt uses. A container has no network but its own loopback. N
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -42,9 +43,10 @@ _numbers = itertools.count(1)
 
 
 def image(release: str) -> Path:
-    """Where the image of a Debian is, or is to be."""
+    """Where the image of a Debian is, or is to be. Other contents have another name."""
     folder = os.environ.get("WORKERD_TEST_IMAGES", CHECKOUT / ".cache")
-    return Path(folder, f"system-{release}.tar")
+    contents = hashlib.sha256("\0".join(OPTIONS).encode()).hexdigest()[:8]
+    return Path(folder, f"system-{release}-{contents}.tar")
 
 
 def make(release: str) -> None:
@@ -61,10 +63,10 @@ def make(release: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-# What the package depends on is in it, so that installing needs no network.
+# What the package depends on is in it, or suggested, so that installing needs no network.
 PACKAGES = """
-    dbus procps python3 python3-daemon python3-pika python3-sdnotify python3-tomli python3-venv
-    rabbitmq-server systemd systemd-sysv
+    curl dbus procps python3 python3-daemon python3-pika python3-prometheus-client python3-sdnotify
+    python3-tomli python3-venv rabbitmq-server systemd systemd-sysv
 """
 OPTIONS = [
     "--variant=minbase",
@@ -327,6 +329,7 @@ print(channel.queue_declare(sys.argv[1], passive=True).method.message_count)
 """
 # What is killed here is a test's that has failed.
 TIDY = """
+systemctl disable --now workerd-metrics.socket 2>/dev/null || true
 systemctl stop workerd.target 'workerd@*.service' 2>/dev/null ||
     systemctl kill --signal=KILL 'workerd@*.service'
 systemctl reset-failed

@@ -94,9 +94,14 @@ class Channel:
         else:
             await self._ask(self._channel.exchange_declare, exchange=step.name, passive=True)
 
-    async def count(self, queue: str) -> tuple[int, int]:
-        """The ready messages and the consumers of a queue that must exist."""
-        answer = await self._ask(self._channel.queue_declare, queue=queue, passive=True)
+    async def count(self, queue: str, timeout: float | None = ANSWER_TIMEOUT) -> tuple[int, int]:
+        """The ready messages and the consumers of a queue that must exist.
+
+        With a ``timeout`` of None, however long it takes, the connection stays.
+        """
+        answer = await self._ask(
+            self._channel.queue_declare, queue=queue, passive=True, timeout=timeout
+        )
         return answer.method.message_count, answer.method.consumer_count
 
     def probe(self) -> asyncio.Future[Any]:
@@ -233,7 +238,13 @@ class Channel:
         except TimeoutError:
             raise self._unanswered() from None
 
-    async def _ask(self, request: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    async def _ask(
+        self,
+        request: Callable[..., Any],
+        *args: Any,
+        timeout: float | None = ANSWER_TIMEOUT,
+        **kwargs: Any,
+    ) -> Any:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
         def answered(frame: Any) -> None:
@@ -243,7 +254,7 @@ class Channel:
         self._requests.add(answer)
         try:
             request(*args, callback=answered, **kwargs)
-            async with asyncio.timeout(ANSWER_TIMEOUT):
+            async with asyncio.timeout(timeout):
                 return await answer
         except TimeoutError:
             raise self._unanswered() from None
