@@ -102,8 +102,7 @@ class Machine:
     def __init__(self, folder: Path, release: str) -> None:
         """Unpack and boot it. Raises MissingTool."""
         for tool in ("systemd-nspawn", "nsenter"):
-            if shutil.which(tool) is None:
-                raise MissingTool(f"{tool} is not installed")
+            processes.need(tool)
         if os.geteuid() != 0:
             raise MissingTool("booting a Debian needs root")
         if not image(release).exists():
