@@ -196,7 +196,11 @@ def test_a_purge_leaves_only_what_the_administrator_wrote(
     bare.wait("done", job_id=bare.submit("sleep", "0"))
     bare.configure("[log]\n", instance="1")
     bare.drop_in("workerd@1.service", "[Service]\nMemoryMax=1G\n")
+    job = bare.submit("sleep", "0.5")
+    bare.wait("start", job_id=job)
     bare.run("dpkg", "--purge", "workerd")
+    bare.wait("done", job_id=job)
+    assert not bare.find("bug")
     assert files(bare) - before == {
         "./etc/systemd/system/workerd@1.service.d",
         "./etc/systemd/system/workerd@1.service.d/test.conf",
