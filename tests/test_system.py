@@ -379,6 +379,13 @@ def test_users_of_the_broker_need_no_more_than_the_documentation_gives_them(
     server.sh(commands)
     assert server.sh("stat --format '%U:%G %a' /etc/workerd/password") == "root:workerd 640"
     server.configure(HANDLERS + LEAST)
+    # Root could read it, but it is not root who will.
+    server.run("chmod", "600", "/etc/workerd/password")
+    checked = server.run("workerd", "check", check=False)
+    assert checked.returncode == 78
+    assert "/etc/workerd/password: Permission denied; workerd has to read it" in checked.stderr
+    server.run("chmod", "640", "/etc/workerd/password")
+    server.run("workerd", "check")
     start(server, "1")
     by_url = ("submit", "--url", "@/etc/workerd/submit-url", "say")
     server.wait("done", job_id=server.run(*by_url, user="alice").stdout.strip())
