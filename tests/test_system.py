@@ -213,6 +213,9 @@ def test_a_stop_lets_a_running_job_end(server: Machine) -> None:
     until(lambda: server.show("workerd@1", "ActiveState") == "inactive", "stopped")
     assert server.show("workerd@1", "Result") == "success"
     assert left(server) == 0
+    # Nothing was there that systemd would have had to kill, or would have told so.
+    server.mark()
+    assert "SIGKILL" not in server.transcript(since)
 
 
 def test_a_drain_that_takes_longer_than_the_stop_may_asks_for_its_time(server: Machine) -> None:
