@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
-from unittest.mock import patch
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
@@ -26,7 +24,7 @@ PAGES = (
 
 
 def main(folder: Path) -> None:
-    daemon, submit = parser_of(cli.main), parser_of(cli.submit_main)
+    daemon, submit = cli.parser(), cli.submit_parser()
     docs, units = CHECKOUT / "docs", CHECKOUT / "packaging/systemd"
     for page, about, body in (
         ("workerd.8", "a worker daemon for RabbitMQ", of_commands(daemon)),
@@ -61,23 +59,6 @@ def main(folder: Path) -> None:
         ):
             (folder / shell).mkdir(exist_ok=True)
             (folder / shell / name).write_text(completion(parser, script))
-
-
-def parser_of(command: Callable[[], NoReturn]) -> argparse.ArgumentParser:
-    """What a command would parse its arguments with."""
-
-    class Made(Exception):
-        pass
-
-    def stop(parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        raise Made(parser)
-
-    with patch.object(argparse.ArgumentParser, "parse_args", stop):
-        try:
-            command()
-        except Made as made:
-            parser: argparse.ArgumentParser = made.args[0]
-            return parser
 
 
 def framed(page: str, about: str, body: Iterable[str]) -> Iterator[str]:

@@ -40,6 +40,15 @@ def test_a_good_command_has_no_problems(script: Path) -> None:
     )
 
 
+def test_a_password_file_that_is_not_there_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    broker = Broker(password_file=file)
+    (problem,) = check(Settings(broker=broker), PATH)
+    assert problem.startswith(f"broker.password_file: {file}: No such file or directory; ")
+    file.write_text("secret")
+    assert check(Settings(broker=broker), PATH) == []
+
+
 def test_a_missing_program_is_found(script: Path) -> None:
     assert problems(command("no-such-program")) == [
         'handlers.x.command: "no-such-program" is not a program in PATH'

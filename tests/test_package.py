@@ -12,15 +12,10 @@ import pytest
 import tomli
 
 import workerd
-from tests.harness.processes import MissingTool
+from tests.harness.processes import need
 from tests.harness.trixie import CHECKOUT
 
 PACKAGING = CHECKOUT / "packaging"
-
-
-def need(tool: str) -> None:
-    if shutil.which(tool) is None:
-        raise MissingTool(f"{tool} is not installed")
 
 
 def contents(package: Path) -> dict[str, str]:

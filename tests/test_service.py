@@ -128,6 +128,21 @@ def test_the_watchdog_is_fed_at_a_third_of_its_patience(broker: Broker, daemon: 
     assert 0.25 < (last - first) / 5 < 0.6
 
 
+def test_a_status_that_systemd_had_no_room_for_is_told_with_the_next_beat(
+    broker: Broker, daemon: Start
+) -> None:
+    worker = daemon(config(broker.url, ["true"]), env={"WATCHDOG_USEC": "900000"})
+    worker.wait_ready()
+
+    def tellings() -> int:
+        texts = [text for _, text in worker.notifications if text.startswith("STATUS=")]
+        return texts.count(texts[-1]) if texts else 0
+
+    # Nothing changes, and yet it is told.
+    until(lambda: tellings() >= 3, "the same status three times")
+    assert all(text for _, text in worker.notifications)
+
+
 def test_the_watchdog_of_another_process_is_not_fed(broker: Broker, daemon: Start) -> None:
     environment = {"WATCHDOG_USEC": "900000", "WATCHDOG_PID": "1"}
     worker = daemon(config(broker.url, ["true"]), env=environment)

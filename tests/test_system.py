@@ -160,6 +160,23 @@ def test_a_frozen_daemon_is_restarted_and_loses_nothing(server: Machine) -> None
     assert left(server) == 0
 
 
+def test_a_daemon_that_stood_still_for_a_moment_goes_on(server: Machine) -> None:
+    start(server, "1")
+    job = server.submit("hold")
+    server.wait("start", job_id=job)
+    freeze = "systemctl kill --kill-who=main --signal={} workerd@1".format
+    server.sh(freeze("STOP"))
+    # The local socket would wait for the daemon.
+    meanwhile = server.submit("say", "--direct")
+    assert not server.find("start", job_id=meanwhile)
+    server.sh(freeze("CONT"))
+    server.wait("done", job_id=meanwhile)
+    server.write("/srv/go", "")
+    server.wait("done", job_id=job)
+    assert starts(server, [job, meanwhile]) == [1, 1]
+    assert server.show("workerd@1", "NRestarts") == "0"
+
+
 def test_a_killed_daemon_takes_its_jobs_with_it_and_comes_back(server: Machine) -> None:
     start(server, "1")
     job = server.submit("hold")
@@ -200,6 +217,9 @@ def test_a_stop_lets_a_running_job_end(server: Machine) -> None:
     until(lambda: server.show("workerd@1", "ActiveState") == "inactive", "stopped")
     assert server.show("workerd@1", "Result") == "success"
     assert left(server) == 0
+    # Nothing was there that systemd would have had to kill, or would have told so.
+    server.mark()
+    assert "SIGKILL" not in server.transcript(since)
 
 
 def test_a_drain_that_takes_longer_than_the_stop_may_asks_for_its_time(server: Machine) -> None:
@@ -216,6 +236,39 @@ def test_a_drain_that_takes_longer_than_the_stop_may_asks_for_its_time(server: M
     server.write("/srv/go", "")
     start(server, "2")
     server.wait("done", job_id=job)
+
+
+@pytest.mark.parametrize("signal", ["TERM", "INT", "QUIT"])
+def test_a_second_signal_cuts_a_stop_short(server: Machine, signal: str) -> None:
+    server.configure('[worker]\ndrain_timeout = "1h"\n', instance="1")
+    start(server, "1")
+    job = server.submit("hold")
+    server.wait("start", job_id=job)
+    since = server.mark()
+    server.run("systemctl", "stop", "--no-block", "workerd@1")
+    server.wait("draining", since)
+    server.run("systemctl", "kill", "--kill-who=main", f"--signal={signal}", "workerd@1")
+    server.wait("interrupted", since, job_id=job)
+    until(lambda: server.show("workerd@1", "ActiveState") == "inactive", "stopped")
+    assert server.show("workerd@1", "Result") == "success"
+    server.write("/srv/go", "")
+    start(server, "2")
+    server.wait("done", job_id=job)
+    assert left(server) == 0
+
+
+def test_a_stranger_who_ends_the_daemon_costs_no_job_and_it_comes_back(server: Machine) -> None:
+    start(server, "1")
+    job = server.submit("hold")
+    server.wait("start", job_id=job)
+    since = server.mark()
+    server.run("systemctl", "kill", "--kill-who=main", "--signal=INT", "workerd@1")
+    server.wait("draining", since)
+    server.write("/srv/go", "")
+    server.wait("done", job_id=job)
+    server.wait("consuming", since)
+    assert starts(server, [job]) == [1]
+    assert server.show("workerd@1", "NRestarts") == "1"
 
 
 def test_a_busy_instance_is_logged_without_a_gap(server: Machine) -> None:
@@ -264,6 +317,60 @@ def test_a_journal_that_is_frozen_and_restarted_holds_up_nothing(server: Machine
     assert server.show("workerd@1", "NRestarts") == "0"
 
 
+def test_a_journal_that_is_away_holds_up_nothing(server: Machine) -> None:
+    start(server, "1")
+    journal = "systemd-journald.service systemd-journald.socket systemd-journald-dev-log.socket"
+    server.sh(f"systemctl stop {journal} systemd-journald-audit.socket 2>/dev/null")
+    assert not (server.root / "run/systemd/journal/socket").exists()
+    server.submit("say")
+    until(lambda: server.depth("default") == 0, "the job was taken")
+    status = "consuming default: 0/4 running, 1 done, 0 failed; localhost"
+    until(lambda: server.show("workerd@1", "StatusText") == status, "it is done")
+    server.sh(f"systemctl start {journal}")
+    server.wait("done", job_id=server.submit("say"))
+    assert server.show("workerd@1", "NRestarts") == "0"
+
+
+# A sender may have so much under way and no more; it takes several to fill the queue.
+FILL = """
+import contextlib, itertools, socket
+for sender in itertools.count():
+    notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    notify.setblocking(False)
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while notify.sendto(b"X_NOTHING=1", "/run/systemd/notify"):
+            sent += 1
+    if not sent:
+        break
+"""
+
+
+def test_a_systemd_that_reads_no_notification_holds_up_nothing(server: Machine) -> None:
+    # So that what is lost comes again within 10 s.
+    server.drop_in("workerd@1.service", "[Service]\nWatchdogSec=30s\n")
+    start(server, "1")
+    with server.frozen_init():
+        server.run("python3", "-c", FILL)
+        # Longer than the status line takes to be renewed.
+        for _ in range(2):
+            server.wait("done", job_id=server.submit("sleep", "1.5"))
+    status = "consuming default: 0/4 running, 2 done, 0 failed; localhost"
+    until(lambda: server.show("workerd@1", "StatusText") == status, "it is told again")
+    assert server.show("workerd@1", "NRestarts") == "0"
+
+
+def test_a_service_that_is_not_to_notify_works_as_well(server: Machine) -> None:
+    without = "[Service]\nType=exec\nNotifyAccess=none\nWatchdogSec=0\n"
+    server.drop_in("workerd@1.service", without)
+    start(server, "1")
+    server.wait("done", job_id=server.submit("say"))
+    pid = server.show("workerd@1", "MainPID")
+    assert "NOTIFY_SOCKET" not in server.sh(f"tr '\\0' '\\n' < /proc/{pid}/environ")
+    server.run("systemctl", "stop", "workerd@1")
+    assert server.show("workerd@1", "Result") == "success"
+
+
 LEAST = """
 [broker]
 urls = ["amqp://worker@localhost/jobs"]
@@ -279,6 +386,13 @@ def test_users_of_the_broker_need_no_more_than_the_documentation_gives_them(
     server.sh(commands)
     assert server.sh("stat --format '%U:%G %a' /etc/workerd/password") == "root:workerd 640"
     server.configure(HANDLERS + LEAST)
+    # Root could read it, but it is not root who will.
+    server.run("chmod", "600", "/etc/workerd/password")
+    checked = server.run("workerd", "check", check=False)
+    assert checked.returncode == 78
+    assert "/etc/workerd/password: Permission denied; workerd has to read it" in checked.stderr
+    server.run("chmod", "640", "/etc/workerd/password")
+    server.run("workerd", "check")
     start(server, "1")
     by_url = ("submit", "--url", "@/etc/workerd/submit-url", "say")
     server.wait("done", job_id=server.run(*by_url, user="alice").stdout.strip())
@@ -296,21 +410,42 @@ SANDBOXED = """
 command = ["/srv/app/venv/bin/python", "app.py"]
 working_directory = "/srv/app"
 
+[handlers.function]
+python = "app:function"
+interpreter = "/srv/app/venv/bin/python"
+working_directory = "/srv/app"
+
 [handlers.stray]
 command = ["touch", "/srv/app/here"]
 """
-# What programs do: write where they may, connect, copy with owner and time, be nice.
+# What programs do: write where they may, talk to a server by its name, compile into memory (Node,
+# Java), share work among processes, copy with owner and time, be nice, give up rights (ping).
 APP = """
-import os, pathlib, socket, subprocess, sys
-assert sys.prefix == "/srv/app/venv"
-pathlib.Path("/srv/photos/one").write_text("1")
-socket.create_connection(("localhost", 5672)).close()
-subprocess.run('''
-cp -p /srv/photos/one /tmp/two
-nice -n 5 tar -C /tmp -cf /tmp/t two
-tar -C /srv/photos -xpf /tmp/t
-''', shell=True, check=True)
-os.sched_setaffinity(0, os.sched_getaffinity(0))
+import http.server, mmap, multiprocessing, os, pathlib, subprocess, sys, threading, urllib.request
+
+def function(job):
+    assert sys.prefix == "/srv/app/venv"
+    pathlib.Path("/srv/photos/three").write_bytes(job.body)
+
+if __name__ == "__main__":
+    assert sys.prefix == "/srv/app/venv"
+    pathlib.Path("/srv/photos/one").write_text("1")
+
+    server = http.server.HTTPServer(("", 0), http.server.SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    urllib.request.urlopen(f"http://debian:{server.server_port}/app.py")
+
+    mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    with multiprocessing.Pool(2) as pool:
+        assert pool.map(abs, [-1, 1]) == [1, 1]
+    subprocess.run('''
+        cp -p /srv/photos/one /tmp/two
+        nice -n 5 tar -C /tmp -cf /tmp/t two
+        tar -C /srv/photos -xpf /tmp/t
+        setpriv --inh-caps=-all true
+    ''', shell=True, check=True)
+    os.sched_setaffinity(0, os.sched_getaffinity(0))
+    os.setuid(os.getuid())
 """
 
 
@@ -323,8 +458,11 @@ def test_ordinary_programs_work_in_the_sandbox(server: Machine) -> None:
     server.configure(SANDBOXED)
     server.drop_in("workerd@1.service", "[Service]\nReadWritePaths=/srv/photos\n")
     start(server, "1")
-    job, stray = server.submit("app"), server.submit("stray")
-    server.wait("done", job_id=job)
+    jobs = [server.submit(handler, "3") for handler in ("app", "function")]
+    stray = server.submit("stray")
+    for job in jobs:
+        server.wait("done", job_id=job)
     assert server.sh("stat --format '%U %a' /srv/photos/two") == "workerd 640"
+    assert server.sh("cat /srv/photos/three") == "3"
     failed = server.wait("failed", job_id=stray)
     assert "Read-only file system" in failed["WORKERD_ERROR"]

@@ -1,5 +1,7 @@
 """Placeholders in the arguments of commands."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +51,12 @@ def test_an_unknown_placeholder_is_refused(text: str) -> None:
 def test_a_misspelt_placeholder_is_put_right() -> None:
     with pytest.raises(ValueError, match=r'did you mean "\{attempt\}"'):
         Template.parse("{atempt}")
+
+
+@pytest.mark.parametrize("text", ["{}", "{$1}", "{Worker,isMainThread}", "{eval:true}"])
+def test_braces_of_another_language_are_told_how_they_are_written(text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f'write "{{{text}}}"')):
+        Template.parse(text)
 
 
 @given(st.text("{}abody.", max_size=20) | st.text(max_size=20))

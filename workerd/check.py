@@ -35,6 +35,7 @@ def check(settings: Settings, environ: Environ = os.environ) -> list[str]:
     if operators is not None and not _group_exists(operators):
         where = settings.where("control", "operators")
         problems.append(f"{where}: there is no group {toml(operators)}: groupadd {operators}")
+    problems += _unreadable_password(settings)
     problems += [
         _outlasts_the_broker(settings, handler)
         for handler in settings.handlers.values()
@@ -93,6 +94,20 @@ def drop_to_service_user() -> None:
     # Root's home and directory are closed to it; a service starts in "/".
     os.environ["HOME"] = account.pw_dir
     os.chdir("/")
+
+
+def _unreadable_password(settings: Settings) -> Iterator[str]:
+    file = settings.broker.password_file
+    account = service_account()
+    if file is None or (account is not None and account.pw_uid != os.geteuid()):
+        # None of the business of those who only submit.
+        return
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        name = account.pw_name if account else "whoever runs the daemon"
+        why = f"{error.strerror}; {name} has to read it"
+        yield f"{settings.where('broker', 'password_file')}: {file}: {why}"
 
 
 def _check_handler(settings: Settings, handler: Handler, environ: Environ) -> Iterator[str]:

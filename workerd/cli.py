@@ -92,6 +92,16 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `workerd`; ends the process."""
+    _end(_carry_out(parser().parse_args(arguments)))
+
+
+def submit_main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The command `submit`: exactly `workerd submit`."""
+    _end(_carry_out(submit_parser().parse_args(arguments)))
+
+
+def parser() -> argparse.ArgumentParser:
+    """What `workerd` understands: its options and commands, with their help."""
     # `submit` need not wait for these.
     from workerd import (
         logs_command,
@@ -103,13 +113,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     from workerd.dead_command import add_dead
     from workerd.run_once_command import add_run_once
 
-    parser = _Parser(
+    top = _Parser(
         prog="workerd",
         description="A worker daemon for RabbitMQ: runs a command for each message of its queues.",
         epilog=MAIN_EPILOG,
     )
-    parser.add_argument("--version", action="version", version=f"workerd {__version__}")
-    commands = parser.add_subparsers(
+    top.add_argument("--version", action="version", version=f"workerd {__version__}")
+    commands = top.add_subparsers(
         title="commands", dest="command", required=True, metavar="COMMAND"
     )
     _add_run(commands.add_parser("run", help="run the daemon"))
@@ -138,14 +148,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     steer_command.add_pause(commands.add_parser("pause", help="take no more work"))
     steer_command.add_resume(commands.add_parser("resume", help="take work again"))
     _add_setup(commands.add_parser("setup", help="declare all queues, as an administrator"))
-    _end(_carry_out(parser.parse_args(arguments)))
+    return top
 
 
-def submit_main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """The command `submit`: exactly `workerd submit`."""
-    parser = _Parser(prog="submit")
-    add_submit(parser, _add_common, _seconds)
-    _end(_carry_out(parser.parse_args(arguments)))
+def submit_parser() -> argparse.ArgumentParser:
+    """What `submit` understands."""
+    submit = _Parser(prog="submit")
+    add_submit(submit, _add_common, _seconds)
+    return submit
 
 
 def _carry_out(args: argparse.Namespace) -> int:

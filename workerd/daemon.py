@@ -75,6 +75,8 @@ def run(
         log.error("bug", traceback=traceback.format_exc())
         _leave_word(instance, f"a bug, see the log: {traceback.format_exc(0).strip()}", ours=True)
         _exit(EX_SOFTWARE, pidfile)
+    # Or systemd would kill it, and say so in the log of every stop.
+    guardian.close()
     _exit(status, pidfile)
 
 

@@ -29,6 +29,7 @@ class Systemd:
         socket: Any = self._notifier.socket
         if socket is not None:
             socket.setblocking(False)
+        self._status = ""
 
     def ready(self) -> None:
         self._notifier.notify("READY=1")
@@ -38,7 +39,8 @@ class Systemd:
 
     def status(self, text: str) -> None:
         line = log.safe(text).encode("ascii", "replace").decode()
-        self._notifier.notify(f"STATUS={line[:1000]}")
+        self._status = f"STATUS={line[:1000]}"
+        self._notifier.notify(self._status)
 
     def reloading(self) -> None:
         """A reload begins; `ready` ends it, whether it succeeded or not."""
@@ -56,6 +58,9 @@ class Systemd:
             return
         while True:
             self._notifier.notify("WATCHDOG=1")
+            if self._status:
+                # Once more, in case that systemd had no room for it.
+                self._notifier.notify(self._status)
             await asyncio.sleep(limit / 3)
 
 

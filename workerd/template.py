@@ -68,5 +68,10 @@ def _placeholder(text: str) -> Placeholder:
     if dot and name and prefix in _KEYED:
         return Placeholder(_KEYED[prefix], name)
     written = "{" + text + "}"
-    hint = did_you_mean(written, _KNOWN[: len(_PLAIN)]) or f": expected one of {' '.join(_KNOWN)}"
+    if not text.replace(".", "").replace("-", "").isidentifier():
+        # What xargs, JavaScript or JSON would write.
+        hint = f': if it is meant literally, write "{{{written}}}"'
+    else:
+        known = f": expected one of {' '.join(_KNOWN)}"
+        hint = did_you_mean(written, _KNOWN[: len(_PLAIN)]) or known
     raise ValueError(f"unknown placeholder {toml(written)}{hint}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -19,6 +20,12 @@ _started: dict[int, subprocess.Popen[bytes]] = {}
 
 class MissingTool(Exception):
     """This machine cannot run a test: skipped on a laptop, a failure in CI."""
+
+
+def need(tool: str) -> None:
+    """Raises MissingTool if there is no such command."""
+    if shutil.which(tool) is None:
+        raise MissingTool(f"{tool} is not installed")
 
 
 def spawn(

@@ -6,6 +6,7 @@ that this machine's apt uses. A container has no network but its own loopback. N
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -14,10 +15,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from . import processes
@@ -104,8 +106,7 @@ class Machine:
     def __init__(self, folder: Path, release: str) -> None:
         """Unpack and boot it. Raises MissingTool."""
         for tool in ("systemd-nspawn", "nsenter"):
-            if shutil.which(tool) is None:
-                raise MissingTool(f"{tool} is not installed")
+            processes.need(tool)
         if os.geteuid() != 0:
             raise MissingTool("booting a Debian needs root")
         if not image(release).exists():
@@ -223,6 +224,16 @@ class Machine:
     def show(self, unit: str, prop: str) -> str:
         """A property of a unit."""
         return self.sh(f"systemctl show --property={prop} --value {shlex.quote(unit)}")
+
+    @contextlib.contextmanager
+    def frozen_init(self) -> Iterator[None]:
+        """Its systemd does nothing meanwhile; other processes go on."""
+        # From outside its process namespace, or the signal would be ignored.
+        os.kill(self._init, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self._init, signal.SIGCONT)
 
     # workerd
 

@@ -55,9 +55,12 @@ class Guardian:
             os.write(self._pipe, _ENTRY.pack(entry))
 
     def close(self) -> None:
-        """Dismiss it: no job runs any more."""
+        """Dismiss it: no job runs any more. One that is stopped is not waited for."""
         os.close(self._pipe)
-        os.waitpid(self.pid, 0)
+        with contextlib.suppress(ProcessLookupError):
+            leaving = select.poll()
+            leaving.register(os.pidfd_open(self.pid), select.POLLIN)
+            leaving.poll(LAST_MILLISECONDS)
 
 
 def _watch(pipe: int) -> None:
