@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
 from workerd import log
@@ -31,7 +30,7 @@ class Drain:
         self.wanted = asyncio.Event()
         #: A second signal has come: running jobs get no more time.
         self._hurry = asyncio.Event()
-        #: Done when running jobs must end.
+        #: Done when running jobs must end; they are told one by one.
         self.interrupt: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._deadline = 0.0
 
@@ -55,6 +54,8 @@ class Drain:
         await self._before_deadline(self._runs_end())
         # The late ones get SIGTERM, their grace, SIGKILL, and go back unharmed.
         self.interrupt.set_result(None)
+        for progress in worker.progress.values():
+            progress.end()
         handlers = worker.settings.handlers.values()
         grace = max((handler.kill_grace for handler in handlers), default=0.0)
         await first(self._runs_end(), timeout=grace + KILL_TIMEOUT)
@@ -147,20 +148,6 @@ class Drain:
     @property
     def seconds_left(self) -> float:
         return max(0.0, self._deadline - asyncio.get_running_loop().time())
-
-    @contextlib.contextmanager
-    def interrupting(self, stop: asyncio.Future[None]) -> Iterator[None]:
-        """Meanwhile, ``stop`` is done as soon as running jobs must end."""
-
-        def interrupt(_interrupt: object) -> None:
-            if not stop.done():
-                stop.set_result(None)
-
-        self.interrupt.add_done_callback(interrupt)
-        try:
-            yield
-        finally:
-            self.interrupt.remove_done_callback(interrupt)
 
     async def interrupted(self) -> None:
         """Wait until running jobs must end."""

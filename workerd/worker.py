@@ -113,6 +113,7 @@ class Progress:
     cancelled: bool = False
 
     def end(self) -> None:
+        """Let the handler end the job, with its grace."""
         if not self.stop.done():
             self.stop.set_result(None)
 
@@ -205,8 +206,9 @@ class Worker:
         with log.job_fields(job_id=job.id, job_type=job.type, queue=job.queue, attempt=job.attempt):
             progress = Progress(asyncio.get_running_loop().create_future())
             self.progress[run] = progress
-            with self.drain.interrupting(progress.stop):
-                report = await self._execute(run, progress)
+            if self.drain.interrupt.done():
+                progress.end()
+            report = await self._execute(run, progress)
             del self.progress[run]
             self.figures.ended(job, progress.began, time.monotonic())
             self.ledger.ended(run)
