@@ -27,8 +27,9 @@ below them:
     outbox      copies that the broker must take: next attempts, dead letters
     control     the local socket, which holds up no job; answers: what is said on it
     submissions jobs that come over it
-    readings    what it says of itself in numbers; depths: what waits at the broker
+    readings    what it says of itself in numbers
     cancellations    jobs that are refused when they come
+    handling    what the worker and its handlers agree on
     admission   whether a job may start; pauses: handlers that cannot run; pressure: of memory
     publisher   confirmed publishing, on a connection of its own
     journal     the ledger's memory on disk, and those of the other instances; history: reading it

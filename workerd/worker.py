@@ -7,9 +7,8 @@ import contextlib
 import functools
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from workerd import job as jobs
 from workerd import log
@@ -21,6 +20,7 @@ from workerd.copies import Place
 from workerd.drain import Drain
 from workerd.errors import Trouble
 from workerd.figures import Figures
+from workerd.handling import Progress, Register
 from workerd.job import BadJob, Delivery, Job, Outcome, Report, submitter
 from workerd.ledger import Ledger, Rejoined, Run, Settle
 from workerd.memory import Memory
@@ -39,83 +39,6 @@ LOOK_INTERVAL = 0.1
 #: A message that has come back so often is published anew where the broker might drop it at
 #: its 21st return.
 WORN = 10
-
-
-class Started(Protocol):
-    """Told that a job has begun, and in which process, where it has one of its own."""
-
-    def __call__(self, pid: int | None = None) -> None: ...
-
-
-class MayBegin(Protocol):
-    """Says whether a job may begin now, or ``behind`` another: once that one has ended."""
-
-    def __call__(self, behind: bool) -> bool: ...
-
-
-class Handler(Protocol):
-    """What runs jobs of one type."""
-
-    #: Whether each job begins at once; elsewhere it may have to wait for a free process.
-    immediate: bool
-
-    @property
-    def capacity(self) -> int:
-        """For how many jobs it has room, slots or not; 0: it needs no more than have slots."""
-
-    async def run(
-        self,
-        job: Job,
-        stop: asyncio.Future[None],
-        started: Started,
-        may_begin: MayBegin,
-        /,
-    ) -> Report:
-        """Run the job; when ``stop`` is done, interrupt it.
-
-        ``started`` is called when it has really begun. Raises BadJob before, when it never can.
-        One that is not ``immediate`` begins only what ``may_begin``; see `Ledger.may_begin`.
-        """
-
-
-class Register(Protocol):
-    """What makes the handlers of a configuration, and ends them."""
-
-    def of(self, settings: Settings) -> Mapping[str, Handler]:
-        """The handlers of these settings, by name; those of earlier ones finish what they have."""
-
-    def hand_out(self) -> None:
-        """Jobs may begin that could not before."""
-
-    def recall(self) -> None:
-        """Jobs may not begin that could before."""
-
-    def hold(self) -> None:
-        """No job begins any more; those that wait for a process go on waiting."""
-
-    def drain(self) -> None:
-        """The jobs that wait for a process are interrupted; processes without a job leave."""
-
-    async def close(self) -> None:
-        """Wait until every process is gone, once no job runs any more."""
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a run is. ``began`` is an instant of the monotonic clock, None before the start.
-
-    When ``stop`` is done, the handler ends the job. ``pid`` is that of its process.
-    """
-
-    stop: asyncio.Future[None]
-    began: float | None = None
-    pid: int | None = None
-    cancelled: bool = False
-
-    def end(self) -> None:
-        """Let the handler end the job, with its grace."""
-        if not self.stop.done():
-            self.stop.set_result(None)
 
 
 class Worker:
@@ -229,7 +152,7 @@ class Worker:
         began = time.monotonic()
         has_started = False
 
-        def started(pid: int | None = None) -> None:
+        def started(pid: int) -> None:
             nonlocal has_started
             has_started = True
             self.ledger.begins(run)

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from workerd import log
 from workerd.handlers import wishes
@@ -15,6 +15,7 @@ from workerd.handlers.guardian import Guardian
 from workerd.handlers.output import Output
 from workerd.handlers.process import Process, signal_name
 from workerd.handlers.program import Program
+from workerd.handling import Started
 from workerd.job import BadJob, Job, Outcome, Report
 from workerd.retry import limit
 from workerd.settings import Handler
@@ -45,7 +46,7 @@ class CommandHandler:
         self,
         job: Job,
         stop: asyncio.Future[None],
-        started: Callable[[int], None],
+        started: Started,
         _may_begin: object = None,
     ) -> Report:
         """Run the job in a process of its own until that ends, times out, or ``stop`` is done.
@@ -62,7 +63,7 @@ class CommandHandler:
             os.close(report)
 
     async def _run(
-        self, job: Job, stop: asyncio.Future[None], started: Callable[[int], None], report: int
+        self, job: Job, stop: asyncio.Future[None], started: Started, report: int
     ) -> Report:
         settings = self._settings
         stdout = Output("stdout", "info", self._output_lines, settings.output_limit)

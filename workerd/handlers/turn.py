@@ -6,11 +6,12 @@ import asyncio
 import contextvars
 import itertools
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from workerd import log
 from workerd.handlers.output import Output, Records
 from workerd.handlers.protocol import Record
+from workerd.handling import MayBegin, Started
 from workerd.job import Job, Report
 
 if TYPE_CHECKING:
@@ -20,18 +21,6 @@ if TYPE_CHECKING:
 ERROR_LIMIT = 8192
 
 _arrivals = itertools.count()
-
-
-class Started(Protocol):
-    """Told that a job has begun, and in which process."""
-
-    def __call__(self, pid: int) -> None: ...
-
-
-class MayBegin(Protocol):
-    """Says whether a job may begin now, or ``behind`` another: once that one has ended."""
-
-    def __call__(self, behind: bool) -> bool: ...
 
 
 class Turn:

@@ -14,7 +14,8 @@ from workerd import log
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.program import Program
 from workerd.handlers.runner import Runner
-from workerd.handlers.turn import MayBegin, Started, Turn
+from workerd.handlers.turn import Turn
+from workerd.handling import MayBegin, Started
 from workerd.job import Job, Outcome, Report
 from workerd.options import Handler
 from workerd.retry import backoff

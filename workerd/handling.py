@@ -1,0 +1,88 @@
+"""What the worker and its handlers agree on: how a job is run, and who says what about it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from workerd.job import Job, Report
+from workerd.options import Settings
+
+
+class Started(Protocol):
+    """Told that a job has begun, and in which process."""
+
+    def __call__(self, pid: int, /) -> None: ...
+
+
+class MayBegin(Protocol):
+    """Says whether a job may begin now, or ``behind`` another: once that one has ended."""
+
+    def __call__(self, behind: bool) -> bool: ...
+
+
+class Handler(Protocol):
+    """What runs jobs of one type."""
+
+    #: Whether each job begins at once; elsewhere it may have to wait for a free process.
+    immediate: bool
+
+    @property
+    def capacity(self) -> int:
+        """For how many jobs it has room, slots or not; 0: it needs no more than have slots."""
+
+    async def run(
+        self,
+        job: Job,
+        stop: asyncio.Future[None],
+        started: Started,
+        may_begin: MayBegin,
+        /,
+    ) -> Report:
+        """Run the job; when ``stop`` is done, interrupt it.
+
+        ``started`` is called when it has really begun. Raises BadJob before, when it never can.
+        One that is not ``immediate`` begins only what ``may_begin``; see `Ledger.may_begin`.
+        """
+
+
+class Register(Protocol):
+    """What makes the handlers of a configuration, and ends them."""
+
+    def of(self, settings: Settings) -> Mapping[str, Handler]:
+        """The handlers of these settings, by name; those of earlier ones finish what they have."""
+
+    def hand_out(self) -> None:
+        """Jobs may begin that could not before."""
+
+    def recall(self) -> None:
+        """Jobs may not begin that could before."""
+
+    def hold(self) -> None:
+        """No job begins any more; those that wait for a process go on waiting."""
+
+    def drain(self) -> None:
+        """The jobs that wait for a process are interrupted; processes without a job leave."""
+
+    async def close(self) -> None:
+        """Wait until every process is gone, once no job runs any more."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is. ``began`` is an instant of the monotonic clock, None before the start.
+
+    When ``stop`` is done, the handler ends the job. ``pid`` is that of its process.
+    """
+
+    stop: asyncio.Future[None]
+    began: float | None = None
+    pid: int | None = None
+    cancelled: bool = False
+
+    def end(self) -> None:
+        """Let the handler end the job, with its grace."""
+        if not self.stop.done():
+            self.stop.set_result(None)
