@@ -156,7 +156,7 @@ def test_jobs_in_a_pipe_go_to_a_process_that_has_nothing_to_do(tmp_path: Path) -
         async with pool(python(tmp_path, EVAL, processes=1), depth=8) as warm:
             first, *others = await ahead(warm, events, tmp_path / "gate")
             object.__setattr__(warm.settings, "processes", 2)
-            warm._spawn()
+            warm.hand_out()
             for task in others:
                 assert (await task).outcome is Outcome.DONE
             assert not first.done()
@@ -169,6 +169,34 @@ def test_jobs_in_a_pipe_go_to_a_process_that_has_nothing_to_do(tmp_path: Path) -
 
     with logged() as events:
         in_loop(scenario())
+
+
+def test_another_process_starts_for_a_job_that_lies_in_a_pipe(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with pool(python(tmp_path, EVAL, processes=2), depth=8) as warm:
+            await learn(warm)  # one by one, so there is one process
+            assert warm.processes == 1
+            stop = asyncio.get_running_loop().create_future()
+            long = warm.soon(named("long", b"time.sleep(600)"), stop)
+            await told(events, "begun", job_id="long")
+            assert (await warm.do(named("short", b"0"))).outcome is Outcome.DONE
+            assert not long.done()
+            stop.set_result(None)
+            await long
+
+    with logged() as events:
+        in_loop(scenario())
+
+
+def test_as_many_processes_start_as_there_are_jobs_even_if_one_could_have_them_all() -> None:
+    async def scenario() -> None:
+        script = 'ready; while next; do answer "$body"; done'
+        async with pool(sh(script, processes=3), depth=8) as warm:
+            await warm.do(job())
+            await asyncio.gather(*(warm.do(job()) for _ in range(6)))
+            assert warm.processes == 3
+
+    in_loop(scenario())
 
 
 def test_a_long_job_is_a_reason_to_put_no_other_behind_it(tmp_path: Path) -> None:

@@ -13,14 +13,22 @@ import random
 import re
 import shutil
 import signal
+import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.harness.amqp import Client
+from tests.harness.broker import Broker
+from tests.harness.daemon import Daemon
 from tests.harness.processes import MissingTool
+from tests.harness.tables import toml
 from tests.harness.trixie import CHECKOUT
-from tests.harness.waiting import SEEDS
+from tests.harness.waiting import SEEDS, TIMEOUT
 from tests.pools import Warm, in_loop, job, logged, pool, python
 from workerd.handlers import warm as module
 from workerd.job import ATTEMPT, Outcome
@@ -31,25 +39,27 @@ JOBS = 1_000 if SEEDS <= 2 else 10_000
 pytestmark = pytest.mark.campaign
 
 
-def in_python(folder: Path) -> Handler:
+def in_python(folder: Path, seconds: float = 0.0) -> Handler:
     code = f"""
-    import os
+    import os, time
     journal = os.open({str(folder / "journal")!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     def f(job):
         os.write(journal, f"{{job.id}} {{job.attempt}}\\n".encode())
+        time.sleep({seconds})
         return job.id
     """
     return python(folder, code, processes=4, recycle_after=200)
 
 
-def in_javascript(folder: Path) -> Handler:
+def in_javascript(folder: Path, seconds: float = 0.0) -> Handler:
     if shutil.which("node") is None:
         raise MissingTool("no node is installed")
     text = (CHECKOUT / "docs" / "protocol.md").read_text()
     (code,) = re.findall(r"```javascript\n(.*?)```", text, re.DOTALL)
     handle = (
-        "async (job, body) => "
-        f'(fs.appendFileSync("{folder}/journal", `${{job.id}} ${{job.attempt}}\\n`), job.id);'
+        f'async (job) => {{ fs.appendFileSync("{folder}/journal", '
+        "`${job.id} ${job.attempt}\\n`);"
+        f" await new Promise((wake) => setTimeout(wake, {1000 * seconds})); return job.id; }};"
     )
     was = "async (job, body) => body.toString().toUpperCase();"
     assert was in code
@@ -123,3 +133,68 @@ def test_a_killed_process_costs_its_job_one_attempt_and_no_job_is_lost_or_done_t
     assert 0 < sum(crashes.values()) <= kills
     assert all(last[name] <= 1 + crashes[name] for name in last)
     assert not [event for event in events if "broke" in str(event.get("error"))]
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("make", [in_python, in_javascript])
+def test_under_a_daemon_each_attempt_that_a_kill_has_cost_is_followed_by_the_next(
+    make: Callable[..., Handler],
+    seed: int,
+    broker: Broker,
+    client: Client,
+    daemon: Callable[..., Daemon],
+    tmp_path: Path,
+) -> None:
+    handler = make(tmp_path, seconds=0.01)
+    program: dict[str, Any] = {"python": handler.python, "interpreter": str(handler.interpreter)}
+    if handler.stream:
+        program = {"stream": list(handler.stream)}
+    worker = daemon(
+        toml(
+            {
+                "broker": {"urls": [broker.url]},
+                "log": {"level": "debug", "format": "json"},
+                "queues.default": {"concurrency": 4, "prefetch": 64, "default_handler": "job"},
+                "handlers.job": {
+                    **program,
+                    "working_directory": str(tmp_path),
+                    "processes": 4,
+                    "retry": {"attempts": 25, "delay": "1s", "multiplier": 1.0},
+                },
+            }
+        )
+    )
+    worker.wait_event("consuming", queue="default.due")
+    chance = random.Random(seed)
+    names = [f"job-{number}" for number in range(JOBS)]
+    publisher = threading.Thread(target=_publish, args=(broker.url, names))
+    publisher.start()
+    kills = 0
+    while publisher.is_alive() or broker.queues()["default"].ready:
+        # One that is killed before it is ready costs nobody anything, and pauses the handler.
+        ready = {each["child"] for each in worker.events("child ready")}
+        pids = [pid for pid in worker.children() if pid in ready]
+        if len(pids) > 1:
+            kills += 1
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(chance.choice(pids), signal.SIGKILL)
+        time.sleep(chance.uniform(0.01, 0.1))
+    publisher.join()
+    worker.wait_event("done", count=JOBS, timeout=4 * TIMEOUT)
+    failed = worker.events("failed")
+    print(f"{kills} kills, {len(failed)} failed attempts of {JOBS} jobs")
+    assert {(each["reason"], each["signal"]) for each in failed} == {("crashed", "SIGKILL")}
+    assert len(failed) <= kills
+    # None is lost, none done twice, and each kill has cost its job one attempt.
+    attempts = Counter(each["job_id"] for each in failed)
+    done = {each["job_id"]: each["attempt"] for each in worker.events("done")}
+    assert done == {name: 1 + attempts[name] for name in names}
+    runs = Counter((tmp_path / "journal").read_text().splitlines())
+    assert set(runs.values()) == {1}
+    broker.await_depth("default")
+    assert not client.ready("default.dead")
+
+
+def _publish(url: str, names: list[str]) -> None:
+    with Client(url) as client:
+        client.publish_jobs("default", names)

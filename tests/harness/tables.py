@@ -45,9 +45,14 @@ def config(
         "log": {"level": "debug", "format": "json"},
         **tables,
     }
+    return toml(written)
+
+
+def toml(tables: Mapping[str, Table]) -> str:
+    """These tables, by name, as a configuration."""
     return "\n\n".join(
         "\n".join([f"[{name}]", *(f"{key} = {_value(value)}" for key, value in table.items())])
-        for name, table in written.items()
+        for name, table in tables.items()
     )
 
 

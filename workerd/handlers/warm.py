@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import os
 import sys
@@ -173,11 +174,15 @@ class WarmHandler:
             turn, runner = found
             self._waiting.remove(turn)
             runner.take(turn)
-        if self._waiting:
-            self._start_more([turn for turn in self._waiting if turn.may_begin(behind=False)])
+        if len(self._runners) < self.settings.processes:
+            self._start_more()
 
-    def _start_more(self, ready: list[Turn]) -> None:
+    def _start_more(self) -> None:
         """Start processes for jobs that could begin, or tell why there is none."""
+        behind = itertools.chain.from_iterable(
+            itertools.islice(runner.turns, 1, None) for runner in self._runners
+        )
+        ready = [turn for turn in (*self._waiting, *behind) if turn.may_begin(behind=False)]
         starting = sum(runner.state == "starting" for runner in self._runners)
         for _ in range(len(ready) - starting):
             if len(self._runners) >= self.settings.processes or not self._spawn():
