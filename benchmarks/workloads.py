@@ -332,16 +332,13 @@ def backlog(worker: Worker) -> Contender:
 
 
 #: Python jobs: as many processes for everybody, and what each of them needs to be quick.
-WORKERD = (
+WORKERD = tuple(
     crews.workerd_python(
-        "concurrency 2, prefetch 128", {"concurrency": 2, "prefetch": 128}, {"recycle_after": 0}
-    ),
-    crews.workerd_python(
-        "concurrency 128, prefetch 128", {"concurrency": 128, "prefetch": 128}, {"recycle_after": 0}
-    ),
-    crews.workerd_python(
-        "concurrency 128, prefetch 256", {"concurrency": 128, "prefetch": 256}, {"recycle_after": 0}
-    ),
+        f"concurrency 2, prefetch {prefetch}",
+        {"concurrency": 2, "prefetch": prefetch},
+        {"recycle_after": 0},
+    )
+    for prefetch in (64, 128, 256)
 )
 DRAMATIQ = (
     crews.dramatiq("8 threads, prefetch 16: its defaults", threads=8),
