@@ -386,6 +386,7 @@ class Broker:
             "HOME": folder,
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "ERL_EPMD_PORT": str(self._epmd_port),
+            "ERL_CRASH_DUMP": f"{folder}/erl_crash.dump",
             "RABBITMQ_NODENAME": f"test-{self._dist_port}@localhost",
             "RABBITMQ_DIST_PORT": str(self._dist_port),
             "RABBITMQ_CONF_ENV_FILE": "/dev/null",
