@@ -344,7 +344,7 @@ class Episode:
         closed = self.ledger.draining or any(each.job.lost_starts for each in self.runs)
         closed = closed or bool(self.waiting[ALONE])
         may_begin = not closed and (behind or self._has_slot(run.job.queue))
-        assert self.ledger.may_begin(run, behind) == may_begin
+        assert self.ledger.may_begin(run, run.job.queue if behind else None) == may_begin
         if may_begin:
             self.story.append("a run begins")
             self.ledger.begins(run)

@@ -670,17 +670,19 @@ def test_a_handler_with_room_gets_more_jobs_than_have_slots() -> None:
 def test_a_job_that_is_ahead_begins_when_there_is_a_slot_or_behind_one_that_has_one() -> None:
     ledger, channel = ahead(3)
     first, second, third = (channel.run(Message(message_id=str(n))) for n in range(3))
-    assert ledger.may_begin(first, behind=False)
-    assert not ledger.may_begin(second, behind=False)
+    assert ledger.may_begin(first)
+    assert not ledger.may_begin(second)
     assert not ledger.has_slot_ahead
-    assert ledger.may_begin(second, behind=True)
+    assert ledger.may_begin(second, "queue")
+    # What ends there is no slot of this queue.
+    assert not ledger.may_begin(second, "other")
     ledger.begins(second)  # its process has told of the end of the first
     assert ledger.busy("queue") == 2
     ledger.finished(first, Verdict.DONE)
-    assert not ledger.may_begin(third, behind=False)
+    assert not ledger.may_begin(third)
     ledger.finished(second, Verdict.DONE)
     assert ledger.has_slot_ahead
-    assert ledger.may_begin(third, behind=False)
+    assert ledger.may_begin(third)
 
 
 @pytest.mark.parametrize("trouble", ["pause", "drain", "suspect", "memory"])
@@ -697,10 +699,10 @@ def test_a_job_that_is_ahead_does_not_begin_where_nothing_may_start(trouble: str
             channel.deliver(NAMED, redelivered=True)
         case "memory":
             ledger.one_at_a_time = True
-    assert not ledger.may_begin(second, behind=True)
+    assert not ledger.may_begin(second, "queue")
     assert channel.deliver(OTHER) is None
     # One that has its slot is not held up, or it would hold up others for ever.
-    assert ledger.may_begin(first, behind=False)
+    assert ledger.may_begin(first)
 
 
 # A consumer that the broker cancelled, on a channel that stays open.

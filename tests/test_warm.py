@@ -899,3 +899,130 @@ def test_a_program_is_found_in_the_path_of_its_handler(tmp_path: Path) -> None:
     script.chmod(0o755)
     settings = Handler("test", stream=("handler",), environment={"PATH": f"{tmp_path}:/bin"})
     assert do(settings, job()).reason == "crashed"
+
+
+# Where the daemon knows less than its processes
+
+
+def test_jobs_in_the_pipe_of_a_process_that_leaves_do_not_begin_once_it_is_held(
+    tmp_path: Path,
+) -> None:
+    gate = tmp_path / "gate"
+
+    async def scenario() -> list[Report]:
+        async with pool(python(tmp_path, EVAL, processes=1), depth=8) as warm:
+            first, *others = await ahead(warm, events, gate)
+            warm.retire()
+            warm.hold()
+            gate.touch()
+            assert (await first).outcome is Outcome.DONE
+            warm.drain()
+            return await asyncio.gather(*others)
+
+    with logged() as events:
+        reports = in_loop(scenario())
+    assert {report.outcome for report in reports} == {Outcome.INTERRUPTED}
+    assert begun(events)[-1] == "first"
+
+
+@pytest.mark.parametrize("end", ["timeout", "stop"])
+def test_the_end_of_a_job_that_is_done_already_does_not_hit_the_next_one(
+    tmp_path: Path, end: str
+) -> None:
+    gate, at_next = tmp_path / "gate", tmp_path / "next"
+    wait = f"[time.sleep(0.005) for _ in iter(lambda: os.path.exists({str(gate)!r}), True)]"
+    following = f"open({str(at_next)!r}, 'x').close() or time.sleep(0.1)"
+
+    async def scenario() -> list[Report]:
+        settings = python(tmp_path, EVAL, processes=1, timeout=0.3 if end == "timeout" else 600)
+        async with pool(settings, depth=8) as warm:
+            await learn(warm)
+            stop = asyncio.get_running_loop().create_future()
+            tasks = [
+                warm.soon(named("first", wait.encode()), stop),
+                warm.soon(named("next", following.encode())),
+            ]
+            await told(events, "begun", job_id="first")
+            [runner] = warm._runners
+            gate.touch()
+            # Without the loop: its answer has come, and was not read.
+            until(at_next.exists, "that the next one has begun")
+            if end == "timeout":
+                until(lambda: time.monotonic() > runner._deadline, "the end of its time")
+                assert runner._timer
+                runner._timer.cancel()
+                runner._look()
+            else:
+                stop.set_result(None)
+            return await asyncio.gather(*tasks)
+
+    with logged() as events:
+        reports = in_loop(scenario())
+    assert {report.outcome for report in reports} == {Outcome.DONE}
+
+
+def test_jobs_that_are_taken_out_of_a_pipe_again_and_again_take_no_more_memory(
+    tmp_path: Path,
+) -> None:
+    gate = tmp_path / "gate"
+    wait = f"lambda: time.sleep(0.001) or os.path.exists({str(gate)!r})"
+    prints = f"[os.write(1, b'x' + os.linesep.encode()) for _ in iter({wait}, True)]"
+    large = b"0" + b" " * 200_000
+
+    async def scenario() -> None:
+        async with pool(python(tmp_path, EVAL, processes=1), depth=8) as warm:
+            await learn(warm)
+            tasks = [warm.soon(named("first", prints.encode()))]
+            tasks += [warm.soon(named(str(n), large)) for n in range(4)]
+            await told(events, "begun", job_id="first")
+            [runner] = warm._runners
+            while sum(event["event"] == "output" for event in events) < 50:
+                await asyncio.sleep(0.005)
+            assert runner._unread() < 6 * len(large)
+            gate.touch()
+            for task in tasks:
+                assert (await task).outcome is Outcome.DONE
+
+    with logged() as events:
+        in_loop(scenario())
+
+
+def test_what_lies_in_the_pipe_of_a_process_that_gives_up_and_does_not_end_is_done_by_another(
+    tmp_path: Path,
+) -> None:
+    hangs = b"__import__('threading').Thread(target=time.sleep, args=(600,)).start() or sys.exit(1)"
+
+    async def scenario() -> list[Report]:
+        settings = python(tmp_path, EVAL, processes=1, kill_grace=0.2)
+        async with pool(settings, depth=8) as warm:
+            await learn(warm)
+            work = [warm.do(named("hangs", hangs)), warm.do(job(b"1")), warm.do(job(b"2"))]
+            return await asyncio.wait_for(asyncio.gather(*work), TIMEOUT / 2)
+
+    with logged():
+        reports = in_loop(scenario())
+    outcomes = [report.outcome for report in reports]
+    assert outcomes == [Outcome.FAILED, Outcome.DONE, Outcome.DONE]
+
+
+def test_a_process_that_was_kept_for_a_job_that_never_began_leaves_without_it(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with pool(python(tmp_path, EVAL, processes=1), depth=8) as warm:
+            await learn(warm)
+            stop = asyncio.get_running_loop().create_future()
+            waits = asyncio.ensure_future(
+                warm.run(job(), stop, lambda _pid: None, lambda *_, **__: False)
+            )
+            await asyncio.sleep(0)
+            warm.retire()
+            assert warm.processes == 1
+            stop.set_result(None)
+            assert (await waits).outcome is Outcome.INTERRUPTED
+            async with asyncio.timeout(TIMEOUT / 4):
+                while warm.processes:
+                    await asyncio.sleep(0.01)
+
+    with logged():
+        in_loop(scenario())

@@ -375,3 +375,71 @@ def test_a_storm_of_reloads_leaves_no_process_behind(
     assert worker.wait_event("output")["text"] == "3"
     until(lambda: len(worker.children()) == 2, "the guardian and one process")
     assert os.path.exists(f"/proc/{worker.pid}")
+
+
+def test_no_more_jobs_of_a_queue_run_at_once_when_its_handler_has_those_of_another_too(
+    broker: Broker, client: Client, daemon: Start, tmp_path: Path
+) -> None:
+    worker = Subject(daemon, broker, tmp_path).start(
+        queue={"concurrency": 1, "prefetch": 30}, function={**DO, "processes": 2}
+    )
+    worker.wait_event("consuming", queue="other")
+    for number in range(10):
+        client.publish("default", b"0", type="function", message_id=f"short {number}")
+    worker.wait_event("done", count=10)
+    gates = {queue: tmp_path / queue for queue in ("default", "other")}
+    for queue, gate in gates.items():
+        client.publish(queue, bytes(gate), type="function", message_id=f"long {queue}")
+        worker.wait_event("output", stream="stdout", job_id=f"long {queue}")
+    for number in range(8):
+        client.publish("default", b"0", type="function", message_id=str(number))
+    broker.await_depth("default", unacked=9)
+    gates["other"].touch()
+    worker.wait_event("done", job_id="long other")
+    # Whatever it had in its pipe would come before this one.
+    client.publish("other", b"0", type="function", message_id="another")
+    worker.wait_event("done", job_id="another")
+    assert not [entry for entry in worker.events("start") if entry["job_id"].isdigit()]
+    gates["default"].touch()
+    worker.wait_event("done", count=21)
+
+
+def test_a_job_that_has_begun_without_the_daemons_knowledge_outlives_the_connection(
+    broker: Broker, client: Client, daemon: Start, tmp_path: Path
+) -> None:
+    gate, second, begun = (tmp_path / name for name in ("gate", "second", "begun"))
+    worker = with_jobs_ahead(Subject(daemon, broker, tmp_path), client, gate, 0)
+    body = (
+        f"open({str(begun)!r}, 'x').close() or "
+        f"[time.sleep(0.01) for _ in iter(lambda: os.path.exists({str(second)!r}), True)]"
+    )
+    client.publish("default", body.encode(), type="function", message_id="next")
+    client.publish("default", b"0", type="function", message_id="last")
+    broker.await_depth("default", unacked=3)
+    worker.signal(signal.SIGSTOP)
+    broker.close_all_connections()
+    gate.touch()
+    until(begun.exists, "that it has begun")
+    worker.signal(signal.SIGCONT)
+    worker.wait_event("rejoined", job_id="next")
+    second.touch()
+    worker.wait_event("done", count=13)
+    starts = [entry["job_id"] for entry in worker.events("start")]
+    assert len(starts) == len(set(starts)) == 13
+
+
+def test_short_jobs_are_not_interrupted_by_lost_connections(
+    broker: Broker, client: Client, daemon: Start, tmp_path: Path
+) -> None:
+    worker = Subject(daemon, broker, tmp_path).start(**AHEAD)
+    for number in range(1500):
+        client.publish("default", b"time.sleep(0.001)", type="function", message_id=str(number))
+    for count in (200, 500, 800):
+        worker.wait_event("done", count=count)
+        mark = worker.mark()
+        broker.close_all_connections()
+        worker.wait_event("consuming", since=mark)
+    worker.wait_event("done", count=1500)
+    starts = [entry["job_id"] for entry in worker.events("start")]
+    assert len(starts) == len(set(starts)) == 1500
+    assert not worker.events("interrupted", reason="drain")

@@ -18,9 +18,9 @@ class Started(Protocol):
 
 
 class MayBegin(Protocol):
-    """Says whether a job may begin now, or ``behind`` another: once that one has ended."""
+    """Says whether a job may begin now, or ``behind`` one of this queue: once that has ended."""
 
-    def __call__(self, behind: bool) -> bool: ...
+    def __call__(self, behind: str | None = None) -> bool: ...
 
 
 class Handler(Protocol):

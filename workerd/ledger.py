@@ -63,6 +63,7 @@ class Run:
     """A job that is being worked on. ``delivery`` is None once its channel is lost.
 
     It has ``begun`` once its handler gives it to a process; while it is ``ahead`` it has no slot.
+    One that is ``withdrawn`` before it has begun never begins.
     ``over`` says that the handler has ended; a copy of the job may still have to be published.
     """
 
@@ -70,6 +71,7 @@ class Run:
     delivery: Delivery | None
     begun: bool = True
     ahead: bool = False
+    withdrawn: bool = False
     over: bool = False
 
 
@@ -235,16 +237,18 @@ class Ledger:
                     return self._start(queue, waiting[0], ahead=True)
         return None
 
-    def may_begin(self, run: Run, behind: bool) -> bool:
+    def may_begin(self, run: Run, behind: str | None = None) -> bool:
         """Whether a job that is with its handler may begin now.
 
-        Or, ``behind`` another of its queue, once that one has ended.
+        Or, ``behind`` one of this queue in the same process, once that one has ended.
         """
+        if run.withdrawn:
+            return False
         if not run.ahead:
             return True
         if self._is_closed() or self._suspect() or not self._is_open(run.job.queue):
             return False
-        return behind or self._has_slot(run.job.queue)
+        return self._has_slot(run.job.queue) if behind is None else behind == run.job.queue
 
     def _is_closed(self) -> bool:
         """Whether nothing at all may start."""

@@ -129,7 +129,7 @@ class Worker:
         with log.job_fields(job_id=job.id, job_type=job.type, queue=job.queue, attempt=job.attempt):
             progress = Progress(asyncio.get_running_loop().create_future())
             self.progress[run] = progress
-            if self.drain.interrupt.done():
+            if self.drain.interrupt.done() or run.withdrawn:
                 progress.end()
             report = await self._execute(run, progress)
             del self.progress[run]
@@ -338,9 +338,21 @@ class Worker:
 
     def _interrupt_unbegun(self, channel: Channel) -> None:
         """What came on this channel and has not begun does not begin: others may get it now."""
-        for run in self.ledger.unbegun:
+        runs = [
+            run
+            for run in self.ledger.unbegun
+            if run.delivery and run.delivery.channel == channel.serial
+        ]
+        for run in runs:
+            run.withdrawn = True
+        if runs:
+            # Some may have begun, and the daemon not know it yet: those go on.
+            self.register.recall()
+        for run in runs:
             progress = self.progress.get(run)
-            if progress and run.delivery and run.delivery.channel == channel.serial:
+            if run.begun:
+                run.withdrawn = False
+            elif progress:
                 progress.end()
 
     def retired(self, channel: Channel) -> None:

@@ -31,7 +31,7 @@ class Handlers:
             name: self._make(settings, handler, before)
             for name, handler in settings.handlers.items()
         }
-        self._retired = [warm for warm in self._retired if warm.processes]
+        self._retired = [warm for warm in self._retired if warm.in_use]
         for _, replaced in before.values():
             replaced.retire()
             self._retired.append(replaced)

@@ -115,15 +115,19 @@ class Runner:
         self._lines = lines
         self._loop = asyncio.get_running_loop()
         self._parser = Parser(self._settings.output_limit)
-        #: What it prints is being read, and it must begin no other job.
-        self._hearing = False
+        #: It is being found out which job it is at, and it must begin no other.
+        self._pinned = False
+        #: The job that it has heard printing by itself: until that has ended, no other is to lie
+        #: behind it, only to be taken back when it prints again.
+        self._speaker: Turn | None = None
         #: Printed while it had no job.
         self._between: dict[str, Output] = {}
         #: What it did against the protocol.
         self._fault = ""
         #: It has said that it takes no job after the one that it answered.
         self._gave_up = False
-        self._unsent: deque[memoryview] = deque()
+        #: What it is yet to be sent of each frame, by number, in order.
+        self._unsent: dict[int, memoryview] = {}
         #: Permits that are yet to be sent.
         self._ungranted = b""
         self._sending: asyncio.Handle | None = None
@@ -174,7 +178,7 @@ class Runner:
             turn.begin()
         data = frame(turn.number, turn.job, limit(turn.job, self._settings.retry))
         turn.size = len(data)
-        self._unsent.append(memoryview(data))
+        self._unsent[turn.number] = memoryview(data)
         if self.asks:
             self._ungranted += _PERMIT.pack(turn.number)
         if idle:
@@ -196,6 +200,10 @@ class Runner:
             self._ungranted = _PERMIT.pack(first.number)
             self._send()
         back = [turn for turn in self.turns if turn.number in unbegun]
+        for turn in back:
+            # Of a frame that is in the pipe in part, the rest has to follow.
+            if len(self._unsent.get(turn.number, b"")) == turn.size:
+                del self._unsent[turn.number]
         self.turns = deque(turn for turn in self.turns if turn.number not in unbegun)
         self.taken -= len(back)
         return back
@@ -225,9 +233,20 @@ class Runner:
 
     def end(self, cause: str) -> None:
         """SIGTERM to its process group, and SIGKILL after ``kill_grace``."""
+        back = self.take_back()  # before it could leave with the permit for one of them
         self._process.end(cause, self._settings.kill_grace)
-        self._pool.returned(self.take_back())
+        self._pool.returned(back)
         self._pool.hand_out()
+
+    def pin_down(self) -> None:
+        """Have it begin no other job, and read all its answers: it is at the first without one.
+
+        Whoever calls this has the pool `hand_out` again.
+        """
+        self._pinned = True
+        self._pool.returned(self.take_back())
+        self._listen()
+        self._pinned = False
 
     # What it does.
 
@@ -254,11 +273,9 @@ class Runner:
         Which one that is can be told when it can begin no other, and all its answers are read:
         the first that has none.
         """
-        self._pool.returned(self.take_back())
-        self._hearing = True
-        self._listen()
+        self.pin_down()
+        self._speaker = self.turns[0] if self.turns else None
         self._process.read_now()
-        self._hearing = False
         self._pool.hand_out()
 
     def _parse(self, data: bytes) -> None:
@@ -313,6 +330,11 @@ class Runner:
         if answer.last:
             self._gave_up = True
             self.leave("last")
+            # It may take its time to end.
+            back, self.turns = self.turns, deque()
+            self.taken -= len(back)
+            self._pool.returned(list(back))
+            self._pool.hand_out()
         elif self.state == "ready":
             limit = self._settings.recycle_after
             if limit and self.count >= limit:
@@ -344,7 +366,9 @@ class Runner:
 
     def room(self, depth: int) -> int:
         """How many more jobs it may be given."""
-        if self.state != "ready" or self._hearing or self._process.over or self._process.cause:
+        if self.state != "ready" or self._pinned or self._process.over or self._process.cause:
+            return 0
+        if self.turns and self.turns[0] is self._speaker:
             return 0
         left = depth
         if self._settings.recycle_after:
@@ -399,7 +423,7 @@ class Runner:
     def _unread(self) -> int:
         """How many bytes of what it was to be sent it never read."""
         count = fcntl.ioctl(self._frames, termios.FIONREAD, struct.pack("i", 0))
-        return sum(map(len, self._unsent)) + int(struct.unpack("i", count)[0])
+        return sum(map(len, self._unsent.values())) + int(struct.unpack("i", count)[0])
 
     def _crash(self, turn: Turn, status: int) -> Report:
         outcome, reason = _CAUSES.get(self._process.cause, (Outcome.FAILED, "crashed"))
@@ -449,11 +473,14 @@ class Runner:
         self._grant()
         try:
             while self._unsent:
-                sent = os.writev(self._frames, list(itertools.islice(self._unsent, _MOST_PIECES)))
-                while self._unsent and sent >= len(self._unsent[0]):
-                    sent -= len(self._unsent.popleft())
-                if sent:
-                    self._unsent[0] = self._unsent[0][sent:]
+                pieces = list(itertools.islice(self._unsent.items(), _MOST_PIECES))
+                sent = os.writev(self._frames, [piece for _, piece in pieces])
+                for number, piece in pieces:
+                    if sent < len(piece):
+                        self._unsent[number] = piece[sent:]
+                        break
+                    sent -= len(piece)
+                    del self._unsent[number]
         except BlockingIOError:
             self._loop.add_writer(self._frames, self._send)
             return
@@ -494,11 +521,13 @@ class Runner:
     def _look(self) -> None:
         # One timer for all jobs, one after another: most of them end long before.
         self._timer = None
-        if not self.turns:
-            return
-        if self._loop.time() >= self._deadline:
-            self.end("timeout")
-        else:
+        if self.turns and self._loop.time() >= self._deadline:
+            self.pin_down()  # it may be at the next one, and the daemon not know it yet
+            if self.turns and self._loop.time() >= self._deadline:
+                self.end("timeout")
+                return
+            self._pool.hand_out()
+        if self.turns and self._timer is None:
             self._timer = self._loop.call_at(self._deadline, self._look)
 
     def _resident(self) -> int:

@@ -93,6 +93,11 @@ class WarmHandler:
         """How many there are."""
         return len(self._runners) + len(self._leaving)
 
+    @property
+    def in_use(self) -> bool:
+        """Whether it has jobs or processes."""
+        return bool(self.processes or self._waiting)
+
     def start(self) -> None:
         """Have a process ready before the first job comes."""
         self._spawn()
@@ -102,7 +107,7 @@ class WarmHandler:
         job: Job,
         stop: asyncio.Future[None],
         started: Started,
-        may_begin: MayBegin = lambda behind: True,
+        may_begin: MayBegin = lambda behind=None: True,
     ) -> Report:
         """Have the job done by the next free process; when ``stop`` is done, interrupt it.
 
@@ -133,8 +138,9 @@ class WarmHandler:
 
     def recall(self) -> None:
         """Nothing that has not begun begins, unless it still may."""
-        for runner in self._runners:
-            self._line_up(runner.take_back())
+        for runner in (*self._runners, *self._leaving):
+            if runner.turns:
+                runner.pin_down()
         self.hand_out()
 
     def retire(self) -> None:
@@ -180,9 +186,9 @@ class WarmHandler:
     def _start_more(self) -> None:
         """Start processes for jobs that could begin, or tell why there is none."""
         behind = itertools.chain.from_iterable(
-            itertools.islice(runner.turns, 1, None) for runner in self._runners
+            itertools.islice(runner.turns, 1, None) for runner in self._runners if runner.asks
         )
-        ready = [turn for turn in (*self._waiting, *behind) if turn.may_begin(behind=False)]
+        ready = [turn for turn in (*self._waiting, *behind) if turn.may_begin()]
         starting = sum(runner.state == "starting" for runner in self._runners)
         for _ in range(len(ready) - starting):
             if len(self._runners) >= self.settings.processes or not self._spawn():
@@ -201,15 +207,18 @@ class WarmHandler:
         if runner is None or self._room(runner) <= 0:
             return None
         if not runner.turns or not runner.asks:
-            turn = next((turn for turn in self._waiting if turn.may_begin(behind=False)), None)
+            turn = next((turn for turn in self._waiting if turn.may_begin()), None)
             if turn:
                 return turn, runner
-            # Without a slot it can only be the next of a process that has one.
-            runner = max(filter(self._works_on, self._runners), key=self._room, default=None)
-            if runner is None or self._room(runner) <= 0:
+        # Without a slot it can only be the next of a process that has one of its queue.
+        for runner in sorted(filter(self._works_on, self._runners), key=self._room, reverse=True):
+            if self._room(runner) <= 0:
                 return None
-        turn = next((turn for turn in self._waiting if turn.may_begin(behind=True)), None)
-        return (turn, runner) if turn else None
+            queue = runner.turns[-1].job.queue
+            turn = next((turn for turn in self._waiting if turn.may_begin(queue)), None)
+            if turn:
+                return turn, runner
+        return None
 
     @staticmethod
     def _works_on(runner: Runner) -> bool:
@@ -222,7 +231,7 @@ class WarmHandler:
         ):
             return
         longest = max(self._runners, key=lambda each: len(each.turns))
-        if len(longest.turns) > 1 and longest.turns[1].may_begin(behind=False):
+        if len(longest.turns) > 1 and longest.turns[1].may_begin():
             self._line_up(longest.take_back())
 
     def _line_up(self, turns: Iterable[Turn]) -> None:
@@ -272,10 +281,11 @@ class WarmHandler:
         if turn in self._waiting:
             self._line_up(())
         elif runner is not None and turn in runner.turns:
-            self._line_up(runner.take_back())
+            runner.pin_down()
             if turn in runner.turns:
                 runner.end("drain")
             self.hand_out()
+        self._dismiss_idle()
 
     def _dismiss_idle(self) -> None:
         if self._retired and not self._waiting:
