@@ -10,15 +10,17 @@ import resource
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.commands import alone, open_descriptors
+from tests.commands import ENVIRONMENT, alone, open_descriptors, unguarded
 from tests.harness import processes
 from tests.harness.waiting import TIMEOUT, until
 from tests.pools import Warm, do, do_all, in_loop, job, logged, outcome, pool, python, sh
 from workerd.handlers import warm as module
+from workerd.handlers.register import Handlers
 from workerd.job import Job, Outcome, Report
 from workerd.options import Handler
 
@@ -1026,3 +1028,30 @@ def test_a_process_that_was_kept_for_a_job_that_never_began_leaves_without_it(
 
     with logged():
         in_loop(scenario())
+
+
+def test_a_job_that_waits_without_a_process_is_not_forgotten_by_reloads(tmp_path: Path) -> None:
+    def configured(**handlers: Handler) -> Any:
+        log_settings = SimpleNamespace(output_lines=10, level="info")
+        worker = SimpleNamespace(queues=[])
+        return SimpleNamespace(handlers=handlers, log=log_settings, queues={}, worker=worker)
+
+    async def scenario() -> Report:
+        handlers = Handlers(ENVIRONMENT, unguarded)
+        warm = handlers.of(configured(test=python(tmp_path, PID)))["test"]
+        stop = asyncio.get_running_loop().create_future()
+        slots: list[None] = []
+        waits = asyncio.ensure_future(
+            warm.run(job(), stop, lambda _pid: None, lambda behind=None: bool(slots))
+        )
+        await asyncio.sleep(0)
+        for _ in range(2):
+            handlers.of(configured())
+        slots.append(None)
+        handlers.hand_out()
+        try:
+            return await asyncio.wait_for(waits, TIMEOUT / 4)
+        finally:
+            await handlers.close()
+
+    assert in_loop(scenario()).outcome is Outcome.DONE

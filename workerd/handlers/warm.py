@@ -186,7 +186,7 @@ class WarmHandler:
     def _start_more(self) -> None:
         """Start processes for jobs that could begin, or tell why there is none."""
         behind = itertools.chain.from_iterable(
-            itertools.islice(runner.turns, 1, None) for runner in self._runners if runner.asks
+            itertools.islice(runner.turns, 1, None) for runner in self._runners
         )
         ready = [turn for turn in (*self._waiting, *behind) if turn.may_begin()]
         starting = sum(runner.state == "starting" for runner in self._runners)
