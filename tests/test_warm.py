@@ -967,19 +967,19 @@ def test_jobs_that_are_taken_out_of_a_pipe_again_and_again_take_no_more_memory(
     tmp_path: Path,
 ) -> None:
     gate = tmp_path / "gate"
-    wait = f"lambda: time.sleep(0.001) or os.path.exists({str(gate)!r})"
-    prints = f"[os.write(1, b'x' + os.linesep.encode()) for _ in iter({wait}, True)]"
+    wait = f"[time.sleep(0.005) for _ in iter(lambda: os.path.exists({str(gate)!r}), True)]"
     large = b"0" + b" " * 200_000
 
     async def scenario() -> None:
         async with pool(python(tmp_path, EVAL, processes=1), depth=8) as warm:
             await learn(warm)
-            tasks = [warm.soon(named("first", prints.encode()))]
+            tasks = [warm.soon(named("first", wait.encode()))]
             tasks += [warm.soon(named(str(n), large)) for n in range(4)]
             await told(events, "begun", job_id="first")
             [runner] = warm._runners
-            while sum(event["event"] == "output" for event in events) < 50:
-                await asyncio.sleep(0.005)
+            for _ in range(50):
+                warm.recall()
+                await asyncio.sleep(0)
             assert runner._unread() < 6 * len(large)
             gate.touch()
             for task in tasks:
