@@ -630,17 +630,19 @@ def test_a_process_is_replaced_after_so_many_jobs(tmp_path: Path, depth: int) ->
     assert {pids.count(pid) for pid in pids} == {3}
 
 
-def test_a_process_that_has_grown_is_replaced(tmp_path: Path) -> None:
-    code = """
-    import os
-    kept = []
-    def f(job):
-        kept.append(b"x" * int(job.body))
-        return os.getpid()
-    """
+#: Keeps as many bytes as its body says, and answers with its process id.
+GROWS = """
+import os
+kept = []
+def f(job):
+    kept.append(b"x" * int(job.body))
+    return os.getpid()
+"""
 
+
+def test_a_process_that_has_grown_is_replaced(tmp_path: Path) -> None:
     async def scenario() -> list[bytes]:
-        settings = python(tmp_path, code, processes=1, memory_limit=100 * MiB)
+        settings = python(tmp_path, GROWS, processes=1, memory_limit=100 * MiB)
         async with pool(settings) as warm:
             return [(await warm.do(job(b"%d" % size))).output for size in (1, 1, 150 * MiB, 1, 1)]
 
@@ -648,6 +650,22 @@ def test_a_process_that_has_grown_is_replaced(tmp_path: Path) -> None:
     assert first == second == third != fourth == fifth
     first_to_leave = next(e for e in events if e["event"] == "child leaves")
     assert first_to_leave["reason"] == "memory_limit"
+
+
+def test_what_lies_in_the_pipe_of_a_process_that_has_grown_is_done_by_another(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> list[bytes]:
+        settings = python(tmp_path, GROWS, processes=1, memory_limit=100 * MiB)
+        async with pool(settings, depth=50) as warm:
+            await learn(warm)
+            sizes = [150 * MiB] + [0] * 15
+            reports = await asyncio.gather(*(warm.do(job(b"%d" % size)) for size in sizes))
+            return [report.output for report in reports]
+
+    grown, *others = in_loop(scenario())
+    # It has begun the next one before anybody could look at it.
+    assert others.count(grown) <= 2
 
 
 def test_a_job_behind_one_that_ends_its_process_is_done_by_another(tmp_path: Path) -> None:

@@ -341,6 +341,8 @@ class Runner:
                 self.leave("recycle_after")
             elif self._settings.memory_limit and self._resident() > self._settings.memory_limit:
                 self.leave("memory_limit")
+                self._pool.returned(self.take_back())
+                self._pool.hand_out()
             elif not self._process.cause:
                 self._pool.free(self, seconds)
         if self.state == "leaving" and not self.turns:
