@@ -183,13 +183,13 @@ def _identity(fd: int) -> str:
 
 def json_lines(fd: int) -> Callable[[Record], None]:
     """One JSON object a line: time, level, event, then the fields."""
+    encode = json.JSONEncoder(default=str).encode
 
     def write(record: Record) -> None:
         when, level, name, fields = record
         facts = {key: value for key, value in fields.items() if value is not None}
         entry = {"time": _stamp(when), "level": level, "event": name, **facts}
-        line = json.dumps(entry, default=str)
-        _write_all(fd, line.encode("utf-8", "backslashreplace") + b"\n")
+        _write_all(fd, encode(entry).encode("utf-8", "backslashreplace") + b"\n")
 
     return write
 
@@ -283,9 +283,12 @@ def _quoted(value: object) -> str:
 
 
 def _stamp(when: float) -> str:
-    return (
-        time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when)) + f".{int(when * 1000) % 1000:03d}Z"
-    )
+    return _second(int(when)) + f".{int(when * 1000) % 1000:03d}Z"
+
+
+@functools.lru_cache(2)
+def _second(when: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when))
 
 
 def _write_all(fd: int, data: bytes) -> None:
