@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -229,15 +230,25 @@ AHEAD: dict[str, Any] = {
 def with_jobs_ahead(subject: Subject, client: Client, gate: Path, count: int = 8) -> Daemon:
     """A daemon whose process does a job that waits, with others in its pipe."""
     worker = subject.start(**AHEAD)
-    for number in range(10):  # short ones, or nothing lies in the pipe
-        body = b"time.sleep(0.002)"  # so that not all that follow find room there
-        client.publish("default", body, type="function", message_id=f"short {number}")
-    worker.wait_event("done", count=10)
+    # Short ones, or nothing lies in the pipe; not too short, or all that follow find room there.
+    for number in itertools.count():
+        body, name = b"time.sleep(0.002)", f"short {number}"
+        client.publish("default", body, type="function", message_id=name)
+        # On a busy machine the last may have taken long.
+        if worker.wait_event("done", job_id=name)["duration_ms"] < 10 and number >= 10:
+            break
     client.publish("default", bytes(gate), type="function", message_id="long")
     for number in range(count):
         client.publish("default", b"0", type="function", message_id=str(number))
     worker.wait_event("output", stream="stdout", job_id="long")
     return worker
+
+
+def check_each_ran_once(worker: Daemon) -> None:
+    for name in ("long", *map(str, range(8))):
+        worker.wait_event("done", job_id=name)
+    starts = [entry["job_id"] for entry in worker.events("start")]
+    assert len(starts) == len(set(starts))
 
 
 def test_what_lies_in_the_pipe_of_a_process_goes_back_in_a_drain_at_once_and_in_order(
@@ -285,7 +296,8 @@ def test_a_job_that_kills_the_daemon_from_the_pipe_runs_alone_and_is_counted_fro
 
     def buried() -> bool:
         if not daemons[-1].running:
-            daemons.append(subject.start(**AHEAD))
+            # It may be killed before it has logged anything.
+            daemons.append(daemon(subject.text(**AHEAD)))
         return bool(daemons[-1].events("dead letter", job_id="killer"))
 
     until(buried, "its dead letter")
@@ -306,10 +318,8 @@ def test_a_lost_connection_gives_what_lies_in_the_pipe_to_whoever_gets_it_next(
     worker.wait_event("interrupted", reason="not begun")
     worker.wait_event("rejoined", job_id="long")
     gate.touch()
-    worker.wait_event("done", count=19)
+    check_each_ran_once(worker)
     broker.await_depth("default")
-    starts = [entry["job_id"] for entry in worker.events("start")]
-    assert len(starts) == len(set(starts)) == 19
 
 
 def test_an_operators_pause_gives_back_what_lies_in_the_pipe(
@@ -323,9 +333,7 @@ def test_an_operators_pause_gives_back_what_lies_in_the_pipe(
     gate.touch()
     worker.wait_event("done", job_id="long")
     call(worker, "resume")
-    worker.wait_event("done", count=19)
-    starts = [entry["job_id"] for entry in worker.events("start")]
-    assert len(starts) == len(set(starts)) == 19
+    check_each_ran_once(worker)
 
 
 def test_a_job_that_outlasts_the_drain_goes_back(
