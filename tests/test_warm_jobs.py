@@ -412,28 +412,6 @@ def test_no_more_jobs_of_a_queue_run_at_once_when_its_handler_has_those_of_anoth
     worker.wait_event("done", count=21)
 
 
-def test_a_job_that_has_begun_without_the_daemons_knowledge_outlives_the_connection(
-    broker: Broker, client: Client, daemon: Start, tmp_path: Path
-) -> None:
-    gate, second, begun = (tmp_path / name for name in ("gate", "second", "begun"))
-    worker = with_jobs_ahead(Subject(daemon, broker, tmp_path), client, gate, 0)
-    body = (
-        f"open({str(begun)!r}, 'x').close() or "
-        f"[time.sleep(0.01) for _ in iter(lambda: os.path.exists({str(second)!r}), True)]"
-    )
-    client.publish("default", body.encode(), type="function", message_id="next")
-    client.publish("default", b"0", type="function", message_id="last")
-    broker.await_depth("default", unacked=3)
-    worker.signal(signal.SIGSTOP)
-    broker.close_all_connections()
-    gate.touch()
-    until(begun.exists, "that it has begun")
-    worker.signal(signal.SIGCONT)
-    worker.wait_event("rejoined", job_id="next")
-    second.touch()
-    check_each_ran_once(worker, "long", "next", "last")
-
-
 def test_short_jobs_are_not_interrupted_by_lost_connections(
     broker: Broker, client: Client, daemon: Start, tmp_path: Path
 ) -> None:
