@@ -215,12 +215,15 @@ def test_a_long_job_is_a_reason_to_put_no_other_behind_it(tmp_path: Path) -> Non
     in_loop(scenario())
 
 
-def test_jobs_in_a_pipe_do_not_begin_once_it_is_held(tmp_path: Path) -> None:
+@pytest.mark.parametrize("leaves", [False, True])
+def test_jobs_in_a_pipe_do_not_begin_once_it_is_held(tmp_path: Path, leaves: bool) -> None:
     gate = tmp_path / "gate"
 
     async def scenario() -> list[Report]:
         async with pool(python(tmp_path, EVAL, processes=1), depth=8) as warm:
             first, *others = await ahead(warm, events, gate)
+            if leaves:
+                warm.retire()
             warm.hold()
             gate.touch()
             assert (await first).outcome is Outcome.DONE
@@ -926,27 +929,6 @@ def test_a_program_is_found_in_the_path_of_its_handler(tmp_path: Path) -> None:
 
 
 # Where the daemon knows less than its processes
-
-
-def test_jobs_in_the_pipe_of_a_process_that_leaves_do_not_begin_once_it_is_held(
-    tmp_path: Path,
-) -> None:
-    gate = tmp_path / "gate"
-
-    async def scenario() -> list[Report]:
-        async with pool(python(tmp_path, EVAL, processes=1), depth=8) as warm:
-            first, *others = await ahead(warm, events, gate)
-            warm.retire()
-            warm.hold()
-            gate.touch()
-            assert (await first).outcome is Outcome.DONE
-            warm.drain()
-            return await asyncio.gather(*others)
-
-    with logged() as events:
-        reports = in_loop(scenario())
-    assert {report.outcome for report in reports} == {Outcome.INTERRUPTED}
-    assert begun(events)[-1] == "first"
 
 
 @pytest.mark.parametrize("end", ["timeout", "stop"])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from workerd import __version__, log, topology
+from workerd import __version__, log
 from workerd.control import Answer, Peer, Request, member_of
 from workerd.depths import Depths
 from workerd.errors import Refused, Trouble
@@ -18,7 +18,7 @@ from workerd.exits import EX_NOPERM, EX_UNAVAILABLE, EX_USAGE
 from workerd.job import submitter
 from workerd.ledger import Run
 from workerd.order import is_short_text
-from workerd.readings import readings
+from workerd.readings import at_broker, in_hand, readings
 from workerd.submissions import accept
 from workerd.wording import did_you_mean
 
@@ -100,20 +100,15 @@ class Answers:
 
     def _queue(self, name: str, depths: Mapping[str, int] | None) -> Answer:
         worker = self._worker
-        ledger, consumer = worker.ledger, worker.consumer
+        consumer = worker.consumer
         paused = consumer.paused.get(name)
         if name in consumer.held_back:
             paused = "by an operator"
         refused = [text for run, text in worker.outbox.refused.items() if run.job.queue == name]
         return {
-            "queue": name,
-            "slots": ledger.concurrency[name],
-            "running": ledger.busy(name),
-            "waiting": ledger.waiting(name),
-            "held": sum(delivery.job.queue == name for delivery in ledger.held),
-            "consuming": name in consumer.channels,
+            **in_hand(worker, name),
             "paused": paused or next(iter(refused), None),
-            **({} if depths is None else _waiting(name, depths)),
+            **({} if depths is None else at_broker(name, depths)),
         }
 
     def _job(self, run: Run) -> Answer:
@@ -244,12 +239,6 @@ class Answers:
         if self._operators[0] != name:
             self._operators = (name, member_of(name))
         return peer.uid in (0, os.geteuid()) or self._operators[1](peer)
-
-
-def _waiting(queue: str, depths: Mapping[str, int]) -> Answer:
-    """What waits at the broker for a queue, None for what is not known."""
-    names = {"ready": queue, "due": topology.due(queue), "dead": topology.dead(queue)}
-    return {key: depths.get(name) for key, name in names.items()}
 
 
 class Pulse:

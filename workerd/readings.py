@@ -52,16 +52,31 @@ def readings(worker: Worker, depths: Mapping[str, int]) -> Answer:
 
 
 def _queue(worker: Worker, name: str, depths: Mapping[str, int]) -> Answer:
-    ledger, consumer = worker.ledger, worker.consumer
+    consumer = worker.consumer
     refused = any(run.job.queue == name for run in worker.outbox.refused)
+    return {
+        **in_hand(worker, name),
+        "paused": refused or name in consumer.paused or name in consumer.held_back,
+        **at_broker(name, depths),
+    }
+
+
+def in_hand(worker: Worker, name: str) -> Answer:
+    """What an instance has of a queue."""
+    ledger = worker.ledger
     return {
         "queue": name,
         "slots": ledger.concurrency[name],
         "running": ledger.busy(name),
         "waiting": ledger.waiting(name),
         "held": sum(delivery.job.queue == name for delivery in ledger.held),
-        "consuming": name in consumer.channels,
-        "paused": refused or name in consumer.paused or name in consumer.held_back,
+        "consuming": name in worker.consumer.channels,
+    }
+
+
+def at_broker(name: str, depths: Mapping[str, int]) -> Answer:
+    """What waits at the broker for a queue, None for what is not known."""
+    return {
         "ready": depths.get(name),
         "due": depths.get(topology.due(name)),
         "dead": depths.get(topology.dead(name)),
