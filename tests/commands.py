@@ -130,9 +130,10 @@ def logged() -> Iterator[list[dict[str, Any]]]:
     """The events that are logged meanwhile."""
     events: list[dict[str, Any]] = []
 
-    def keep(record: log.Record) -> None:
-        _when, level, name, fields = record
-        events.append({"event": name, "level": level, **fields})
+    def keep(*records: log.Record) -> Sequence[log.Record]:
+        for _when, level, name, fields in records:
+            events.append({"event": name, "level": level, **fields})
+        return ()
 
     write, log._log._write = log._log._write, keep
     try:

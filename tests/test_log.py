@@ -12,7 +12,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,9 +22,8 @@ from hypothesis import strategies as st
 
 from tests.harness.waiting import TIMEOUT, until
 from workerd import log
-from workerd.log import Log, Record
+from workerd.log import Log, Record, Write
 
-Write = Callable[[Record], None]
 ToJournal = Callable[..., Write]
 Written = Callable[..., list[str]]
 Begin = Callable[..., Log]
@@ -59,6 +58,14 @@ def written() -> Iterator[Written]:
     yield write
     for end in ends:
         os.close(end)
+
+
+def kept_in(kept: list[Record]) -> Write:
+    def write(*records: Record) -> Sequence[Record]:
+        kept.extend(records)
+        return ()
+
+    return write
 
 
 @pytest.fixture
@@ -220,7 +227,7 @@ def to_journal(tmp_path: Path) -> Iterator[ToJournal]:
 
     def make(lost: list[Record] | None = None, timeout: float = TIMEOUT) -> Write:
         undelivered: list[Record] = [] if lost is None else lost
-        write = log.journal(str(tmp_path / "journal"), undelivered.append)
+        write = log.journal(str(tmp_path / "journal"), kept_in(undelivered))
         sockets.append(socket_of(write))
         sockets[-1].settimeout(timeout)
         return write
@@ -301,9 +308,10 @@ def test_events_are_written_in_order_by_another_thread(a_log: Begin) -> None:
     records: list[Record] = []
     threads: set[int] = set()
 
-    def write(each: Record) -> None:
+    def write(*some: Record) -> Sequence[Record]:
         threads.add(threading.get_ident())
-        records.append(each)
+        records.extend(some)
+        return ()
 
     new = a_log(write)
     for number in range(1000):
@@ -315,7 +323,7 @@ def test_events_are_written_in_order_by_another_thread(a_log: Begin) -> None:
 
 def test_the_level_decides_what_is_written(a_log: Begin) -> None:
     records: list[Record] = []
-    new = a_log(records.append, level="warning")
+    new = a_log(kept_in(records), level="warning")
     for level in log.LEVELS:
         new.put(level, level, {})  # type: ignore[arg-type]
     new.flush(TIMEOUT)
@@ -324,7 +332,7 @@ def test_the_level_decides_what_is_written(a_log: Begin) -> None:
 
 def test_the_fields_of_a_job_are_in_its_events_and_in_no_others(a_log: Begin) -> None:
     records: list[Record] = []
-    new = a_log(records.append)
+    new = a_log(kept_in(records))
     with log.job_fields(job_id="a", queue="q"):
         new.put("inner", "info", {"queue": "other"})
     new.put("outer", "info", {})
@@ -372,7 +380,7 @@ def test_a_reader_that_went_away_ends_nothing(pipe: tuple[int, int], a_log: Begi
         new.put("event", "info", {})
     new.flush(TIMEOUT)
     records: list[Record] = []
-    new.begin(records.append, "info", "1")
+    new.begin(kept_in(records), "info", "1")
     new.put("later", "info", {})
     until(lambda: len(records) == 2, "both events")
     assert [name for _, _, name, _ in records] == ["later", "log dropped"]
@@ -420,7 +428,7 @@ def test_an_entry_that_no_datagram_can_hold_is_counted_too(
 def test_before_it_begins_an_event_is_written_at_once() -> None:
     new = Log()
     records: list[Record] = []
-    new._write = records.append
+    new._write = kept_in(records)
     new.put("event", "error", {"text": "x"})
     ((_, level, name, fields),) = records
     assert (level, name, dict(fields)) == ("error", "event", {"text": "x", "instance": None})
