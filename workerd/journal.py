@@ -119,14 +119,13 @@ class HostMemory(Memory):
             self._unbegun[key] = self._unbegun.get(key, 0) + 1
         self._append(START if begun else TAKE, channel, key)
         if begun:
-            self._flush()
+            self.flush()
 
     def begun(self, key: bytes) -> None:
         self._unbegun[key] -= 1
         if not self._unbegun[key]:
             del self._unbegun[key]
         self._append(BEGIN, NEVER_SENT, key)
-        self._flush()
 
     def settled(self, key: bytes, channel: int) -> None:
         super().settled(key, channel)
@@ -276,7 +275,7 @@ class HostMemory(Memory):
         for key, count in self._waiting.items():
             for _ in range(count):
                 self._append(WAIT, NEVER_SENT, key)
-        self._flush()
+        self.flush()
 
     def _append(self, kind: bytes, channel: int, key: bytes, when: float | None = None) -> None:
         if self._file < 0:
@@ -286,12 +285,13 @@ class HostMemory(Memory):
             if kind in (START, TAKE, BEGIN, WAIT):
                 return  # the new segment begins with all that is in hand
         if not self._pending and self._soon is not None:
-            self._soon(self._flush)
+            self._soon(self.flush)
         self._pending += encode(kind, channel, key, time.time() if when is None else when)
         if self._soon is None:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what is not written yet."""
         records, self._pending = self._pending, b""
         if records:
             self._write(records)
@@ -312,7 +312,7 @@ class HostMemory(Memory):
 
     def close(self) -> None:
         """Nothing more is written; the lock stays until the process ends."""
-        self._flush()
+        self.flush()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

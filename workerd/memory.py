@@ -88,6 +88,9 @@ class Memory:
         self._generations.appendleft({})
         self._returned.appendleft({})
 
+    def flush(self) -> None:
+        """What was told until now outlives this process, whatever comes."""
+
     # What the ledger asks.
 
     def look(self) -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pika.exceptions
 import pika.spec
 
-from workerd.broker.codec import Incoming, properties_of
+from workerd.broker.acks import Acks
+from workerd.broker.codec import Incoming, message_of, properties_of
 from workerd.broker.faults import diagnose
 from workerd.broker.timeouts import ANSWER_TIMEOUT
 from workerd.errors import Kind, Trouble, Unencodable, Unroutable
@@ -21,6 +22,8 @@ from workerd.topology import BindExchange, BindQueue, DeclareExchange, DeclareQu
 if TYPE_CHECKING:
     from workerd.broker.link import Link
 
+#: A basic.ack in its frame: type, channel, size; class, method, tag, multiple; end.
+_ACK = struct.Struct(">BHIHHQBB")
 _serials = itertools.count(1)
 
 
@@ -43,6 +46,9 @@ class Channel:
         self._channel = channel
         #: How many messages have come.
         self.deliveries = 0
+        #: Called before acknowledgements are sent.
+        self.before_acks: Callable[[], None] = lambda: None
+        self._acks = Acks()
         self._requests: set[asyncio.Future[Any]] = set()
         self._consumer_tag = ""
         self._on_lost: Callable[[Channel], None] | None = None
@@ -155,10 +161,15 @@ class Channel:
         ``on_lost`` is called synchronously, the moment this channel is gone.
         """
 
-        def deliver(_channel: Any, method: Any, properties: Any, body: bytes) -> None:
+        def deliver(incoming: Incoming) -> None:
             self.deliveries += 1
-            on_message(self, Incoming(method, properties, body))
+            on_message(self, incoming)
 
+        def assembled(_channel: Any, method: Any, properties: Any, body: bytes) -> None:
+            message = message_of(properties, body)
+            deliver(Incoming(method.delivery_tag, method.redelivered, message))
+
+        self._channel.connection.consumers[self._channel.channel_number] = deliver
         self._on_lost = on_lost
         self._consumer_tag = consumer_tag
         # Per consumer: RabbitMQ refuses (3.x) or converts (4.3) the global kind.
@@ -166,7 +177,7 @@ class Channel:
         await self._ask(
             self._channel.basic_consume,
             queue=queue,
-            on_message_callback=deliver,
+            on_message_callback=assembled,
             consumer_tag=consumer_tag,
         )
 
@@ -186,20 +197,31 @@ class Channel:
     # of no harm: the broker will send the message again.
 
     def ack(self, tag: int) -> None:
-        """The message is done with."""
-        if self.open:
-            self._channel.basic_ack(tag)
+        """The message is done with; those that end together are acknowledged together."""
+        if not self._acks:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._acks.add(tag)
+
+    def flush(self) -> None:
+        """Send the acknowledgements now."""
+        if self._acks and self.open:
+            self.before_acks()
+            number = self._channel.channel_number
+            acks = (_ACK.pack(1, number, 13, 60, 80, *ack, 0xCE) for ack in self._acks.take())
+            self._channel.connection.send(b"".join(acks))
 
     def give_back(self, tag: int) -> None:
         """Back to its queue."""
         # nack, not reject: RabbitMQ 4.3 counts a reject as a failed delivery.
         if self.open:
             self._channel.basic_nack(tag, requeue=True)
+            self._acks.settled(tag)
 
     def reject(self, tag: int) -> None:
         """Let the broker dead-letter the message untouched, or drop it where it does not."""
         if self.open:
             self._channel.basic_reject(tag, requeue=False)
+            self._acks.settled(tag)
 
     async def confirm(self) -> None:
         """Make the broker confirm what is published on this channel."""
@@ -231,6 +253,8 @@ class Channel:
     async def close(self) -> None:
         """Close, and wait for the answer: the proof that the broker has read our acks."""
         if self.open:
+            self.flush()
+            self._forget_consumer()
             self._channel.close()
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT):
@@ -271,6 +295,7 @@ class Channel:
     def _closed(self, _channel: Any, reason: BaseException) -> None:
         trouble = diagnose(reason)
         self.ended_in_order = trouble.kind is Kind.CLOSED
+        self._forget_consumer()
         if self._on_lost:
             self._on_lost(self)
         for future in (*self._requests, *self._confirms.values()):
@@ -281,6 +306,9 @@ class Channel:
         self._ids.clear()
         if not self.ended.done():
             self.ended.set_result(trouble)
+
+    def _forget_consumer(self) -> None:
+        self._channel.connection.consumers.pop(self._channel.channel_number, None)
 
     def _on_return(self, _channel: Any, _method: Any, properties: Any, _body: bytes) -> None:
         # A return carries no number. It comes before the confirm of its message, and

@@ -45,10 +45,10 @@ class Incoming:
 
     __slots__ = ("message", "redelivered", "tag")
 
-    def __init__(self, method: Any, properties: Any, body: bytes) -> None:
-        self.tag: int = method.delivery_tag
-        self.redelivered: bool = method.redelivered
-        self.message = message_of(properties, body)
+    def __init__(self, tag: int, redelivered: bool, message: Message) -> None:
+        self.tag = tag
+        self.redelivered = redelivered
+        self.message = message
 
 
 def message_of(properties: Any, body: bytes) -> Message:
@@ -83,7 +83,7 @@ def properties_of(message: Message) -> pika.BasicProperties:
     )
 
 
-def _decode_headers(encoded: bytes, offset: int) -> tuple[dict[Any, Any], int]:
+def decode_headers(encoded: bytes, offset: int) -> tuple[dict[Any, Any], int]:
     """A header table, in place of pika's decoder; one that cannot be decoded stays bytes."""
     end = offset + _SIZE.size + _SIZE.unpack_from(encoded, offset)[0]
     try:
@@ -97,7 +97,7 @@ def _table(data: bytes, depth: int) -> dict[Any, Any]:
     at = 0
     while at < len(data):
         name = data[at + 1 : at + 1 + data[at]]
-        table[_text(name)], at = _value(data, at + 1 + len(name), depth)
+        table[decode_text(name)], at = _value(data, at + 1 + len(name), depth)
     return table
 
 
@@ -135,7 +135,7 @@ def _value(data: bytes, at: int, depth: int) -> tuple[Any, int]:
         raise ValueError("cut off, or too deep")
     match chr(kind):
         case "S":
-            return _text(inside), end
+            return decode_text(inside), end
         case "x":
             return inside, end
         case "A":
@@ -145,7 +145,7 @@ def _value(data: bytes, at: int, depth: int) -> tuple[Any, int]:
     raise ValueError(f"a field of type {chr(kind)!r}")
 
 
-def _text(data: bytes) -> str | bytes:
+def decode_text(data: bytes) -> str | bytes:
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -174,4 +174,4 @@ def _encode_value(pieces: list[bytes], value: Any) -> int:
 # reads header tables through its name `data`.
 _encode_with_pika = pika.data.encode_value
 pika.data.encode_value = _encode_value
-pika.spec.data = SimpleNamespace(**{**vars(pika.data), "decode_table": _decode_headers})
+pika.spec.data = SimpleNamespace(**{**vars(pika.data), "decode_table": decode_headers})

@@ -1,0 +1,116 @@
+"""Acknowledgements: every one that is due reaches the broker, and none that is not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.harness.amqp import Client
+from tests.harness.broker import Broker
+from tests.harness.waiting import TIMEOUT
+from workerd import options
+from workerd.broker import Channel, Incoming, Link
+from workerd.broker.acks import Acks
+from workerd.url import BrokerURL
+
+pytestmark = pytest.mark.pika
+
+
+class Sent:
+    """What a broker has sent on a channel and holds until it is settled, as RabbitMQ does it."""
+
+    def __init__(self, count: int) -> None:
+        self.unsettled = list(range(1, count + 1))
+
+    def settle(self, tag: int, multiple: bool = False) -> list[int]:
+        """The tags that this settles; an unknown one would end the channel."""
+        assert tag in self.unsettled
+        settled = [each for each in self.unsettled if each == tag or (multiple and each < tag)]
+        self.unsettled = [each for each in self.unsettled if each not in settled]
+        return settled
+
+
+#: Tags in the order in which they are settled, and what is done with each; "send" in between.
+ENDS = st.permutations(range(1, 13)).flatmap(
+    lambda tags: st.lists(
+        st.sampled_from(["ack", "ack", "return", "ack, send", "return, send", "nothing"]),
+        min_size=len(tags),
+        max_size=len(tags),
+    ).map(lambda actions: list(zip(tags, actions, strict=True)))
+)
+
+
+@given(ENDS)
+def test_exactly_what_is_to_be_acknowledged_is(ends: list[tuple[int, str]]) -> None:
+    sent, acks = Sent(len(ends)), Acks()
+    due: set[int] = set()
+
+    def send() -> None:
+        assert bool(acks) == bool(due)
+        acknowledged = [each for ack in acks.take() for each in sent.settle(*ack)]
+        assert sorted(acknowledged) == sorted(due)
+        due.clear()
+
+    for tag, action in ends:
+        if action.startswith("ack"):
+            acks.add(tag)
+            due.add(tag)
+        elif action.startswith("return"):
+            assert sent.settle(tag) == [tag]
+            acks.settled(tag)
+        if action.endswith("send"):
+            send()
+    send()
+
+
+def test_what_ends_together_is_acknowledged_in_one_frame() -> None:
+    acks = Acks()
+    for tag in (2, 1, 3, 5, 7):
+        acks.add(tag)
+    assert acks.take() == [(3, True), (5, False), (7, False)]
+    for tag in (6, 4):
+        acks.add(tag)
+    assert acks.take() == [(6, True)]
+    assert acks.take() == []
+
+
+def settling(broker: Broker, queue: str, count: int, order: Iterable[tuple[str, int]]) -> list[str]:
+    """Take so many messages, do this with the tags at once, and close; what happened, in order."""
+    happened: list[str] = []
+
+    async def settle() -> None:
+        link = await Link.open(BrokerURL.parse(broker.url), options.Broker(), "test", {})
+        channel = await link.channel()
+        channel.before_acks = lambda: happened.append("before")
+        came: list[int] = []
+        all_came = asyncio.Event()
+
+        def take(_channel: Channel, incoming: Incoming) -> None:
+            came.append(incoming.tag)
+            if len(came) == count:
+                all_came.set()
+
+        await channel.consume(queue, count, "consumer", take, lambda _channel: None)
+        await asyncio.wait_for(all_came.wait(), TIMEOUT)
+        for verb, tag in order:
+            getattr(channel, verb)(tag)
+        happened.append("settled")
+        await channel.close()
+        await link.close(TIMEOUT)
+
+    asyncio.run(settle())
+    return happened
+
+
+def test_the_broker_has_it_all_when_a_channel_is_closed(broker: Broker, client: Client) -> None:
+    client.declare("jobs")
+    for number in range(8):
+        client.publish("jobs", message_id=str(number + 1))
+    order = [("ack", 3), ("ack", 1), ("give_back", 2), ("ack", 4), ("ack", 6), ("reject", 7)]
+    happened = settling(broker, "jobs", 8, order)
+    assert [message.id for message in client.drain("jobs")] == ["2", "5", "8"]
+    assert happened == ["settled", "before"], "the memory is asked to be written before they go"

@@ -1,0 +1,161 @@
+"""Messages out of what a broker sends: what is read without pika is what pika would have read."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from typing import Any
+
+import pika
+import pika.frame
+import pika.spec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.harness.amqp import Client
+from tests.harness.broker import Broker
+from tests.harness.octets import field
+from tests.harness.waiting import TIMEOUT
+from workerd import options
+from workerd.broker import Channel, Incoming, Link
+from workerd.broker.codec import message_of
+from workerd.broker.deliveries import delivery_at
+from workerd.job import UNREADABLE
+from workerd.url import BrokerURL
+
+pytestmark = pytest.mark.pika
+
+SHORT = st.text(max_size=40).filter(lambda text: len(text.encode()) < 256)
+PROPERTIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "content_type": SHORT,
+        "content_encoding": SHORT,
+        "headers": st.dictionaries(SHORT, st.integers(0, 9) | SHORT, max_size=3),
+        "delivery_mode": st.integers(0, 255),
+        "priority": st.integers(0, 255),
+        "correlation_id": SHORT,
+        "reply_to": SHORT,
+        "expiration": SHORT,
+        "message_id": SHORT,
+        "timestamp": st.integers(0, 2**63),
+        "type": SHORT,
+        "user_id": SHORT,
+        "app_id": SHORT,
+        "cluster_id": SHORT,
+    },
+)
+
+
+def frames(
+    properties: bytes,
+    body: bytes,
+    *,
+    channel: int = 1,
+    tag: int = 1,
+    redelivered: bool = False,
+    pieces: int = 1,
+) -> bytes:
+    """A delivery as a broker sends it; these properties begin with their flags."""
+    method = pika.spec.Basic.Deliver("consumer", tag, redelivered, "exchange", "key")
+    header = struct.pack(">HHQ", 60, 0, len(body)) + properties
+    size = -(-len(body) // pieces) or 1
+    parts = [body[at : at + size] for at in range(0, len(body), size)]
+    return b"".join(
+        [
+            pika.frame.Method(channel, method).marshal(),
+            struct.pack(">BHI", 2, channel, len(header)) + header + b"\xce",
+            *(pika.frame.Body(channel, part).marshal() for part in parts),
+        ]
+    )
+
+
+def encoded(**properties: Any) -> bytes:
+    return b"".join(pika.BasicProperties(**properties).encode())
+
+
+@given(PROPERTIES, st.binary(max_size=99), st.integers(1, 2**16 - 1), st.booleans())
+def test_a_delivery_is_read_as_pika_reads_it(
+    properties: dict[str, Any], body: bytes, channel: int, redelivered: bool
+) -> None:
+    header = encoded(**properties)
+    data = frames(header, body, channel=channel, tag=7, redelivered=redelivered)
+    delivery = delivery_at(b"before" + data + b"after", 6)
+    assert delivery is not None
+    assert (delivery.channel, delivery.end) == (channel, 6 + len(data))
+    assert (delivery.incoming.tag, delivery.incoming.redelivered) == (7, redelivered)
+    assert delivery.incoming.message == message_of(pika.BasicProperties().decode(header), body)
+
+
+def test_what_is_not_text_and_what_is_no_table_come_as_with_pika() -> None:
+    flags = struct.pack(">H", 1 << 13 | 1 << 7)
+    inside = field(b"f", b"no such type")
+    header = flags + struct.pack(">I", len(inside)) + inside + b"\x02\xff\xfe"
+    delivery = delivery_at(frames(header, b"x"), 0)
+    assert delivery is not None
+    message = delivery.incoming.message
+    assert message == message_of(pika.BasicProperties().decode(header), b"x")
+    assert message.message_id == b"\xff\xfe"
+    assert set(message.headers) == {UNREADABLE}
+
+
+def test_what_is_not_all_there_is_left_alone() -> None:
+    data = frames(encoded(message_id="a", headers={"a": "b"}), b"body")
+    assert delivery_at(data, 0)
+    assert not any(delivery_at(data[:end], 0) for end in range(len(data)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(frames(encoded(type="t"), b"x" * 10, pieces=2), id="a body in two frames"),
+        pytest.param(frames(encoded()[:-2] + b"\0\1\0\0", b""), id="more flags"),
+        pytest.param(pika.frame.Heartbeat().marshal() * 4, id="heartbeats"),
+        pytest.param(
+            pika.frame.Method(1, pika.spec.Basic.Ack(1)).marshal() * 4, id="another method"
+        ),
+    ],
+)
+def test_what_is_rare_is_left_to_pika(data: bytes) -> None:
+    assert delivery_at(data, 0) is None
+
+
+@given(st.data())
+def test_spoilt_bytes_are_no_delivery_or_another_one(data: st.DataObject) -> None:
+    whole = bytearray(frames(encoded(message_id="a", headers={"a": "b"}, type="t"), b"body"))
+    for at in data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=3)):
+        whole[at] = data.draw(st.integers(0, 255))
+    delivery = delivery_at(bytes(whole), 0)
+    assert delivery is None or delivery.end <= len(whole)
+
+
+def test_messages_of_all_sizes_come_whole_and_in_order(client: Client, broker: Broker) -> None:
+    """Small ones are read here, and those of many frames by pika, on the same channel."""
+    client.declare("mixed")
+    bodies = [bytes([number % 256]) * (number**3 % 300_007) for number in range(120)]
+    for number, body in enumerate(bodies):
+        client.publish("mixed", body, message_id=str(number))
+
+    async def receive() -> list[tuple[int, object, bytes]]:
+        link = await Link.open(BrokerURL.parse(broker.url), options.Broker(), "test", {})
+        channel = await link.channel()
+        came: list[tuple[int, object, bytes]] = []
+        all_came = asyncio.Event()
+
+        def take(_channel: Channel, incoming: Incoming) -> None:
+            message = incoming.message
+            came.append((incoming.tag, message.message_id, message.body))
+            channel.ack(incoming.tag)
+            if len(came) == len(bodies):
+                all_came.set()
+
+        await channel.consume("mixed", 30, "consumer", take, lambda _channel: None)
+        await asyncio.wait_for(all_came.wait(), TIMEOUT)
+        await channel.close()
+        await link.close(TIMEOUT)
+        return came
+
+    came = asyncio.run(receive())
+    assert came == [(number + 1, str(number), body) for number, body in enumerate(bodies)]
+    assert client.ready("mixed") == 0
