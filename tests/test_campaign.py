@@ -19,12 +19,15 @@ from tests.harness.broker import Broker
 from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
 from tests.harness.tables import AGAIN, config
-from tests.harness.waiting import SEEDS, until
+from tests.harness.waiting import SEEDS, TIMEOUT, until
 
 Start = Callable[..., Daemon]
 
 JOBS = 16
 SLOTS = 4
+# Seconds after which RabbitMQ sends on what has come due once more, if the queue that it sent it to
+# has not said that it has it: while it starts, that queue may not be there yet.
+FORWARDING = 180
 # Shorter and longer than it takes to connect again.
 SECONDS = [0.2, 0.7]
 
@@ -301,7 +304,7 @@ def test_jobs_that_fail_run_once_for_each_attempt_whatever_the_broker_does(
         else:
             broker.kill()
             broker.start()
-    until(lambda: oracle.report(ids).finished == set(ids), "all of them")
+    until(lambda: oracle.report(ids).finished == set(ids), "all of them", TIMEOUT + FORWARDING)
     report = oracle.check(ids)
     assert all(report.starts[job] == 1 + int(job[-1]) for job in ids), report.starts
     for worker in workers:
