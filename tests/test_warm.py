@@ -61,6 +61,26 @@ def test_a_process_handles_one_job_after_another(tmp_path: Path) -> None:
     assert len(pids) == 1
 
 
+def test_a_job_is_told_to_begin_and_that_is_written_down_before_it_is_sent(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    async def run() -> None:
+        settings = python(tmp_path, "def f(job): open('ran', 'w')")
+        async with pool(settings) as warm:
+
+            def write_down() -> None:
+                assert not (tmp_path / "ran").exists()
+                order.append("written")
+
+            warm.before_sending = write_down
+            never = asyncio.get_running_loop().create_future()
+            await warm.run(job(), never, lambda _pid: order.append("begun"))
+            order.append("done")
+
+    in_loop(run())
+    assert order == ["begun", "written", "done"]
+
+
 def test_jobs_run_at_once_in_as_many_processes_as_configured_and_the_others_wait(
     tmp_path: Path,
 ) -> None:

@@ -112,7 +112,8 @@ async def _serve(
         soon=asyncio.get_running_loop().call_soon,
     )
     systemd = service.Systemd()
-    handlers = Handlers(os.environ, guardian)
+    # What ends the daemon when it begins must not be forgotten with it.
+    handlers = Handlers(os.environ, guardian, memory.flush)
     worker = Worker(settings, handlers, place, connect, systemd, memory)
     loop = asyncio.get_running_loop()
     bugs: list[object] = []

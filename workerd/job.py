@@ -9,10 +9,11 @@ from __future__ import annotations
 import enum
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from workerd.errors import WorkerdError
 from workerd.ids import new_id
+from workerd.values import value
 
 #: Spent attempts of this message; absent on a first try.
 ATTEMPT = "x-workerd-attempt"
@@ -60,7 +61,7 @@ class BadJob(WorkerdError):
         self.reason = reason
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Message:
     """The body and the basic properties of an AMQP message.
 
@@ -81,7 +82,7 @@ class Message:
     headers: Mapping[str, object] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Job:
     """One attempt at a piece of work.
 
@@ -132,7 +133,7 @@ class Job:
         return None if name.startswith(OWN) else self.message.headers.get(name)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Delivery:
     """A job as it came on one channel: settled there, once, or never.
 
@@ -161,7 +162,7 @@ class Outcome(enum.Enum):
     INTERRUPTED = "interrupted"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Report:
     """What a handler says of one run: the outcome and the facts behind it.
 

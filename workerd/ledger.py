@@ -50,6 +50,7 @@ from dataclasses import dataclass, replace
 from workerd.job import Delivery, Job
 from workerd.memory import ALL_CLOSED, GONE, NEVER_SENT, Elsewhere, Memory
 from workerd.retry import Verdict
+from workerd.values import value
 
 #: In place of a queue: whose jobs start only while nothing else runs.
 ALONE = ""
@@ -75,14 +76,14 @@ class Run:
     over: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Rejoined:
     """A redelivery belongs to ``run``, which is still going on here."""
 
     run: Run
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Settle:
     """An order to settle ``delivery``, now, on the channel it came on."""
 

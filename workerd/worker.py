@@ -78,6 +78,7 @@ class Worker:
         #: Set whenever something happened that somebody may be waiting for.
         self._happened = asyncio.Event()
         self._performing: set[asyncio.Task[None]] = set()
+        self._starting: asyncio.Handle | None = None
 
     async def run(self) -> None:
         """Startup, work, shutdown."""
@@ -302,6 +303,8 @@ class Worker:
 
     def opened(self, channel: Channel) -> None:
         self.channels[channel.serial] = channel
+        # Once the broker has forgotten a job, nobody but the memory knows that it is finished.
+        channel.before_acks = self.ledger.memory.flush
         self.ledger.opened(channel.serial)
 
     def delivered(self, source: Source, channel: Channel, incoming: Incoming) -> None:
@@ -397,6 +400,12 @@ class Worker:
         task.add_done_callback(self._performing.discard)
 
     def _start_more(self) -> None:
+        """Start what may start now: once for all that ends in this turn of the loop."""
+        if self._starting is None:
+            self._starting = asyncio.get_running_loop().call_soon(self._start_all)
+
+    def _start_all(self) -> None:
+        self._starting = None
         if self.ledger.has_slot_ahead:
             self.register.hand_out()
         while run := self.ledger.next():

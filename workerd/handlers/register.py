@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from workerd.handlers.command import CommandHandler
 from workerd.handlers.guardian import Guardian
@@ -14,11 +14,20 @@ Kind = CommandHandler | WarmHandler
 
 
 class Handlers:
-    """Makes the handlers of a daemon. Warm ones live on as long as their settings stay."""
+    """Makes the handlers of a daemon. Warm ones live on as long as their settings stay.
 
-    def __init__(self, environ: Mapping[str, str], guardian: Guardian) -> None:
+    ``before_sending`` is called before a warm process is sent what it begins with.
+    """
+
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        guardian: Guardian,
+        before_sending: Callable[[], None] = lambda: None,
+    ) -> None:
         self._environ = environ
         self._guardian = guardian
+        self._before_sending = before_sending
         #: Those in force, each with all that it was made of.
         self._warm: dict[str, tuple[object, WarmHandler]] = {}
         #: Those that have been replaced, and still have jobs or processes.
@@ -51,7 +60,13 @@ class Handlers:
             self._warm[handler.name] = before.pop(handler.name)
             return self._warm[handler.name][1]
         warm = WarmHandler(
-            handler, self._environ, lines, self._guardian, settings.log.level, made_of[-1]
+            handler,
+            self._environ,
+            lines,
+            self._guardian,
+            settings.log.level,
+            made_of[-1],
+            self._before_sending,
         )
         self._warm[handler.name] = made_of, warm
         if handler.queue in settings.worker.queues:

@@ -9,7 +9,6 @@ import fcntl
 import functools
 import itertools
 import os
-import socket
 import struct
 import termios
 import time
@@ -19,6 +18,7 @@ from typing import Literal, Protocol, TypedDict
 from workerd import log
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.output import Output, Records
+from workerd.handlers.permits import Permits
 from workerd.handlers.process import Process, make_pipe, signal_name
 from workerd.handlers.program import Program
 from workerd.handlers.protocol import (
@@ -38,8 +38,6 @@ from workerd.job import Outcome, Report
 from workerd.options import Handler
 from workerd.retry import limit
 
-#: The number of a frame that a process may begin, see `child`.
-_PERMIT = struct.Struct("=Q")
 #: Of what a process says of itself or of a job, in characters.
 _LONGEST_TEXT = 16 * 1024
 _CHUNK = 1 << 16
@@ -57,6 +55,9 @@ class Pool(Protocol):
     """Whom a runner tells of its life."""
 
     settings: Handler
+
+    def before_sending(self) -> None:
+        """A process is about to be sent jobs, of which it begins with the first at once."""
 
     def ready(self, runner: Runner) -> None:
         """It takes jobs."""
@@ -128,9 +129,8 @@ class Runner:
         self._gave_up = False
         #: What it is yet to be sent of each frame, by number, in order.
         self._unsent: dict[int, memoryview] = {}
-        #: Permits that are yet to be sent.
-        self._ungranted = b""
-        self._sending: asyncio.Handle | None = None
+        #: Whether its pipe has no room at present.
+        self._is_full = False
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
@@ -140,11 +140,9 @@ class Runner:
                 os.set_blocking(fd, False)
             more = [frames, answers]
             if asks:
-                # Its end stays open here as well: whoever reads a permit has it.
-                self._granted, self._grants = socket.socketpair()
-                undo.callback(self._granted.close)
-                undo.callback(self._grants.close)
-                more.append(self._granted.fileno())
+                self._permits = Permits()
+                undo.callback(self._permits.close)
+                more.append(self._permits.fileno())
             self._process = Process(
                 [program.path, *arguments],
                 program.environment | {b"WORKERD_PROTOCOL": b"%d" % VERSION},
@@ -165,7 +163,7 @@ class Runner:
     # What the pool does with it.
 
     def take(self, turn: Turn) -> None:
-        """Send it a job."""
+        """Have it do a job; `send` sends all that it was given since the last time."""
         self.taken += 1
         self._number += 1
         turn.number, turn.runner = self._number, self
@@ -180,25 +178,18 @@ class Runner:
         turn.size = len(data)
         self._unsent[turn.number] = memoryview(data)
         if self.asks:
-            self._ungranted += _PERMIT.pack(turn.number)
-        if idle:
-            self._send()
-        elif self._sending is None:
-            # Those that come together are sent together.
-            self._sending = self._loop.call_soon(self._send)
+            self._permits.add(turn.number)
 
     def take_back(self) -> list[Turn]:
         """The jobs behind the first that it has not begun, and will not."""
         if not self.asks or len(self.turns) < 2:
             return []
-        numbers = self._ungranted + self._take_permits()
-        self._ungranted = b""
-        unbegun = {number for (number,) in _PERMIT.iter_unpack(numbers)}
+        unbegun = self._permits.take_back()
         first = self.turns[0]
         if first.number in unbegun:
             unbegun.remove(first.number)
-            self._ungranted = _PERMIT.pack(first.number)
-            self._send()
+            self._permits.add(first.number)
+            self.send()
         back = [turn for turn in self.turns if turn.number in unbegun]
         for turn in back:
             # Of a frame that is in the pipe in part, the rest has to follow.
@@ -207,14 +198,6 @@ class Runner:
         self.turns = deque(turn for turn in self.turns if turn.number not in unbegun)
         self.taken -= len(back)
         return back
-
-    def _take_permits(self) -> bytes:
-        """The permits that it has not read."""
-        taken = b""
-        with contextlib.suppress(BlockingIOError):
-            while data := self._granted.recv(_CHUNK, socket.MSG_DONTWAIT):
-                taken += data
-        return taken
 
     def leave(self, reason: str) -> None:
         """Have it end once it has done what it holds; a process that is starting ends now."""
@@ -325,7 +308,7 @@ class Runner:
         seconds = time.monotonic() - turn.began
         if self.asks and self.turns and not answer.last:
             self.turns[0].begin()
-            self._grant()
+            self._permits.send()
         turn.end(self._report(answer))
         if answer.last:
             self._gave_up = True
@@ -408,8 +391,7 @@ class Runner:
         if not turns:
             return [], []
         if self.asks:
-            permits = self._ungranted + self._take_permits()
-            unbegun = {number for (number,) in _PERMIT.iter_unpack(permits)}
+            unbegun = self._permits.take_back()
             begun = [turn for turn in turns if turn.number not in unbegun]
             return begun, turns[len(begun) :]
         if self._process.cause == "drain":
@@ -467,12 +449,13 @@ class Runner:
 
     # What it is sent.
 
-    def _send(self) -> None:
+    def send(self) -> None:
         """Write as far as the pipe takes it; a process that does not read holds nobody up."""
-        self._sending = None
         if self._frames < 0:
             return
-        self._grant()
+        self._pool.before_sending()
+        if self.asks:
+            self._permits.send()
         try:
             while self._unsent:
                 pieces = list(itertools.islice(self._unsent.items(), _MOST_PIECES))
@@ -484,19 +467,14 @@ class Runner:
                     sent -= len(piece)
                     del self._unsent[number]
         except BlockingIOError:
-            self._loop.add_writer(self._frames, self._send)
+            self._loop.add_writer(self._frames, self.send)
+            self._is_full = True
             return
         except BrokenPipeError:
             pass  # it has ended, which will be told soon
-        self._loop.remove_writer(self._frames)
-
-    def _grant(self) -> None:
-        if self._ungranted:
-            try:
-                sent = self._grants.send(self._ungranted, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return  # it has enough for now, and with each answer more may follow
-            self._ungranted = self._ungranted[sent:]
+        if self._is_full:
+            self._is_full = False
+            self._loop.remove_writer(self._frames)
 
     def _hang_up(self) -> None:
         """End of file: it leaves by itself, or is told to after ``kill_grace``."""
@@ -506,8 +484,7 @@ class Runner:
         os.close(self._frames)
         self._frames = -1
         if self.asks:
-            self._grants.close()
-            self._granted.close()
+            self._permits.close()
         if self.state != "ended":
             grace = self._settings.kill_grace
             self._process.end_after(grace, "leave", grace)

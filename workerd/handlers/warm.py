@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import operator
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from workerd import log
@@ -51,8 +52,10 @@ class WarmHandler:
         guardian: Guardian,
         level: log.Level = "info",
         depth: int = 1,
+        before_sending: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
+        self.before_sending = before_sending
         self._output_lines = output_lines
         self._guardian = guardian
         self._asks = settings.python is not None
@@ -80,6 +83,7 @@ class WarmHandler:
         self._pauses: Iterator[float] = iter(())
         self._next_start = 0.0
         self._gone = asyncio.Event()
+        self._handing_out: asyncio.Handle | None = None
 
     @property
     def capacity(self) -> int:
@@ -122,7 +126,7 @@ class WarmHandler:
             self._interrupt(turn)
 
         self._waiting.append(turn)
-        self.hand_out()
+        self._hand_out_soon()
         stop.add_done_callback(interrupt)
         try:
             return await turn.report
@@ -176,12 +180,25 @@ class WarmHandler:
         if self._held:
             return
         self._share()
+        takers = set()
         while (found := self._next()) is not None:
             turn, runner = found
             self._waiting.remove(turn)
             runner.take(turn)
+            takers.add(runner)
+        for runner in takers:
+            runner.send()
         if len(self._runners) < self.settings.processes:
             self._start_more()
+
+    def _hand_out_soon(self) -> None:
+        """The same, once for all that comes and ends in this turn of the loop."""
+        if self._handing_out is None:
+            self._handing_out = asyncio.get_running_loop().call_soon(self._hand_out_now)
+
+    def _hand_out_now(self) -> None:
+        self._handing_out = None
+        self.hand_out()
 
     def _start_more(self) -> None:
         """Start processes for jobs that could begin, or tell why there is none."""
@@ -203,26 +220,22 @@ class WarmHandler:
         """A job that waits, and the process that is to have it."""
         if not self._waiting:
             return None
-        runner = max(self._runners, key=self._room, default=None)
-        if runner is None or self._room(runner) <= 0:
-            return None
-        if not runner.turns or not runner.asks:
-            turn = next((turn for turn in self._waiting if turn.may_begin()), None)
-            if turn:
-                return turn, runner
-        # Without a slot it can only be the next of a process that has one of its queue.
-        for runner in sorted(filter(self._works_on, self._runners), key=self._room, reverse=True):
-            if self._room(runner) <= 0:
-                return None
-            queue = runner.turns[-1].job.queue
-            turn = next((turn for turn in self._waiting if turn.may_begin(queue)), None)
-            if turn:
-                return turn, runner
+        rooms = [(runner.room(self._depth), runner) for runner in self._runners]
+        free = sorted(
+            (each for each in rooms if each[0] > 0), key=operator.itemgetter(0), reverse=True
+        )
+        for number, (_, runner) in enumerate(free):
+            if not runner.turns or not runner.asks:
+                if number:
+                    continue  # nothing could begin in the first of these
+                queue = None
+            else:
+                # Without a slot it can only be the next of a process that has one of its queue.
+                queue = runner.turns[-1].job.queue
+            for turn in self._waiting:
+                if turn.may_begin(queue):
+                    return turn, runner
         return None
-
-    @staticmethod
-    def _works_on(runner: Runner) -> bool:
-        return runner.asks and bool(runner.turns)
 
     def _share(self) -> None:
         """Where a process has nothing to do, jobs are not to wait behind others."""
@@ -310,7 +323,7 @@ class WarmHandler:
         self._works()
         self._learn(seconds)
         if self._waiting or not runner.turns:
-            self.hand_out()
+            self._hand_out_soon()
         if self._retired and not self._waiting:
             runner.leave("retired")
 
