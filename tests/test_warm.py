@@ -663,7 +663,7 @@ def test_the_last_process_that_is_to_be_had_is_replaced_once_it_has_ended() -> N
 
 
 @pytest.mark.parametrize("fails", ["exit 1", "ready; exit"])
-def test_a_job_does_not_wait_for_a_busy_process_once_another_can_be_had(
+def test_jobs_do_not_wait_for_a_busy_process_once_others_can_be_had(
     tmp_path: Path, hasty: None, fails: str
 ) -> None:
     gate, mended = tmp_path / "gate", tmp_path / "mended"
@@ -679,15 +679,18 @@ def test_a_job_does_not_wait_for_a_busy_process_once_another_can_be_had(
 
     async def scenario() -> None:
         with logged() as events:
-            async with pool(sh(script, processes=2)) as warm:
+            async with pool(sh(script, processes=3)) as warm:
                 warm.start()
                 await warm.await_ready()
                 long = warm.soon(job(b"long"))
-                short = warm.soon(job(b"short"))
+                short = [warm.soon(job(b"short")) for _ in range(4)]
                 await told(events, "child failed")
                 mended.touch()
-                assert (await short).output == b"short"
+                reports = await asyncio.gather(*short)
+                assert {report.output for report in reports} == {b"short"}
                 assert not long.done()
+                # Not one for each job.
+                assert len(warm._runners) == 3
                 gate.touch()
                 await long
                 assert warm.degraded is None
