@@ -13,8 +13,10 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from textwrap import dedent
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -177,6 +179,23 @@ def alone(script: str, environ: Mapping[str, str] = MappingProxyType({})) -> str
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def as_nobody(script: str) -> str:
+    """What a script prints that runs as a user who has no other process."""
+    with tempfile.TemporaryDirectory() as folder:
+        private = Path(folder, "private")
+        private.mkdir()
+        if os.geteuid() == 0:
+            # Its processes are counted by user.
+            user = 1_000_000 + os.getpid()
+            for path in (folder, private):
+                os.chown(path, user, user)
+            script = f"os.setgroups([]); os.setgid({user}); os.setuid({user})\n{dedent(script)}"
+        # What it has not imported by then may be out of its reach.
+        said = alone(f"import tests.pools\nos.chdir({folder!r})\n{dedent(script)}")
+        private.chmod(0o700)
+        return said
 
 
 unguarded = Unguarded()

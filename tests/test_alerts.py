@@ -74,6 +74,7 @@ def test_prometheus_takes_the_rules() -> None:
 WORKER = '{job="workerd", instance="host1:15693", worker="1"}'
 QUEUE = WORKER.replace("}", ', queue="q"}')
 HANDLER = QUEUE.replace("}", ', handler="h", outcome="OUTCOME"}')
+RUNS = WORKER.replace("}", ', handler="h"}')
 UP = 'up{job="workerd", instance="host1:15693"}'
 
 #: A host on which all is well, a value each minute for a day and a half.
@@ -84,9 +85,8 @@ WELL = {
     f"workerd_healthy{WORKER}": "1x2160",
     f"workerd_draining{WORKER}": "0x2160",
     f"workerd_queue_paused{QUEUE}": "0x2160",
-    'workerd_handler_paused{job="workerd", instance="host1:15693", worker="1", handler="h"}': (
-        "0x2160"
-    ),
+    f"workerd_handler_paused{RUNS}": "0x2160",
+    f"workerd_handler_degraded{RUNS}": "0x2160",
     f"workerd_jobs_total{HANDLER}".replace("OUTCOME", "done"): "0+10x2160",
     f"workerd_jobs_total{HANDLER}".replace("OUTCOME", "dead"): "0x2160",
     f"workerd_queue_dead_messages{QUEUE}": "0x2160",
@@ -107,7 +107,8 @@ TROUBLE: dict[str, dict[str, str | None]] = {
     "WorkerdRestarts": {"workerd_start_time_seconds": "1700000000+60x2160"},
     "WorkerdNotConsuming": {"workerd_healthy": "0x2160"},
     "WorkerdQueuePaused": {"workerd_queue_paused": "1x2160"},
-    "WorkerdHandlerPaused": {"workerd_handler_paused": "1x2160"},
+    "WorkerdHandlerPaused": {"workerd_handler_": "1x2160"},
+    "WorkerdHandlerDegraded": {"workerd_handler_degraded": "1x2160"},
     "WorkerdDeadLetters": {'outcome="dead"': "0+1x2160"},
     "WorkerdDeadLettersWait": {"workerd_queue_dead_messages": "1x2160"},
     "WorkerdJobsWaitLong": {'le="60.0"': "0x2160"},

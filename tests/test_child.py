@@ -509,6 +509,21 @@ def test_context_variables_are_a_jobs_own(tmp_path: Path) -> None:
     assert do_all(python(tmp_path, code), job(), job()).report.output == b"1"
 
 
+def test_sigterm_in_the_moment_before_a_function_begins_is_not_lost(tmp_path: Path) -> None:
+    code = """
+    import __main__, os, signal, time
+    class Job(__main__.Job):
+        def __init__(self, *arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            super().__init__(*arguments)
+    __main__.Job = Job
+    def f(job):
+        time.sleep(600)
+    """
+    report = do(python(tmp_path, code), job())
+    assert (report.reason, report.signal) == ("crashed", "SIGTERM")
+
+
 def test_a_function_has_its_grace_to_put_things_in_order(tmp_path: Path) -> None:
     code = """
     import asyncio, time

@@ -132,7 +132,7 @@ def state(instance: str = "1", **changes: Any) -> dict[str, Any]:
         "queues": [
             {**queue, "consuming": True, "paused": False, "ready": 7, "due": 0, "dead": None}
         ],
-        "handlers": [{"handler": "resize", "paused": True}],
+        "handlers": [{"handler": "resize", "paused": False, "degraded": True}],
         "jobs": [{**whose, "outcome": "done", "count": 5}],
         "run_seconds": [{**whose, "bounds": [0.5, 1.0], "counts": [1, 3, 1], "sum": 4.5}],
         "wait_seconds": [{"queue": "photos", "bounds": [1.0], "counts": [5, 0], "sum": 0.0}],
@@ -170,7 +170,8 @@ def test_the_text_has_what_the_instance_answers() -> None:
         ("consume", "1"): 2,
         ("publish", "1"): 1,
     }
-    assert named("workerd_handler_paused", found) == {("resize", "1"): 1}
+    assert named("workerd_handler_paused", found) == {("resize", "1"): 0}
+    assert named("workerd_handler_degraded", found) == {("resize", "1"): 1}
     assert named("workerd_queue_ready_messages", found) == {("photos", "1"): 7}
     # What nobody knows is missing.
     assert named("workerd_queue_dead_messages", found) == {}

@@ -22,8 +22,11 @@ from tests.harness.processes import MissingTool
 from tests.harness.tables import config
 from tests.harness.waiting import until
 from tests.harness.wire import Wire
+from tests.pools import PRELUDE
 
 StartDaemon = Callable[..., Daemon]
+
+NO_PROCESS = "Resource temporarily unavailable: no process is left (TasksMax=, ulimit -u)"
 
 
 def leave_descriptors(workerd: Daemon, spare: int) -> None:
@@ -157,7 +160,7 @@ def test_without_processes_jobs_wait_and_none_is_lost_or_blamed(
     nobody.limit(workerd, 1)
     jobs += client.publish_jobs("jobs", ["a", "b"])
     paused = workerd.wait_event("handler paused")
-    assert paused["error"].endswith(": Resource temporarily unavailable")
+    assert paused["error"].endswith(f": {NO_PROCESS}")
     for job in ("a", "b"):
         workerd.wait_event("postponed", job_id=job)
     check_no_busy_loop(workerd)
@@ -172,6 +175,49 @@ def test_without_processes_jobs_wait_and_none_is_lost_or_blamed(
     oracle.check(jobs)
     assert client.ready("jobs.dead") == 0
     assert {entry["attempt"] for entry in workerd.events("done")} == {1}
+
+
+def test_without_processes_warm_handlers_go_on_with_those_they_have_and_blame_no_job(
+    broker: Broker, client: Client, daemon: StartDaemon, tmp_path: Path
+) -> None:
+    nobody = Nobody()
+    gated = f"until [ -e {tmp_path}/gate ]; do sleep 0.02; done"
+    script = f"{PRELUDE}\nready; while next; do {gated}; answer; done"
+    handlers: dict[str, Any] = {
+        "handlers.warm": {
+            "stream": ["sh", "-c", script],
+            "processes": 2,
+            "queue": "jobs",
+            "retry": {"attempts": 1},
+        }
+    }
+    command = nobody.command(tmp_path / "workerd-1.toml")
+    workerd = daemon(config(broker.url, ["true"], **handlers), command=command)
+    workerd.wait_event("consuming", queue="jobs.due")
+    workerd.wait_event("child ready")
+
+    nobody.limit(workerd, 1)
+    client.publish_jobs("jobs", ["a", "b", "c"], type="warm")
+    failed = workerd.wait_event("child failed", handler="warm")
+    assert failed["error"].endswith(f": {NO_PROCESS}")
+    workerd.wait_notify(lambda text: "handler warm short of processes: cannot run sh" in text)
+    assert len(workerd.events("start")) == 1
+    check_no_busy_loop(workerd)
+    # The one process that it has ends without another in its place.
+    os.kill(workerd.events("child ready")[0]["child"], signal.SIGKILL)
+    workerd.wait_event("failed", job_id="a")
+    for job in ("b", "c"):
+        workerd.wait_event("postponed", job_id=job)
+    workerd.wait_notify(lambda text: "handler warm paused: cannot run sh" in text)
+
+    nobody.limit(workerd, 1000)
+    workerd.wait_event("child recovered", handler="warm")
+    (tmp_path / "gate").touch()
+    for job in ("b", "c"):
+        assert workerd.wait_event("done", job_id=job)["attempt"] == 1
+    broker.await_depth("jobs")
+    assert len(workerd.events("child failed")) == 1
+    assert {letter.id for letter in client.look("jobs.dead")} == {"a"}
 
 
 def test_a_job_that_the_kernel_kills_for_want_of_memory_fails_alone(

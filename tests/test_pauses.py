@@ -80,8 +80,3 @@ def test_a_job_is_put_off_a_little_when_its_handler_has_just_resumed() -> None:
 def test_jobs_that_were_put_off_together_do_not_come_back_together() -> None:
     pauses = paused()
     assert len({pauses.delay("broken", NOW + 60) for _ in range(100)}) > 90
-
-
-def test_the_last_line_of_an_error_says_most() -> None:
-    assert paused("Traceback:\n  line 1\nOSError: no").paused["broken"].summary == "OSError: no"
-    assert paused("No such file").paused["broken"].summary == "No such file"

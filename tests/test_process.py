@@ -9,16 +9,15 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 
 from tests.commands import (
     ENVIRONMENT,
     alone,
+    as_nobody,
     handler,
     in_loop,
     job,
@@ -151,23 +150,8 @@ def test_a_job_that_no_process_is_left_for_is_not_to_blame() -> None:
         print(run(handler("true"), job()).report.outcome.value)
         """
     )
-    assert said == "unavailable cannot run true: Resource temporarily unavailable\ndone\n"
-
-
-def as_nobody(script: str) -> str:
-    """What a script prints that runs as a user who has no other process."""
-    with tempfile.TemporaryDirectory() as folder:
-        private = Path(folder, "private")
-        private.mkdir()
-        if os.geteuid() == 0:
-            # Its processes are counted by user.
-            user = 1_000_000 + os.getpid()
-            for path in (folder, private):
-                os.chown(path, user, user)
-            script = f"os.setgroups([]); os.setgid({user}); os.setuid({user})\n{dedent(script)}"
-        said = alone(f"os.chdir({folder!r})\n{dedent(script)}")
-        private.chmod(0o700)
-        return said
+    why = "Resource temporarily unavailable: no process is left (TasksMax=, ulimit -u)"
+    assert said == f"unavailable cannot run true: {why}\ndone\n"
 
 
 # What it is given

@@ -71,6 +71,7 @@ def running(name: str = "1", **facts: Any) -> dict[str, Any]:
         "state": "running",
         "healthy": True,
         "why": None,
+        "degraded": [],
         "notes": [],
         "uptime": 3 * 3600.0,
         "broker": "rabbit1",
@@ -145,6 +146,13 @@ def test_everything_that_matters_is_on_a_screen_of_80_by_24() -> None:
     assert latest.split()[1:] == [UUID.format(0x80), "mail-newsle…", "exit-status", "dead"]
     assert re.match(r"\d\d:\d\d:\d\d  ", latest)
     assert text.count("retry") == 2  # of the hint, and of a failure
+
+
+def test_an_instance_whose_handler_cannot_run_is_degraded_and_says_why() -> None:
+    why = "handler resize paused: not ready within 30 s"
+    lines = drawn([running("1", degraded=[why], notes=[why])])
+    assert row(lines, "1 ")[1] == "degraded"
+    assert f"  {why}" in lines
 
 
 def test_a_job_that_has_been_told_to_end_and_one_that_has_not_begun_say_so() -> None:

@@ -92,6 +92,50 @@ def test_health_tells_why_not(broker: Broker, daemon: StartDaemon, tmp_path: Pat
     assert health(workerd).stdout == "instance 1 does not run on this host\n"
 
 
+@pytest.mark.parametrize(
+    ("code", "timeout", "why"),
+    [
+        pytest.param("import time; time.sleep(600)", "1s", "not ready within 1 s", id="hangs"),
+        pytest.param("import x_y", "1m", "ModuleNotFoundError: No module named 'x_y'", id="import"),
+    ],
+)
+def test_a_handler_whose_process_does_not_come_up_is_seen_at_a_glance(
+    broker: Broker, daemon: StartDaemon, tmp_path: Path, code: str, timeout: str, why: str
+) -> None:
+    handlers: dict[str, Any] = {
+        "handlers.function": {
+            "python": "app:f",
+            "working_directory": str(tmp_path),
+            "queue": "jobs",
+            "start_timeout": timeout,
+            "kill_grace": "100ms",
+        }
+    }
+    module = tmp_path / "app.py"
+    module.write_text(code)
+    workerd = daemon(config(broker.url, ["true"], **handlers))
+    workerd.wait_event("consuming", queue="jobs.due")
+    # Before any job has come.
+    said = f"handler function paused: {why}"
+    workerd.wait_notify(lambda text: text.endswith(f"127.0.0.1; {said}"))
+    assert (health(workerd).status, health(workerd).stdout) == (0, f"degraded: {said}\n")
+    assert call(workerd, "health")["degraded"] == [said]
+    (state,) = states(workerd.runtime).values()
+    assert state["healthy"]
+    assert state["degraded"] == state["notes"] == [said]
+    assert command(workerd.runtime, "status").stdout.splitlines()[0].endswith(said)
+    handlers = {entry.pop("handler"): entry for entry in call(workerd, "metrics")["handlers"]}
+    assert handlers == {
+        "function": {"paused": True, "degraded": True},
+        "job": {"paused": False, "degraded": False},
+    }
+    assert len(workerd.events("child failed")) == 1
+    module.write_text("def f(job): pass")
+    workerd.wait_event("child recovered", handler="function")
+    workerd.wait_notify(lambda text: "consuming" in text and "paused" not in text)
+    assert (health(workerd).status, health(workerd).stdout) == (0, "")
+
+
 def test_health_of_a_daemon_that_is_stuck_is_1(broker: Broker, daemon: StartDaemon) -> None:
     workerd = daemon(config(broker.url, ["true"]))
     workerd.wait_event("consuming", queue="jobs.due")
@@ -156,6 +200,7 @@ def test_status_has_the_shape_that_is_documented(
         "state": "running",
         "healthy": True,
         "why": None,
+        "degraded": [],
         "status": "consuming jobs: 1/1 running, 0 done, 0 failed; 127.0.0.1",
         "notes": [],
         "broker": "127.0.0.1",

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.commands import ENVIRONMENT, alone, open_descriptors, unguarded
+from tests.commands import ENVIRONMENT, alone, as_nobody, open_descriptors, unguarded
 from tests.harness import processes
 from tests.harness.waiting import TIMEOUT, until
 from tests.pools import Warm, do, do_all, in_loop, job, logged, outcome, pool, python, sh
@@ -431,7 +431,7 @@ def test_a_job_that_takes_too_long_is_ended_with_its_group_and_the_next_is_done(
 
 
 def test_a_process_that_never_looks_at_its_job_has_failed_it() -> None:
-    report = do(sh("ready; sleep 600", timeout=0.2), job())
+    report = do(sh("ready; sleep 600", timeout=0.2, kill_grace=0.1), job())
     assert (report.outcome, report.reason) == (Outcome.FAILED, "timeout")
 
 
@@ -617,6 +617,151 @@ def test_while_one_process_works_no_job_fails_for_want_of_another(tmp_path: Path
     reports = in_loop(scenario())
     assert {report.outcome for report in reports} == {Outcome.DONE}
     assert len({report.output for report in reports}) == 1
+
+
+def test_while_no_process_is_to_be_had_those_there_are_do_all_jobs_and_it_is_told_once() -> None:
+    said = as_nobody(
+        """
+        from tests.pools import *
+
+        async def scenario():
+            echo = sh('ready; while next; do answer "$body"; done', processes=3)
+            soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+            async with pool(echo) as warm:
+                warm.start()
+                await warm.await_ready()
+                resource.setrlimit(resource.RLIMIT_NPROC, (1, hard))
+                for _ in range(20):
+                    reports = await asyncio.gather(*(warm.do(job(b"x")) for _ in range(6)))
+                    assert {report.output for report in reports} == {b"x"}
+                print(warm.degraded)
+                resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
+                # By itself, without a job.
+                await warm.await_ready(2)
+                while warm.degraded:
+                    await asyncio.sleep(0.01)
+
+        with logged() as events:
+            in_loop(scenario())
+        for name in ("child failed", "child recovered"):
+            print(*(event.get("error", name) for event in events if event["event"] == name))
+        """
+    )
+    why = "Resource temporarily unavailable: no process is left (TasksMax=, ulimit -u)"
+    assert said.splitlines() == [
+        f"short of processes: cannot run sh: {why}",
+        f"cannot run sh: {why}",
+        "child recovered",
+    ]
+
+
+def test_the_last_process_that_is_to_be_had_is_replaced_once_it_has_ended() -> None:
+    said = as_nobody(
+        """
+        from tests.pools import *
+        from workerd.handlers import warm as module
+
+        module.FIRST_PAUSE = 600.0
+
+        async def scenario():
+            # Without any process of its own.
+            script = "ready; while read -r line <&3; do frame=1; answer; done"
+            settings = sh(script, processes=1, recycle_after=1)
+            _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+            # This one and a single process more.
+            resource.setrlimit(resource.RLIMIT_NPROC, (2, hard))
+            async with pool(settings) as warm:
+                warm.start()
+                for _ in range(3):
+                    await warm.await_ready()
+                    print((await warm.do(job())).outcome.value)
+
+        in_loop(scenario())
+        """
+    )
+    assert said.split() == ["done"] * 3
+
+
+@pytest.mark.parametrize("fails", ["exit 1", "ready; exit"])
+def test_jobs_do_not_wait_for_a_busy_process_once_others_can_be_had(
+    tmp_path: Path, hasty: None, fails: str
+) -> None:
+    gate, mended = tmp_path / "gate", tmp_path / "mended"
+    # At first only one finds the way free.
+    script = f"""
+    mkdir {tmp_path}/first || [ -e {mended} ] || {{ {fails}; }}
+    ready
+    while next; do
+        while [ "$body" = long ] && ! [ -e {gate} ]; do sleep 0.01; done
+        answer "$body"
+    done
+    """
+
+    async def scenario() -> None:
+        with logged() as events:
+            async with pool(sh(script, processes=3)) as warm:
+                warm.start()
+                await warm.await_ready()
+                long = warm.soon(job(b"long"))
+                short = [warm.soon(job(b"short")) for _ in range(4)]
+                await told(events, "child failed")
+                mended.touch()
+                reports = await asyncio.gather(*short)
+                assert {report.output for report in reports} == {b"short"}
+                assert not long.done()
+                # Not one for each job.
+                assert len(warm._runners) == 3
+                gate.touch()
+                await long
+                assert warm.degraded is None
+                await told(events, "child recovered", handler="test")
+
+    in_loop(scenario())
+
+
+def test_what_cannot_start_is_tried_again_without_a_job(tmp_path: Path, hasty: None) -> None:
+    async def scenario() -> list[str]:
+        changes: list[str] = []
+        settings = python(tmp_path, "import nothing_of_this_name\n" + PID)
+        warm = Warm(
+            settings, ENVIRONMENT, 10, unguarded, changed=lambda: changes.append(str(warm.degraded))
+        )
+        warm.start()
+        with logged() as events:
+            await told(events, "child failed")
+            python(tmp_path, PID + "# of another size\n")
+            await told(events, "child recovered")
+        await warm.close()
+        return changes
+
+    why, *again, last = in_loop(scenario())
+    assert why == "paused: ModuleNotFoundError: No module named 'nothing_of_this_name'"
+    assert {why, *again} == {why}
+    assert last == "None"
+
+
+def test_a_process_that_ends_as_soon_as_it_is_ready_is_told_once_while_another_works(
+    tmp_path: Path, hasty: None
+) -> None:
+    script = f"""
+    ready
+    mkdir {tmp_path}/first || exit 0
+    while next; do answer; done
+    """
+
+    async def scenario() -> None:
+        async with pool(sh(script, processes=2)) as warm:
+            warm.start()
+            await warm.await_ready()
+            starts = 0
+            while starts < 5:
+                reports = await asyncio.gather(warm.do(job()), warm.do(job()))
+                assert {report.outcome for report in reports} == {Outcome.DONE}
+                starts = sum(event["event"] == "child ready" for event in events)
+
+    with logged() as events:
+        in_loop(scenario())
+    assert sum(event["event"] == "child failed" for event in events) == 1
 
 
 def test_without_descriptors_no_job_pays(tmp_path: Path, hasty: None) -> None:

@@ -135,6 +135,34 @@ def test_a_handler_that_cannot_start_holds_up_only_its_own_jobs(
     assert not worker.events("dead letter")
 
 
+def test_a_handler_that_can_start_again_resumes_without_a_job(
+    broker: Broker, client: Client, daemon: Start, tmp_path: Path
+) -> None:
+    subject = Subject(daemon, broker, tmp_path)
+    worker = subject.start(function={"python": "missing:f"})
+    client.publish("default", type="function", message_id="waits")
+    worker.wait_event("postponed", job_id="waits")
+    # When it comes back, it is refused before its handler is asked.
+    call(worker, "cancel", id="waits")
+    worker.wait_event("rejected", job_id="waits")
+    assert "handler function paused" in call(worker, "status")["status"]
+    (tmp_path / "missing.py").write_text("def f(job): pass")
+    assert "job_id" not in worker.wait_event("handler resumed", handler="function")
+    assert not call(worker, "status")["degraded"]
+
+
+def test_a_reload_starts_a_process_that_could_not_start_at_once(
+    broker: Broker, daemon: Start, tmp_path: Path
+) -> None:
+    subject = Subject(daemon, broker, tmp_path)
+    function = {"python": "missing:f"}
+    worker = subject.start(function=function)
+    worker.wait_event("child failed", handler="function")
+    (tmp_path / "missing.py").write_text("def f(job): pass")
+    subject.reload(worker, function=function)
+    worker.wait_event("child recovered", handler="function")
+
+
 def test_a_killed_daemon_takes_its_warm_processes_with_it(
     broker: Broker, client: Client, daemon: Start, tmp_path: Path
 ) -> None:

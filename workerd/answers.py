@@ -82,6 +82,7 @@ class Answers:
             "state": self._state,
             "healthy": not why_not,
             "why": why_not or None,
+            "degraded": worker.status.degraded(),
             "status": worker.status.line(),
             "notes": worker.status.notes(),
             "broker": consumer.broker or None,
@@ -150,7 +151,11 @@ class Answers:
 
     def _health(self, _request: Request, _peer: Peer) -> Answer:
         why_not = self._why_not_consuming()
-        return {"healthy": not why_not, "why": why_not or None}
+        return {
+            "healthy": not why_not,
+            "why": why_not or None,
+            "degraded": self._worker.status.degraded(),
+        }
 
     def _why_not_consuming(self) -> str:
         """What keeps this instance from taking work, "" when nothing does."""

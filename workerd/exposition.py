@@ -65,6 +65,11 @@ _GAUGES = (
         "Whether the handler is paused because it cannot run here.",
         (*_WORKER, "handler"),
     ),
+    (
+        "handler_degraded",
+        "Whether the handler is paused, or has fewer processes than it should.",
+        (*_WORKER, "handler"),
+    ),
     ("process_resident_memory_bytes", "Memory of the daemon, without its jobs.", _WORKER),
     ("process_open_fds", "Open file descriptors of the daemon.", _WORKER),
     ("child_processes", "Processes that the daemon has started and that live.", _WORKER),
@@ -167,7 +172,8 @@ def _fill(families: dict[str, Any], state: State) -> None:
         for name in ("ready", "due", "dead"):
             add(f"queue_{name}_messages", entry[name], queue)
     for entry in state["handlers"]:
-        add("handler_paused", entry["paused"], entry["handler"])
+        for name in ("paused", "degraded"):
+            add(f"handler_{name}", entry[name], entry["handler"])
     for entry in state["jobs"]:
         add("jobs", entry["count"], entry["queue"], entry["handler"], entry["outcome"])
     for entry in state["run_seconds"]:

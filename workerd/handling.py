@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from workerd.job import Job, Report
 from workerd.options import Settings
@@ -23,6 +23,18 @@ class MayBegin(Protocol):
     def __call__(self, behind: str | None = None) -> bool: ...
 
 
+class Degraded(NamedTuple):
+    """Why a handler runs no jobs (``paused``), or fewer at once than it should."""
+
+    paused: bool
+    error: str
+
+    def __str__(self) -> str:
+        # The last line of an error: a traceback's says most.
+        summary = self.error.rpartition("\n")[2]
+        return f"{'paused' if self.paused else 'short of processes'}: {summary}"
+
+
 class Handler(Protocol):
     """What runs jobs of one type."""
 
@@ -32,6 +44,10 @@ class Handler(Protocol):
     @property
     def capacity(self) -> int:
         """For how many jobs it has room, slots or not; 0: it needs no more than have slots."""
+
+    @property
+    def degraded(self) -> Degraded | None:
+        """What keeps it from having its processes, None when nothing does."""
 
     async def run(
         self,
@@ -51,8 +67,11 @@ class Handler(Protocol):
 class Register(Protocol):
     """What makes the handlers of a configuration, and ends them."""
 
-    def of(self, settings: Settings) -> Mapping[str, Handler]:
-        """The handlers of these settings, by name; those of earlier ones finish what they have."""
+    def of(self, settings: Settings, changed: Callable[[str], None]) -> Mapping[str, Handler]:
+        """The handlers of these settings, by name; those of earlier ones finish what they have.
+
+        ``changed`` is called soon after one has become degraded, or is no longer, with its name.
+        """
 
     def hand_out(self) -> None:
         """Jobs may begin that could not before."""

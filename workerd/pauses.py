@@ -29,11 +29,6 @@ class Pause:
     until: float
     delays: Iterator[float]
 
-    @property
-    def summary(self) -> str:
-        """The last line of the error: a traceback's says most."""
-        return self.error.rpartition("\n")[2]
-
 
 class Pauses:
     """The handlers that are paused, by name."""

@@ -34,10 +34,7 @@ def readings(worker: Worker, depths: Mapping[str, int]) -> Answer:
             queue: worker.figures.submitted[queue] for queue in sorted(worker.settings.queues)
         },
         "queues": [_queue(worker, name, depths) for name in sorted(worker.ledger.concurrency)],
-        "handlers": [
-            {"handler": name, "paused": name in worker.pauses.paused}
-            for name in sorted(worker.settings.handlers)
-        ],
+        "handlers": _handlers(worker),
         "jobs": _jobs(worker),
         "run_seconds": [
             {"queue": queue, "handler": handler, **_histogram(histogram)}
@@ -59,6 +56,18 @@ def _queue(worker: Worker, name: str, depths: Mapping[str, int]) -> Answer:
         "paused": refused or name in consumer.paused or name in consumer.held_back,
         **at_broker(name, depths),
     }
+
+
+def _handlers(worker: Worker) -> list[Answer]:
+    degraded = worker.degraded
+    return [
+        {
+            "handler": name,
+            "paused": name in degraded and degraded[name].paused,
+            "degraded": name in degraded,
+        }
+        for name in sorted(worker.settings.handlers)
+    ]
 
 
 def in_hand(worker: Worker, name: str) -> Answer:

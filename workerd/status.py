@@ -84,6 +84,10 @@ class Status:
         """What an operator should know besides: what keeps it from work, what is wrong."""
         return [*self._reload(), *self._troubles()]
 
+    def degraded(self) -> list[str]:
+        """Of each handler that runs no jobs, or fewer than it should: which, and why."""
+        return [f"handler {name} {why}" for name, why in self._worker.degraded.items()]
+
     def _reload(self) -> list[str]:
         refused = self.refused
         return [f"reload refused: {refused} problems, see the log"] if refused else []
@@ -102,10 +106,7 @@ class Status:
         parts += [f"{queue} paused: {text}" for queue, text in sorted(consumer.paused.items())]
         refused = {run.job.queue: text for run, text in worker.outbox.refused.items()}
         parts += [f"{queue} paused: {text}" for queue, text in sorted(refused.items())]
-        parts += [
-            f"handler {name} paused: {pause.summary}"
-            for name, pause in sorted(worker.pauses.paused.items())
-        ]
+        parts += self.degraded()
         if worker.ledger.suspects:
             parts.append(f"{worker.ledger.suspects} jobs to run alone first")
         if worker.pressure.short:

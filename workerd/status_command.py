@@ -29,11 +29,14 @@ examples:
 """
 HEALTH = """\
 Tell whether an instance really consumes: a live consumer on an open channel, a
-broker that answers, no queue that the broker keeps from it, no drain. For
-monitoring; asks the instance alone, and takes less than a tenth of a second."""
+broker that answers, no queue that the broker keeps from it, no drain. One that
+does, but whose handlers cannot all run, is "degraded": which, and why, is
+printed. For monitoring; asks the instance alone, and takes less than a tenth of
+a second."""
 HEALTH_EPILOG = f"""\
 exit status:
-  0   it does
+  0   it does; each handler that cannot run as it should is one line on standard
+      output
   1   it does not, or does not run; why not is one line on standard output
   64  usage
   77  only members of {ask.GROUP} may ask the instance
@@ -83,16 +86,17 @@ def _health(args: argparse.Namespace) -> int:
     try:
         answer = ask.ask(ask.folder_of(instance), {"request": "health"}, timeout=_HEALTH_TIMEOUT)
     except ask.NoAnswer as silent:
-        answer = {"healthy": False, "why": str(silent)}
+        answer = {"healthy": False, "why": str(silent), "degraded": []}
     healthy = bool(answer["healthy"])
+    lines = [f"degraded: {text}" for text in answer["degraded"]] if healthy else [answer["why"]]
     if args.json:
         from workerd.tables import print_json
 
-        print_json({"instance": instance, "healthy": healthy, "why": answer["why"]})
-    elif not healthy:
+        print_json({"instance": instance, **_told(answer)})
+    elif lines:
         from workerd.log import safe
 
-        sys.stdout.write(safe(str(answer["why"])) + "\n")
+        sys.stdout.writelines(safe(line) + "\n" for line in lines)
     return EX_OK if healthy else 1
 
 

@@ -20,7 +20,7 @@ from workerd.copies import Place
 from workerd.drain import Drain
 from workerd.errors import Trouble
 from workerd.figures import Figures
-from workerd.handling import Progress, Register
+from workerd.handling import Degraded, Progress, Register
 from workerd.job import BadJob, Delivery, Job, Outcome, Report, submitter
 from workerd.ledger import Ledger, Rejoined, Run, Settle
 from workerd.memory import Memory
@@ -55,7 +55,7 @@ class Worker:
     ) -> None:
         self.settings = settings
         self.register = register
-        self.handlers = register.of(settings)
+        self.handlers = register.of(settings, self._looked_after)
         self.notifier = notifier
         self.ledger = Ledger(_slots(settings), memory, self._begins_at_once, self._capacity)
         self.consumer = Consumer(settings, f"workerd@{place.instance}.{place.host}", self)
@@ -116,7 +116,7 @@ class Worker:
     def reload(self, settings: Settings) -> None:
         """From now on work with these; jobs that run keep the old."""
         self.settings = settings
-        self.handlers = self.register.of(settings)
+        self.handlers = self.register.of(settings, self._looked_after)
         self.ledger.configure(_slots(settings))
         self.consumer.reload(settings)
         self.figures.know(settings.handlers)
@@ -161,9 +161,7 @@ class Worker:
             self.figures.began(run, time.time())
             alone = True if self.ledger.is_alone(run) else None
             log.event("start", self.routine, redelivered=job.redelivered, alone=alone)
-            if self.pauses.available(str(job.type)):
-                log.event("handler resumed", handler=job.type)
-                self.changed()
+            self._resume(str(job.type))
 
         try:
             self.cancellations.check(job, time.time())
@@ -190,6 +188,25 @@ class Worker:
         else:
             self._log_outcome(report, time.monotonic() - (progress.began or began))
         return report
+
+    @property
+    def degraded(self) -> dict[str, Degraded]:
+        """The handlers that run no jobs, or fewer at once than they should, by name."""
+        found = {name: handler.degraded for name, handler in self.handlers.items()}
+        paused = {name: Degraded(True, pause.error) for name, pause in self.pauses.paused.items()}
+        return {name: why for name, why in sorted({**found, **paused}.items()) if why}
+
+    def _looked_after(self, handler: str) -> None:
+        """It has become degraded, or is no longer: then no job needs to try it."""
+        known = self.handlers.get(handler)
+        if known and known.degraded is None:
+            self._resume(handler)
+        self.changed()
+
+    def _resume(self, handler: str) -> None:
+        if self.pauses.available(handler):
+            log.event("handler resumed", handler=handler)
+            self.changed()
 
     def _begins_at_once(self, job: Job) -> bool:
         """Whether nothing but its slot keeps a job from beginning."""

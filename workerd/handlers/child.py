@@ -359,15 +359,13 @@ class Child:
     def run(self) -> None:
         """Do one job after another, until no more can come."""
         try:
-            self._may_end = True
+            self._allow_end()
             for frame, body in self._channel.frames():
                 self._may_end = False
                 stay = self._perform(frame, body)
-                if self._terminated:
-                    raise Terminated
-                if not stay:
+                if not (stay or self._terminated):
                     break
-                self._may_end = True
+                self._allow_end()
         except Terminated:
             self._die()
         if self._loop is not None:
@@ -382,7 +380,7 @@ class Child:
         try:
             job = Job(frame, body, self._log)
             try:
-                self._may_end = True
+                self._allow_end()
                 # What it sets of context variables is gone after it.
                 value = contextvars.copy_context().run(self._function, job)
                 if hasattr(value, "__await__"):
@@ -451,6 +449,12 @@ class Child:
         for stream in (sys.stdout, sys.stderr):
             _flush(stream)
         os._exit(status & 255)
+
+    def _allow_end(self) -> None:
+        """From now on SIGTERM raises `Terminated`; it may have come already."""
+        self._may_end = True
+        if self._terminated:
+            raise Terminated
 
     def _terminate(self, _number: int, _frame: object) -> None:
         self._terminated = True

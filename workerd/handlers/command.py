@@ -32,6 +32,7 @@ class CommandHandler:
 
     immediate = True
     capacity = 0
+    degraded = None
 
     def __init__(
         self, settings: Handler, environ: Mapping[str, str], output_lines: int, guardian: Guardian

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 from collections.abc import Mapping
 
 from workerd.settings import Handler
+
+#: What the kernel's own words do not tell.
+_HINTS = {errno.EAGAIN: ": no process is left (TasksMax=, ulimit -u)"}
 
 _PRIVATE = re.compile(
     "NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|JOURNAL_STREAM|INVOCATION_ID|CREDENTIALS_DIRECTORY"
@@ -42,7 +46,8 @@ class Program:
         """What is told when it could not be started. The next time it is looked for anew."""
         self.path = self._find()  # it may have moved: a deploy, another PATH entry
         where = f" in {self.directory}" if self.directory else ""
-        return f"cannot run {self._name}{where}: {error.strerror}"
+        hint = _HINTS.get(error.errno or 0, "")
+        return f"cannot run {self._name}{where}: {error.strerror}{hint}"
 
     def _find(self) -> bytes:
         """The program's path: looked up in the PATH that it will itself be given."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Mapping
 
 from workerd.handlers.command import CommandHandler
@@ -33,11 +34,16 @@ class Handlers:
         #: Those that have been replaced, and still have jobs or processes.
         self._retired: list[WarmHandler] = []
 
-    def of(self, settings: Settings) -> dict[str, Kind]:
-        """The handlers of these settings; warm ones that they do not have any more retire."""
+    def of(
+        self, settings: Settings, changed: Callable[[str], None] = lambda _name: None
+    ) -> dict[str, Kind]:
+        """The handlers of these settings; warm ones that they do not have any more retire.
+
+        ``changed`` is called soon after one has become degraded, or is no longer, with its name.
+        """
         before, self._warm = self._warm, {}
         handlers = {
-            name: self._make(settings, handler, before)
+            name: self._make(settings, handler, before, changed)
             for name, handler in settings.handlers.items()
         }
         self._retired = [warm for warm in self._retired if warm.in_use]
@@ -51,23 +57,26 @@ class Handlers:
         settings: Settings,
         handler: Handler,
         before: dict[str, tuple[object, WarmHandler]],
+        changed: Callable[[str], None],
     ) -> Kind:
         lines = settings.log.output_lines
         if handler.kind == "command":
             return CommandHandler(handler, self._environ, lines, self._guardian)
         made_of = (handler, lines, settings.log.level, _depth(settings, handler))
         if handler.name in before and before[handler.name][0] == made_of:
-            self._warm[handler.name] = before.pop(handler.name)
-            return self._warm[handler.name][1]
-        warm = WarmHandler(
-            handler,
-            self._environ,
-            lines,
-            self._guardian,
-            settings.log.level,
-            made_of[-1],
-            self._before_sending,
-        )
+            warm = before.pop(handler.name)[1]
+        else:
+            loop = asyncio.get_running_loop()
+            warm = WarmHandler(
+                handler,
+                self._environ,
+                lines,
+                self._guardian,
+                settings.log.level,
+                made_of[-1],
+                functools.partial(loop.call_soon, changed, handler.name),
+                self._before_sending,
+            )
         self._warm[handler.name] = made_of, warm
         if handler.queue in settings.worker.queues:
             warm.start()

@@ -17,7 +17,7 @@ from workerd.handlers.guardian import Guardian
 from workerd.handlers.program import Program
 from workerd.handlers.runner import Runner
 from workerd.handlers.turn import Turn
-from workerd.handling import MayBegin, Started
+from workerd.handling import Degraded, MayBegin, Started
 from workerd.job import Job, Outcome, Report
 from workerd.options import Handler
 from workerd.retry import backoff
@@ -25,7 +25,9 @@ from workerd.retry import backoff
 #: Run by the application's interpreter, by its path.
 CHILD = Path(__file__).with_name("child.py")
 #: Seconds without an attempt to start a process after one that failed: at first, and at most.
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+#: Seconds after which one that was ready has not ended at once.
+TRIAL = 1.0
 #: Jobs for so many seconds may lie in the pipe of a process that can give them back, and so many.
 LOOK_AHEAD, MOST_AHEAD = 0.02, 100
 #: Of a job that no process came to, and none will.
@@ -40,6 +42,8 @@ class WarmHandler:
     At most ``processes`` of them live, besides those that are about to leave. Each has one job
     at a time, and up to ``depth`` in its pipe. Those in the pipe of a python process have not
     begun: they go to another one that has nothing to do, and where they came from in a drain.
+    One that cannot be started is tried again after a pause, jobs or not; the others go on.
+    ``changed`` is called when it becomes `degraded`, and when that is over.
     """
 
     immediate = False
@@ -52,10 +56,12 @@ class WarmHandler:
         guardian: Guardian,
         level: log.Level = "info",
         depth: int = 1,
+        changed: Callable[[], object] = lambda: None,
         before_sending: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
         self.before_sending = before_sending
+        self._changed = changed
         self._output_lines = output_lines
         self._guardian = guardian
         self._asks = settings.python is not None
@@ -78,10 +84,13 @@ class WarmHandler:
         self._held = False
         self._draining = False
         self._retired = False
-        #: Why the last one could not start; None once one has done a job.
+        #: Why one could not start; None once one that came up later works.
         self._trouble: Report | None = None
+        #: Those that were ready before that: what they do proves nothing.
+        self._veterans: set[Runner] = set()
         self._pauses: Iterator[float] = iter(())
-        self._next_start = 0.0
+        #: While it runs, no process is started: one has just failed.
+        self._pause: asyncio.TimerHandle | None = None
         self._gone = asyncio.Event()
         self._handing_out: asyncio.Handle | None = None
 
@@ -102,9 +111,19 @@ class WarmHandler:
         """Whether it has jobs or processes."""
         return bool(self.processes or self._waiting)
 
+    @property
+    def degraded(self) -> Degraded | None:
+        """See `handling.Handler`."""
+        if self._trouble is None:
+            return None
+        some = any(runner.state == "ready" for runner in self._runners)
+        return Degraded(not some, self._trouble.error)
+
     def start(self) -> None:
-        """Have a process ready before the first job comes."""
-        self._spawn()
+        """Have a process ready before the first job comes; try one that failed again at once."""
+        if self._pause is not None or not self._runners:
+            self._end_pause()
+            self._spawn()
 
     async def run(
         self,
@@ -260,7 +279,7 @@ class WarmHandler:
 
     def _spawn(self) -> bool:
         """Start one more process, unless one has just failed; returns whether it was started."""
-        if asyncio.get_running_loop().time() < self._next_start:
+        if self._pause is not None:
             return False
         # What happens to processes is no business of the job that happens to cause it.
         with log.job_fields(handler=self.settings.name):
@@ -286,7 +305,21 @@ class WarmHandler:
         if self._trouble is None or self._trouble.error != text:
             log.error("child failed", reason=reason, error=text[-2000:])
         self._trouble = Report(Outcome.UNAVAILABLE, reason, error=text)
-        self._next_start = asyncio.get_running_loop().time() + pause
+        self._veterans = {runner for runner in self._runners if runner.state == "ready"}
+        self._end_pause()
+        self._pause = asyncio.get_running_loop().call_later(pause, self._try_again)
+        self._changed()
+
+    def _try_again(self) -> None:
+        """The pause is over. Whoever looks after this handler waits for it, if no job does."""
+        self._pause = None
+        self._replace()
+        self.hand_out()
+
+    def _end_pause(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
 
     def _interrupt(self, turn: Turn) -> None:
         turn.stopped = True
@@ -309,7 +342,9 @@ class WarmHandler:
 
     def ready(self, runner: Runner) -> None:
         log.debug("child ready", child=runner.pid)
-        self._next_start = 0.0
+        self._end_pause()
+        if self._trouble:
+            asyncio.get_running_loop().call_later(TRIAL, self._stays, runner)
         self.hand_out()
         self._dismiss_idle()
 
@@ -320,7 +355,7 @@ class WarmHandler:
         self.hand_out()
 
     def free(self, runner: Runner, seconds: float) -> None:
-        self._works()
+        self._works(runner)
         self._learn(seconds)
         if self._waiting or not runner.turns:
             self._hand_out_soon()
@@ -342,15 +377,20 @@ class WarmHandler:
         self._runners.remove(runner)
         self._leaving.add(runner)
         if runner.count:
-            self._works()
+            self._works(runner)
         self._replace()
 
     def ended(self, runner: Runner, unbegun: list[Turn]) -> None:
         self._leaving.discard(runner)
+        vacant = runner in self._runners or self._pause is not None
+        if runner.count:
+            # Where it was there is room for another, whatever there was none of.
+            self._end_pause()
         if runner in self._runners:
             self._runners.remove(runner)
             if not runner.taken and not runner.told_to_end:
                 self._cannot_start("cannot-start", "it ended as soon as it was ready")
+        if vacant:
             self._replace()
         self._line_up(unbegun)
         if self._draining:
@@ -368,12 +408,21 @@ class WarmHandler:
         if self._asks:
             self._depth = min(self._most, 1 + int(LOOK_AHEAD / (self._mean + 1e-6)))
 
-    def _works(self) -> None:
-        """A process has done a job: whatever kept another from it is no reason to wait."""
-        self._trouble = None
-        self._next_start = 0.0
+    def _works(self, runner: Runner) -> None:
+        """It has done a job, or could: if it came up since another did not, the trouble is over."""
+        if self._trouble is not None and runner not in self._veterans:
+            self._trouble = None
+            self._veterans.clear()
+            self._end_pause()
+            log.event("child recovered", handler=self.settings.name, child=runner.pid)
+            self._changed()
+
+    def _stays(self, runner: Runner) -> None:
+        """It was ready, and has not ended at once."""
+        if runner in self._runners:
+            self._works(runner)
 
     def _replace(self) -> None:
         """As many as there were: the next job is not to wait for a start."""
-        if not self._retired and len(self._runners) < self.settings.processes:
+        if not (self._held or self._retired) and len(self._runners) < self.settings.processes:
             self._spawn()

@@ -114,7 +114,8 @@ def _instances(states: States, width: int, height: int) -> Section:
     blocks = [[table.row(_instance(state)), *_why(state, width)] for state in states]
     # What is wrong comes first where not all of it can be shown.
     urgent = sorted(
-        range(len(states)), key=lambda n: (states[n]["healthy"], states[n]["state"] == "stopped")
+        range(len(states)),
+        key=lambda n: (_is_well(states[n]), states[n]["state"] == "stopped"),
     )
     most = 1 + sum(map(len, blocks))
 
@@ -137,11 +138,17 @@ def _instances(states: States, width: int, height: int) -> Section:
     return Section(min(most, max(2, height // 3)), most, lines)
 
 
+def _is_well(state: Mapping[str, Any]) -> bool:
+    return state["healthy"] and not state.get("degraded")
+
+
 def _instance(state: Mapping[str, Any]) -> Row:
     word = state["state"]
     style = _STATES.get(word, _BAD)
-    if word == "running" and not state["healthy"]:
+    if word == "running" and not _is_well(state):
         style = _ODD
+        if state["healthy"]:
+            word = "degraded"
     cells: list[str | Text] = [state["instance"], Text(word, style)]
     if "queues" not in state:
         return [*cells, "", "", "", "", "", ""]
