@@ -26,7 +26,11 @@ class Readiness:
         """
         if not self._calls:
             self._open()
-        self._epoll.register(fd, events)
+        try:
+            self._epoll.register(fd, events)
+        except OSError:
+            self._close_if_idle()
+            raise
         self._calls[fd] = functools.partial(contextvars.copy_context().run, callback, *args)
 
     def discard(self, fd: int) -> None:
@@ -34,17 +38,17 @@ class Readiness:
         if self._calls.pop(fd, None):
             # A program that is just being started may hold a copy, and keep it in the epoll.
             self._epoll.unregister(fd)
-            if not self._calls:
-                self._close()
+            self._close_if_idle()
 
     def _open(self) -> None:
         self._epoll = select.epoll()
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._epoll.fileno(), self._look)
 
-    def _close(self) -> None:
-        self._loop.remove_reader(self._epoll.fileno())
-        self._epoll.close()
+    def _close_if_idle(self) -> None:
+        if not self._calls:
+            self._loop.remove_reader(self._epoll.fileno())
+            self._epoll.close()
 
     def _look(self) -> None:
         ready = [(fd, self._calls[fd]) for fd, _ in self._epoll.poll(0)]
