@@ -80,13 +80,10 @@ class Process:
         # Most bodies fit into the pipe, and are done with before the child exists.
         self._rest = memoryview(body)
         self._feed()
-        if self._stdin >= 0:
-            self._readiness.add(self._stdin, select.EPOLLOUT, self._feed)
         # The ends that it writes to stay open here as well: that it closes them is no event.
         self._stdout, stdout = self._pipe()
         self._stderr, stderr = self._pipe()
-        self._listen(self._stdout, self._on_stdout)
-        self._listen(self._stderr, self._on_stderr)
+        self._readiness.prepare()
         self.pid = _spawn(argv, environment, working_directory, (stdin, stdout, stderr, *more))
         try:
             self._drop(stdin)
@@ -94,7 +91,7 @@ class Process:
             # would have begun and be killed, and run again.
             self._pidfd = os.pidfd_open(self.pid)
             self._open.append(self._pidfd)
-            self._readiness.add(self._pidfd, select.EPOLLIN, self._reap)
+            self._listen()
         except BaseException:
             _put_down(self.pid)
             raise
@@ -141,12 +138,17 @@ class Process:
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PIDFD, self._pidfd, flags) is not None
 
-    def _listen(self, fd: int, on_data: Callable[[bytes], None]) -> None:
-        os.set_blocking(fd, False)
-        if self._on_output:
-            self._readiness.add(fd, select.EPOLLIN, self._on_output)
-        else:
-            self._readiness.add(fd, select.EPOLLIN, _read, fd, on_data)
+    def _listen(self) -> None:
+        readiness, heard = self._readiness, self._on_output
+        if self._stdin >= 0:
+            readiness.add(self._stdin, select.EPOLLOUT, self._feed)
+        for fd, on_data in ((self._stdout, self._on_stdout), (self._stderr, self._on_stderr)):
+            os.set_blocking(fd, False)
+            if heard:
+                readiness.add(fd, select.EPOLLIN, heard)
+            else:
+                readiness.add(fd, select.EPOLLIN, _read, fd, on_data)
+        readiness.add(self._pidfd, select.EPOLLIN, self._reap)
 
     def _feed(self) -> None:
         """Write the body as far as the pipe takes it; a child that never reads blocks nobody."""
@@ -192,6 +194,7 @@ class Process:
     def _close(self) -> None:
         while self._open:
             self._drop(self._open[-1])
+        self._readiness.release()
 
 
 def make_pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
