@@ -58,14 +58,13 @@ class Process:
         self.over = False
         self._exited: asyncio.Future[int] = self._loop.create_future()
         self._timers: list[asyncio.TimerHandle] = []
-        #: What is open of its pipes; empty when it is over.
+        #: Its descriptors that are open here; none when it is over.
         self._open: list[int] = []
         try:
             self._start(argv, environment, working_directory, body, more)
         except BaseException:
             self._close()
             raise
-        guardian.started(self.pid)
 
     def _start(
         self,
@@ -85,6 +84,7 @@ class Process:
         self._stderr, stderr = self._pipe()
         self._readiness.prepare()
         self.pid = _spawn(argv, environment, working_directory, (stdin, stdout, stderr, *more))
+        self._guardian.started(self.pid)
         try:
             self._drop(stdin)
             # Only now, when there is room for it: without a descriptor for it, the program
@@ -93,7 +93,7 @@ class Process:
             self._open.append(self._pidfd)
             self._listen()
         except BaseException:
-            _put_down(self.pid)
+            self._put_down()
             raise
 
     async def wait(self) -> int:
@@ -181,6 +181,11 @@ class Process:
         if not self._exited.done():  # whoever waited may have been cancelled
             self._exited.set_result(os.waitstatus_to_exitcode(status))
 
+    def _put_down(self) -> None:
+        os.killpg(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self._guardian.ended(self.pid)
+
     def _pipe(self) -> tuple[int, int]:
         ends = _pipe()
         self._open += ends
@@ -214,11 +219,6 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _put_down(pid: int) -> None:
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
 
 
 def _spawn(
