@@ -100,19 +100,24 @@ def test_only_the_jobs_that_still_run_are_killed() -> None:
         GROUPS
         + """
 guardian = Guardian()
-running, over, another = group(), group(), group()
+running, over, gone, later, another = (group() for _ in range(5))
 guardian.started(over)
 guardian.started(running)
 guardian.ended(over)
-print(running, over, another, guardian.pid, flush=True)
+guardian.started(later)
+guardian.started(gone)
+guardian.ended(gone)
+print(running, over, gone, later, another, guardian.pid, flush=True)
 os._exit(0)
 """
     )
-    running, over, another, guardian = map(int, said.split())
+    running, over, gone, later, another, guardian = map(int, said.split())
     try:
         assert processes.has_ended(guardian, TIMEOUT / 4)
         assert processes.has_ended(running, TIMEOUT / 4)
+        assert processes.has_ended(later, TIMEOUT / 4)
         assert not processes.has_ended(over, 0)
+        assert not processes.has_ended(gone, 0)
         assert not processes.has_ended(another, 0)
     finally:
         processes.kill_trees(processes.strays())
@@ -152,13 +157,14 @@ def test_a_guardian_that_is_stopped_or_dead_holds_up_no_job() -> None:
     said = alone(
         GROUPS
         + """
-guardian = Guardian()
 for number in (signal.SIGSTOP, signal.SIGKILL):
+    guardian = Guardian()
     os.kill(guardian.pid, number)
     for _ in range(20_000):
         guardian.started(4_194_304)
         guardian.ended(4_194_304)
-guardian.close()
+    guardian.close()
+    os.kill(guardian.pid, signal.SIGKILL)
 print("not held up")
 """
     )

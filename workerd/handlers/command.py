@@ -15,6 +15,7 @@ from workerd.handlers.guardian import Guardian
 from workerd.handlers.output import Output
 from workerd.handlers.process import Process, signal_name
 from workerd.handlers.program import Program
+from workerd.handlers.readiness import Readiness
 from workerd.handling import Started
 from workerd.job import BadJob, Job, Outcome, Report
 from workerd.retry import limit
@@ -39,6 +40,7 @@ class CommandHandler:
     ) -> None:
         self._settings = settings
         self._guardian = guardian
+        self._readiness = Readiness()
         self._templates = [Template.parse(argument) for argument in settings.command]
         self._output_lines = output_lines
         self._program = Program(settings.command[0], settings, environ)
@@ -79,6 +81,7 @@ class CommandHandler:
                 stderr.feed,
                 self._guardian,
                 [report],
+                readiness=self._readiness,
             )
         except ValueError:
             raise BadJob("bad-argument", "an argument contains a NUL byte") from None

@@ -1,6 +1,6 @@
 """A child process in a session of its own, watched without threads.
 
-posix_spawn and a pidfd in the event loop: nearly twice as fast as asyncio's own
+posix_spawn and a pidfd in the event loop: several times as fast as asyncio's own
 subprocesses, and no signal can reach a process that took over the pid.
 """
 
@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import select
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from workerd.handlers.guardian import Guardian
+from workerd.handlers.readiness import Readiness
 
 #: As much as a pipe takes.
 _CHUNK = 65536
@@ -28,6 +30,7 @@ class Process:
 
     ``more`` are descriptors that it gets as 3, 4 …; the caller closes its own copies. When it has
     printed something, ``on_output`` is called, if there is one, and has to call `read_now`.
+    Those that are started often share their ``readiness``.
     ``cause`` says why it was told to end (`end`), "" when it ended by itself.
     """
 
@@ -42,40 +45,60 @@ class Process:
         guardian: Guardian,
         more: Sequence[int] = (),
         on_output: Callable[[], None] | None = None,
+        readiness: Readiness | None = None,
     ) -> None:
         """Start it. Raises OSError (no such program, no more processes …) and ValueError (NUL)."""
         self._loop = asyncio.get_running_loop()
+        self._guardian = guardian
+        self._on_stdout, self._on_stderr = on_stdout, on_stderr
+        self._on_output = on_output
+        self._readiness = readiness or Readiness()
         self.cause = ""
         #: It has ended, and what it wrote last is being read.
         self.over = False
         self._exited: asyncio.Future[int] = self._loop.create_future()
         self._timers: list[asyncio.TimerHandle] = []
-        with contextlib.ExitStack() as undo:
-            with contextlib.ExitStack() as theirs:
-                stdin, self._stdin = make_pipe(theirs, undo)
-                stdout, self._stdout = reversed(make_pipe(undo, theirs))
-                stderr, self._stderr = reversed(make_pipe(undo, theirs))
-                for fd in (self._stdin, self._stdout, self._stderr):
-                    os.set_blocking(fd, False)
-                theirs_in_order = (stdin, stdout, stderr, *more)
-                self.pid = _spawn(argv, environment, working_directory, theirs_in_order)
-                undo.callback(_put_down, self.pid)
-            # Only now, when the child's ends are closed: without a descriptor for it, the
-            # program would have begun and be killed, and run again.
+        #: Its descriptors that are open here; none when it is over.
+        self._open: list[int] = []
+        try:
+            self._start(argv, environment, working_directory, body, more)
+        except BaseException:
+            self._close()
+            raise
+
+    def _start(
+        self,
+        argv: list[bytes],
+        environment: Mapping[bytes, bytes],
+        working_directory: str | None,
+        body: bytes,
+        more: Sequence[int],
+    ) -> None:
+        stdin, self._stdin = self._pipe()
+        os.set_blocking(self._stdin, False)
+        # Most bodies fit into the pipe, and are done with before the child exists.
+        self._rest = memoryview(body)
+        self._feed()
+        # The ends that it writes to stay open here as well: that it closes them is no event.
+        self._stdout, stdout = self._pipe()
+        self._stderr, stderr = self._pipe()
+        self._readiness.prepare()
+        self.pid = _spawn(argv, environment, working_directory, (stdin, stdout, stderr, *more))
+        self._guardian.started(self.pid)
+        try:
+            self._drop(stdin)
+            # Only now, when there is room for it: without a descriptor for it, the program
+            # would have begun and be killed, and run again.
             self._pidfd = os.pidfd_open(self.pid)
-            undo.pop_all()
-        self._guardian = guardian
-        guardian.started(self.pid)
-        self._feed(memoryview(body))
-        self._on_stdout, self._on_stderr = on_stdout, on_stderr
-        self._on_output = on_output
-        self._listen(self._stdout, on_stdout)
-        self._listen(self._stderr, on_stderr)
-        self._loop.add_reader(self._pidfd, self._reap)
+            self._open.append(self._pidfd)
+            self._listen()
+        except BaseException:
+            self._put_down()
+            raise
 
     async def wait(self) -> int:
         """Its exit status; minus the signal's number when a signal ended it."""
-        return await asyncio.shield(self._exited)
+        return await self._exited
 
     def when_over(self, callback: Callable[[int], None]) -> None:
         """Call this with what `wait` returns, once it has ended."""
@@ -83,9 +106,9 @@ class Process:
 
     def read_now(self) -> None:
         """Hand all that it has written so far to the callbacks: no more fits into a pipe."""
-        if not self._exited.done():
-            self._read(self._stdout, self._on_stdout)
-            self._read(self._stderr, self._on_stderr)
+        if self._open:
+            _read(self._stdout, self._on_stdout)
+            _read(self._stderr, self._on_stderr)
 
     def end_after(self, seconds: float, cause: str, grace: float) -> None:
         """Call `end` unless it has ended by itself within so many seconds."""
@@ -100,7 +123,7 @@ class Process:
         self._timers.append(self._loop.call_later(grace, self._kill))
 
     def _kill(self) -> None:
-        if not self._exited.done():
+        if not self.over:
             self._signal_group(signal.SIGKILL)
 
     def _signal_group(self, number: signal.Signals) -> None:
@@ -110,40 +133,36 @@ class Process:
 
     def _has_ended(self) -> bool:
         """Whether it has ended, even when the loop has not come to reap it yet."""
-        if self._exited.done():
+        if self.over:
             return True
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PIDFD, self._pidfd, flags) is not None
 
-    def _feed(self, rest: memoryview) -> None:
+    def _listen(self) -> None:
+        readiness, heard = self._readiness, self._on_output
+        if self._stdin >= 0:
+            readiness.add(self._stdin, select.EPOLLOUT, self._feed)
+        for fd, on_data in ((self._stdout, self._on_stdout), (self._stderr, self._on_stderr)):
+            os.set_blocking(fd, False)
+            if heard:
+                readiness.add(fd, select.EPOLLIN, heard)
+            else:
+                readiness.add(fd, select.EPOLLIN, _read, fd, on_data)
+        readiness.add(self._pidfd, select.EPOLLIN, self._reap)
+
+    def _feed(self) -> None:
         """Write the body as far as the pipe takes it; a child that never reads blocks nobody."""
         try:
-            while rest:
-                rest = rest[os.write(self._stdin, rest) :]
+            while self._rest:
+                self._rest = self._rest[os.write(self._stdin, self._rest) :]
         except BlockingIOError:
-            self._loop.remove_writer(self._stdin)
-            self._loop.add_writer(self._stdin, self._feed, rest)
             return
         except BrokenPipeError:
             pass  # it does not want the rest; its exit status decides
-        self._stdin = self._drop(self._stdin)
-
-    def _listen(self, fd: int, on_data: Callable[[bytes], None]) -> None:
-        if self._on_output:
-            self._loop.add_reader(fd, self._on_output)
-        else:
-            self._loop.add_reader(fd, self._read, fd, on_data)
-
-    def _read(self, fd: int, on_data: Callable[[bytes], None]) -> None:
-        with contextlib.suppress(BlockingIOError):
-            data = os.read(fd, _CHUNK)
-            if data:
-                on_data(data)
-            else:
-                self._loop.remove_reader(fd)
+        self._drop(self._stdin)
+        self._stdin = -1
 
     def _reap(self) -> None:
-        self._loop.remove_reader(self._pidfd)
         # What it left behind in its process group ends with it. Before it is reaped, so
         # that the group's number cannot be somebody else's yet.
         self._signal_group(signal.SIGKILL)
@@ -158,26 +177,41 @@ class Process:
         # grandchild may hold the other end for ever.
         _read_rest(self._stdout, self._on_stdout)
         _read_rest(self._stderr, self._on_stderr)
-        self._stdout = self._drop(self._stdout)
-        self._stderr = self._drop(self._stderr)
-        self._stdin = self._drop(self._stdin)
-        os.close(self._pidfd)
-        self._exited.set_result(os.waitstatus_to_exitcode(status))
+        self._close()
+        if not self._exited.done():  # whoever waited may have been cancelled
+            self._exited.set_result(os.waitstatus_to_exitcode(status))
 
-    def _drop(self, fd: int) -> int:
-        if fd >= 0:
-            self._loop.remove_reader(fd)
-            self._loop.remove_writer(fd)
-            os.close(fd)
-        return -1
+    def _put_down(self) -> None:
+        os.killpg(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self._guardian.ended(self.pid)
+
+    def _pipe(self) -> tuple[int, int]:
+        ends = _pipe()
+        self._open += ends
+        return ends
+
+    def _drop(self, fd: int) -> None:
+        self._open.remove(fd)
+        self._readiness.discard(fd)
+        os.close(fd)
+
+    def _close(self) -> None:
+        while self._open:
+            self._drop(self._open[-1])
+        self._readiness.release()
 
 
 def make_pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
     """A pipe: the end to read and the end to write, each closed by its stack."""
-    read, write = os.pipe2(os.O_CLOEXEC)
+    read, write = _pipe()
     reader.callback(os.close, read)
     writer.callback(os.close, write)
     return read, write
+
+
+def _pipe() -> tuple[int, int]:
+    return os.pipe2(os.O_CLOEXEC)
 
 
 def signal_name(number: int) -> str:
@@ -187,46 +221,43 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _put_down(pid: int) -> None:
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-
 def _spawn(
     argv: list[bytes],
     environment: Mapping[bytes, bytes],
     working_directory: str | None,
     descriptors: Sequence[int],
 ) -> int:
-    with contextlib.ExitStack() as undo, _directory(working_directory):
-        actions = []
+    spare: list[int] = []
+    actions = []
+    try:
         for number, fd in enumerate(descriptors):
             if fd < len(descriptors):
                 # It would be overwritten before it is used.
                 fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, len(descriptors))
-                undo.callback(os.close, fd)
+                spare.append(fd)
             actions.append((os.POSIX_SPAWN_DUP2, fd, number))
-        return os.posix_spawn(
-            argv[0],
-            argv,
-            environment,
-            file_actions=actions,
-            setsid=True,
-            # The daemon's handled, blocked and ignored signals are no business of a job's.
-            setsigmask=[],
-            setsigdef=_DEFAULT_SIGNALS,
-        )
+        with _directory(working_directory) if working_directory else contextlib.nullcontext():
+            return os.posix_spawn(
+                argv[0],
+                argv,
+                environment,
+                file_actions=actions,
+                setsid=True,
+                # The daemon's handled, blocked and ignored signals are no business of a job's.
+                setsigmask=[],
+                setsigdef=_DEFAULT_SIGNALS,
+            )
+    finally:
+        for fd in spare:
+            os.close(fd)
 
 
 @contextlib.contextmanager
-def _directory(path: str | None) -> Iterator[None]:
+def _directory(path: str) -> Iterator[None]:
     """Be in another directory for the moment of a spawn: posix_spawn cannot change it.
 
     Nothing else runs meanwhile: one thread, and posix_spawn returns after the exec.
     """
-    if path is None:
-        yield
-        return
     try:
         home = os.open(".", os.O_PATH | os.O_CLOEXEC)
     except PermissionError:
@@ -240,12 +271,15 @@ def _directory(path: str | None) -> Iterator[None]:
         os.close(home)
 
 
+def _read(fd: int, on_data: Callable[[bytes], None]) -> None:
+    with contextlib.suppress(BlockingIOError):
+        on_data(os.read(fd, _CHUNK))
+
+
 def _read_rest(fd: int, on_data: Callable[[bytes], None]) -> None:
     total = 0
     with contextlib.suppress(BlockingIOError):
         while total < _LAST_READ:
             data = os.read(fd, _CHUNK)
-            if not data:
-                return
             total += len(data)
             on_data(data)
