@@ -13,9 +13,10 @@ import os
 import select
 import signal
 import struct
+import sys
 
-#: How long a job may take to die of SIGKILL, in milliseconds.
-LAST_MILLISECONDS = 1000
+from workerd.handlers import guard
+from workerd.handlers.program import clean_environment
 
 _ENTRY = struct.Struct("=i")
 
@@ -23,22 +24,21 @@ _ENTRY = struct.Struct("=i")
 class Guardian:
     """Knows the process group of each running job, and outlives the daemon to kill them."""
 
-    def __init__(self, *not_its_own: int) -> None:
-        """Fork it. To be called before any thread, loop or connection exists.
-
-        The descriptors ``not_its_own`` are closed in it: the daemon's lock must be free
-        when the daemon is gone.
-        """
-        ours, self._pipe = os.pipe2(os.O_CLOEXEC)
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.close(self._pipe)
-            for descriptor in not_its_own:
-                os.close(descriptor)
-            with contextlib.suppress(BaseException):
-                _watch(ours)
-            os._exit(0)
-        os.close(ours)
+    def __init__(self, *shared: int) -> None:
+        """Start it. It has a share in the descriptors ``shared``, and no other of the daemon's."""
+        # A program, and no fork: that would keep a copy of most of the daemon's memory.
+        theirs, self._pipe = os.pipe2(os.O_CLOEXEC)
+        self.pid = os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-I", "-S", guard.__file__, str(theirs)],
+            clean_environment(os.environ),
+            # Onto itself: the copy is not closed by the exec.
+            file_actions=[(os.POSIX_SPAWN_DUP2, each, each) for each in (theirs, *shared)],
+            setsid=True,
+            # What ends the daemon must not end it, from its first moment on.
+            setsigmask=(signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT),
+        )
+        os.close(theirs)
         # A guardian that is stopped or dead must not hold up a job.
         os.set_blocking(self._pipe, False)
 
@@ -60,24 +60,4 @@ class Guardian:
         with contextlib.suppress(ProcessLookupError):
             leaving = select.poll()
             leaving.register(os.pidfd_open(self.pid), select.POLLIN)
-            leaving.poll(LAST_MILLISECONDS)
-
-
-def _watch(pipe: int) -> None:
-    os.setsid()
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)
-    groups: set[int] = set()
-    # Entries are written in one piece, and reads take whole multiples, so none is torn.
-    while data := os.read(pipe, _ENTRY.size * 1024):
-        for (entry,) in _ENTRY.iter_unpack(data):
-            (groups.add if entry > 0 else groups.discard)(abs(entry))
-    dying = select.poll()
-    for group in groups:
-        with contextlib.suppress(ProcessLookupError):
-            dying.register(os.pidfd_open(group), select.POLLIN)
-            os.killpg(group, signal.SIGKILL)
-    # Whoever waits for the memory's lock, which ends with this process, may start them again.
-    for _ in groups:
-        for descriptor, _event in dying.poll(LAST_MILLISECONDS):
-            dying.unregister(descriptor)
+            leaving.poll(guard.LAST_MILLISECONDS)
