@@ -25,9 +25,10 @@ from tests.harness import processes
 from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import TIMEOUT, until
 from workerd import log
+from workerd.decoding import decode
 from workerd.handlers.command import CommandHandler
 from workerd.handlers.guardian import Guardian
-from workerd.job import BadJob, Job, Message, Outcome, Report, decode
+from workerd.job import BadJob, Job, Message, Outcome, Report
 from workerd.settings import Handler
 
 T = TypeVar("T")

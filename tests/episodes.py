@@ -13,16 +13,8 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from workerd.copies import Place, another_go, dead_letter
-from workerd.job import (
-    ATTEMPT,
-    COPY,
-    REPLAY,
-    Delivery,
-    Message,
-    Outcome,
-    Report,
-    decode,
-)
+from workerd.decoding import decode
+from workerd.job import ATTEMPT, COPY, REPLAY, Delivery, Message, Outcome, Report
 from workerd.ledger import ALONE, Ledger, Rejoined, Run, Settle
 from workerd.retry import Verdict
 

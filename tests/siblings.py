@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from workerd.job import Delivery, Message, decode
+from workerd.decoding import decode
+from workerd.job import Delivery, Message
 from workerd.journal import HostMemory
 from workerd.ledger import PATIENCE, Ledger, Rejoined, Run, Settle
 from workerd.retry import Verdict

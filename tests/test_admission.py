@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from workerd.admission import admit
-from workerd.job import ATTEMPT, DELIVERY_COUNT, EXPIRES, MAX_ATTEMPTS, BadJob, Job, Message, decode
+from workerd.decoding import decode
+from workerd.job import ATTEMPT, DELIVERY_COUNT, EXPIRES, MAX_ATTEMPTS, BadJob, Job, Message
 from workerd.options import Handler, Queue, Retry, Settings
 
 NOW = 1_800_000_000.0

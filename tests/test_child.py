@@ -22,8 +22,9 @@ from workerd.job import Outcome
 BASE = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
 
 
-def test_the_child_needs_nothing_but_an_old_python() -> None:
-    tree = ast.parse(CHILD.read_text(), feature_version=(3, 8))
+@pytest.mark.parametrize("file", [CHILD, Path(child.__file__)], ids=lambda file: file.name)
+def test_the_child_needs_nothing_but_an_old_python(file: Path) -> None:
+    tree = ast.parse(file.read_text(), feature_version=(3, 8))
     imported = {
         name.partition(".")[0]
         for node in ast.walk(tree)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.samples import FAILED, MESSAGE, NOW, PLACE
 from workerd.broker.codec import properties_of
 from workerd.copies import Place, another_go, dead_letter, portable_headers
+from workerd.decoding import decode
 from workerd.job import (
     ATTEMPT,
     COPY,
@@ -26,7 +27,6 @@ from workerd.job import (
     Message,
     Outcome,
     Report,
-    decode,
 )
 
 # Headers that may be published again.

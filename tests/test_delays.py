@@ -65,7 +65,8 @@ def test_a_classic_queue_is_frozen() -> None:
 
 def test_a_length_limit_adds_itself_and_refuses_what_is_beyond() -> None:
     unlimited = work_queue(Queue("jobs")).arguments
-    assert work_queue(Queue("jobs", max_length=7)).arguments == unlimited | {"x-max-length": 7}
+    limited = work_queue(Queue("jobs", max_length=7)).arguments
+    assert limited == {**unlimited, "x-max-length": 7}
     assert work_queue(Queue("jobs", type="classic", max_length=7)).arguments == {
         "x-queue-type": "classic",
         **DEAD_LETTERS,

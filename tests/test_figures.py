@@ -10,8 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.samples import MESSAGE, NOW
 from workerd import exposition
+from workerd.decoding import decode
 from workerd.figures import RUN_BOUNDS, UNKNOWN, WAIT_BOUNDS, Figures, Histogram
-from workerd.job import ATTEMPT, REPLAY, Delivery, Job, Message, decode
+from workerd.job import ATTEMPT, REPLAY, Delivery, Job, Message
 from workerd.ledger import Run
 from workerd.retry import Verdict
 

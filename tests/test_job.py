@@ -12,18 +12,9 @@ from hypothesis import strategies as st
 
 from tests.samples import FAILED, MESSAGE, NOW, PLACE
 from workerd.copies import dead_letter
+from workerd.decoding import decode
 from workerd.ids import new_id
-from workerd.job import (
-    ATTEMPT,
-    COPY,
-    EXPIRES,
-    LAST_FAILURE,
-    REPLAY,
-    UNREADABLE,
-    Message,
-    count,
-    decode,
-)
+from workerd.job import ATTEMPT, COPY, EXPIRES, LAST_FAILURE, REPLAY, UNREADABLE, Message, count
 
 # Decoding.
 

@@ -11,7 +11,8 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from tests.episodes import STEPS, Episode
-from workerd.job import ATTEMPT, COPY, REPLAY, Delivery, Message, decode
+from workerd.decoding import decode
+from workerd.job import ATTEMPT, COPY, REPLAY, Delivery, Message
 from workerd.ledger import Ledger, Rejoined, Run, Settle
 from workerd.memory import Elsewhere, Memory
 from workerd.retry import Verdict

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workerd.job import MAX_ATTEMPTS, Message, Outcome, decode
+from workerd.decoding import decode
+from workerd.job import MAX_ATTEMPTS, Message, Outcome
 from workerd.options import Retry
 from workerd.retry import Verdict, backoff, delay, judge, limit
 

@@ -12,7 +12,8 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from tests.siblings import STEPS, Host
-from workerd.job import Delivery, Message, decode
+from workerd.decoding import decode
+from workerd.job import Delivery, Message
 from workerd.journal import HostMemory
 from workerd.ledger import PATIENCE, Ledger, Rejoined, Run, Settle
 from workerd.retry import Verdict

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from workerd.job import Job, Message, Outcome, Report, decode
+from workerd.decoding import decode
+from workerd.job import Job, Message, Outcome, Report
 from workerd.retry import Verdict
 from workerd.tally import FAILURES, KEPT, STEP, Tally
 

@@ -79,11 +79,25 @@ examples:
 """
 
 
+def _unmeasured(prog: str) -> argparse.HelpFormatter:
+    """A formatter that does not import shutil to learn how wide the terminal is."""
+    return argparse.HelpFormatter(prog, width=80)
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, with the usage error of sysexits.h and an epilog that stays as it is."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        # argparse makes a formatter for each option that is added, to see if it could be shown.
+        super().__init__(formatter_class=_unmeasured, **options)
+
+    def format_help(self) -> str:
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        return super().format_help()
+
+    def format_usage(self) -> str:
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        return super().format_usage()
 
     def error(self, message: str) -> object:  # type: ignore[override]
         self.print_usage(sys.stderr)

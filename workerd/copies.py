@@ -6,7 +6,8 @@ import datetime
 import decimal
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from workerd.job import (
     ATTEMPT,
@@ -97,8 +98,7 @@ def _length(text: str | bytes) -> int:
     return len(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a job ran, for its dead letter."""
 
     host: str

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-# getaddrinfo loads this codec at the first look-up of a name. By then an upgrade may have
-# replaced the files of a process that is still draining: load everything now.
+# getaddrinfo loads this codec at the first look-up of a name, and `job` what follows at the first
+# job. By then an upgrade may have replaced the files of a process that is still draining: load
+# everything now.
 import encodings.idna  # noqa: F401
 import fcntl
+import hashlib  # noqa: F401
 import os
 import signal
 import socket
@@ -57,15 +59,14 @@ def run(
             log.error("bad configuration", problem=problem)
         _leave_word(instance, "\n".join(error.problems), ours=False)
         _exit(EX_CONFIG)
-    # Here, so that it holds for the guardian too: a job runs as the same user.
+    # A job runs as the same user.
     service.forbid_dumps()
-    # The guardian has a share in it: as long as it lives, the jobs of a killed daemon may live,
-    # and no other instance may start them.
     memory_lock = -1
     with contextlib.suppress(OSError):  # it will be told when the memory is opened
         memory_lock = journal.hold(places.state_directory() / instance)
-    # Before the first thread, and before anything that it would have to close.
-    guardian = Guardian(lock)
+    # It has a share in that lock: as long as it lives, the jobs of a killed daemon may live, and
+    # no other instance may start them.
+    guardian = Guardian(*([] if memory_lock < 0 else [memory_lock]))
     _begin_log(settings, instance)
     try:
         # Not asyncio.run, which waits for a resolver that hangs in a thread.

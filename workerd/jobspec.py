@@ -2,13 +2,12 @@
 from the local socket. `order` judges it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 
 
-# No dataclass: `submit` starts faster without what that imports.
+# No dataclass: `submit` starts faster without what that imports. Nor annotations that are strings
+# (`from __future__`): each would be compiled.
 class JobSpec(NamedTuple):
     """A job, or what many have in common; None: not said.
 

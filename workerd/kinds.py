@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 from workerd.units import format_duration, format_size, parse_duration, parse_size
 from workerd.wording import found, toml
@@ -19,8 +18,8 @@ class Unexpected(ValueError):
     """What was expected instead; `Scalar.problem` adds what was found."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scalar(Generic[T]):
+# No dataclass, here and in `schema`: making one takes several times as long, and `submit` waits.
+class Scalar(NamedTuple, Generic[T]):
     """One value. `read` takes what TOML gave and raises ValueError; `show` writes TOML text.
 
     A `secret` value is not quoted in problems and shows as `***`. `none` is the TOML value that

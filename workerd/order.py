@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from workerd import times, topology
 from workerd.copies import is_reserved, portable_headers
@@ -29,8 +30,7 @@ _MOST_ATTEMPTS = 1000
 _LONGEST_TTL = 36_500 * 86_400.0
 
 
-@dataclass(frozen=True, slots=True)
-class Parcel:
+class Parcel(NamedTuple):
     """A message with its address: the exchange of a delay level, or "" and the queue itself."""
 
     exchange: str
@@ -38,8 +38,7 @@ class Parcel:
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(NamedTuple):
     """What is to be submitted: where to, and the message that each body is put into.
 
     ``due`` is in seconds since 1970, None when nothing is to be delayed; ``ttl`` in seconds.

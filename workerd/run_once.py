@@ -14,6 +14,7 @@ from workerd import job as jobs
 from workerd import log
 from workerd.admission import admit
 from workerd.check import drop_to_service_user, untrusted_programs
+from workerd.decoding import decode
 from workerd.errors import SettingsError
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.register import Handlers
@@ -61,7 +62,7 @@ def run_once(args: argparse.Namespace) -> int:
     guardian = Guardian()
     log.begin(log.writer(settings.log.format), settings.log.level, args.instance)
     try:
-        report = complete(_run(settings, jobs.decode(message, handler.queue), guardian))
+        report = complete(_run(settings, decode(message, handler.queue), guardian))
     finally:
         guardian.close()
         log.flush(2.0)

@@ -6,8 +6,8 @@ mistake in one hiding behind another: `read` checks one file's table against the
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, TypeVar
+from dataclasses import field, fields
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from workerd.kinds import Scalar
 from workerd.wording import did_you_mean, dotted, found
@@ -30,8 +30,7 @@ class Kind(Protocol):
     def build(self, value: Any) -> Any: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
+class Value(NamedTuple):
     """A single value."""
 
     scalar: Scalar[Any]
@@ -47,8 +46,7 @@ class Value:
         return value
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(NamedTuple):
     """A table whose keys are the fields of a dataclass."""
 
     cls: type[Any]
@@ -60,8 +58,7 @@ class Section:
         return build(self.cls, value)
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
+class Named(NamedTuple):
     """A table of sections, each under a name that the operator chose."""
 
     cls: type[Any]
@@ -82,8 +79,7 @@ class Named:
         return {name: build(self.cls, table, name=name) for name, table in value.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Pairs:
+class Pairs(NamedTuple):
     """A table of free keys and values of one kind, laid over its default key by key."""
 
     key: Scalar[Any]

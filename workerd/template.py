@@ -5,8 +5,7 @@ mistake shows when the configuration is read.
 """
 
 import re
-from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 from workerd.wording import did_you_mean, toml
 
@@ -18,16 +17,14 @@ _KNOWN = [*("{" + name + "}" for name in _PLAIN), "{body.KEY}", "{header.NAME}"]
 _TOKEN = re.compile(r"(?P<literal>\{\{|\}\}|[^{}]+)|\{(?P<name>[^{}]*)\}|(?P<lone>[{}])")
 
 
-@dataclass(frozen=True, slots=True)
-class Placeholder:
+class Placeholder(NamedTuple):
     """What stands between braces; `name` is the key of the body or the header, otherwise ""."""
 
     kind: Kind
     name: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Template:
+class Template(NamedTuple):
     """An argument cut into literal text and placeholders, in order; "" has no parts."""
 
     parts: tuple[str | Placeholder, ...]

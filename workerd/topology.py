@@ -6,8 +6,9 @@ serves every broker version from 3.10 on. docs/topology.md lists them for admini
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 from workerd.options import Queue
 
@@ -27,29 +28,27 @@ _AT_LEAST_ONCE: dict[str, object] = {
     "x-overflow": "reject-publish",
 }
 
+_NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
 
-@dataclass(frozen=True, slots=True)
-class DeclareQueue:
+
+class DeclareQueue(NamedTuple):
     name: str
-    arguments: dict[str, object] = field(default_factory=dict)
+    arguments: Mapping[str, object] = _NO_ARGUMENTS
 
 
-@dataclass(frozen=True, slots=True)
-class DeclareExchange:
+class DeclareExchange(NamedTuple):
     name: str
     type: str
-    arguments: dict[str, object] = field(default_factory=dict)
+    arguments: Mapping[str, object] = _NO_ARGUMENTS
 
 
-@dataclass(frozen=True, slots=True)
-class BindQueue:
+class BindQueue(NamedTuple):
     queue: str
     exchange: str
     pattern: str
 
 
-@dataclass(frozen=True, slots=True)
-class BindExchange:
+class BindExchange(NamedTuple):
     destination: str
     source: str
     pattern: str

@@ -10,13 +10,13 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from workerd import job as jobs
 from workerd import log
 from workerd.admission import admit
 from workerd.broker import Channel, Incoming
 from workerd.cancellations import Cancellations
 from workerd.consumer import Connect, Consumer, Source
 from workerd.copies import Place
+from workerd.decoding import decode
 from workerd.drain import Drain
 from workerd.errors import Trouble
 from workerd.figures import Figures
@@ -329,7 +329,7 @@ class Worker:
         # None after a reload without this queue: what still comes from it goes back soon.
         configured = self.settings.queues.get(queue)
         default = configured.default_handler if configured else None
-        job = jobs.decode(incoming.message, queue, incoming.redelivered, default, time.time())
+        job = decode(incoming.message, queue, incoming.redelivered, default, time.time())
         now = asyncio.get_running_loop().time()
         delivery = Delivery(channel.serial, incoming.tag, now, job, delayed=source.due)
         self._act(self.ledger.delivered(delivery))

@@ -1,26 +1,17 @@
 """A warm Python child: calls one function for one job after another (docs/protocol.md).
 
-    INTERPRETER child.py MODULE:FUNCTION LEVEL     jobs come on descriptor 3, answers go to 4
-    INTERPRETER child.py --check MODULE:FUNCTION   only imports it
+    main([MODULE:FUNCTION, LEVEL])       jobs come on descriptor 3, answers go to 4
+    main(["--check", MODULE:FUNCTION])   only imports it
 
 On descriptor 5 come the numbers of the frames that it may begin, eight bytes each. Whoever reads
 a number first has the job: the daemon, which can read them as well, takes back what is to wait,
 or to go to another process. So jobs can lie in the pipe, and none is bound to this process.
 
-The application's own interpreter runs this file, Python 3.8 or later, by its path: there is
-nothing but the standard library, and nothing of workerd can be imported.
+The application's own interpreter runs this file, Python 3.8 or later, by its path (`start.py`):
+there is nothing but the standard library, and nothing of workerd can be imported.
 """
 
 from __future__ import annotations
-
-import os
-import sys
-
-if __name__ == "__main__":
-    # Where this file is, modules have names that an application may use as well.
-    if sys.path and os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
-        del sys.path[0]
-    sys.path.insert(0, os.getcwd())
 
 # What `signal` makes of the same functions takes ten times as long.
 import _signal  # type: ignore[import-not-found]
@@ -34,8 +25,10 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import signal
 import struct
+import sys
 import termios
 import threading
 import time
@@ -600,7 +593,3 @@ def main(arguments: list[str]) -> None:
     child = Child(channel, function)
     channel.send({"ready": 1})
     child.run()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -9,15 +9,14 @@ second run would start beside the first. What a job has put into yet another ses
 from __future__ import annotations
 
 import contextlib
-import itertools
 import mmap
 import os
 import select
 import signal
-from collections.abc import Iterable
+import sys
 
-#: How long a job may take to die of SIGKILL, in milliseconds.
-LAST_MILLISECONDS = 1000
+from workerd.handlers import guard
+from workerd.handlers.program import clean_environment
 
 #: As many jobs as no daemon has descriptors for. Only what is in use of it takes up memory.
 _MOST_GROUPS = 1 << 20
@@ -30,27 +29,29 @@ class Guardian:
     guardian sleeps, and no job has to wait for it.
     """
 
-    def __init__(self, *not_its_own: int) -> None:
-        """Fork it. To be called before any thread, loop or connection exists.
-
-        The descriptors ``not_its_own`` are closed in it: the daemon's lock must be free
-        when the daemon is gone.
-        """
+    def __init__(self, *shared: int) -> None:
+        """Start it. It has a share in the descriptors ``shared``, and no other of the daemon's."""
         # Each group in a place of its own; negative when it has ended, 0 beyond the last.
-        self._groups = memoryview(mmap.mmap(-1, 4 * _MOST_GROUPS)).cast("i")
+        table = os.memfd_create("workerd-groups")
+        os.ftruncate(table, 4 * _MOST_GROUPS)
+        self._groups = memoryview(mmap.mmap(table, 4 * _MOST_GROUPS)).cast("i")
         self._places: dict[int, int] = {}
         self._free: list[int] = []
         # Its other end tells of the daemon's death.
-        ours, self._pipe = os.pipe2(os.O_CLOEXEC)
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.close(self._pipe)
-            for descriptor in not_its_own:
-                os.close(descriptor)
-            with contextlib.suppress(BaseException):
-                _watch(ours, self._groups)
-            os._exit(0)
-        os.close(ours)
+        theirs, self._pipe = os.pipe2(os.O_CLOEXEC)
+        # A program, and no fork: that would keep a copy of most of the daemon's memory.
+        self.pid = os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-I", "-S", guard.__file__, str(theirs), str(table)],
+            clean_environment(os.environ),
+            # Onto itself: the copy is not closed by the exec.
+            file_actions=[(os.POSIX_SPAWN_DUP2, each, each) for each in (theirs, table, *shared)],
+            setsid=True,
+            # What ends the daemon must not end it, from its first moment on.
+            setsigmask=(signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT),
+        )
+        os.close(theirs)
+        os.close(table)
 
     def started(self, group: int) -> None:
         """A job runs in this process group."""
@@ -70,21 +71,4 @@ class Guardian:
         with contextlib.suppress(ProcessLookupError):
             leaving = select.poll()
             leaving.register(os.pidfd_open(self.pid), select.POLLIN)
-            leaving.poll(LAST_MILLISECONDS)
-
-
-def _watch(pipe: int, groups: Iterable[int]) -> None:
-    os.setsid()
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)
-    os.read(pipe, 1)  # the end of the daemon
-    running = [group for group in itertools.takewhile(bool, groups) if group > 0]
-    dying = select.poll()
-    for group in running:
-        with contextlib.suppress(ProcessLookupError):
-            dying.register(os.pidfd_open(group), select.POLLIN)
-            os.killpg(group, signal.SIGKILL)
-    # Whoever waits for the memory's lock, which ends with this process, may start them again.
-    for _ in running:
-        for descriptor, _event in dying.poll(LAST_MILLISECONDS):
-            dying.unregister(descriptor)
+            leaving.poll(guard.LAST_MILLISECONDS)

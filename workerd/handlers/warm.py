@@ -23,7 +23,7 @@ from workerd.options import Handler
 from workerd.retry import backoff
 
 #: Run by the application's interpreter, by its path.
-CHILD = Path(__file__).with_name("child.py")
+CHILD = Path(__file__).with_name("start.py")
 #: Seconds without an attempt to start a process after one that failed: at first, and at most.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 #: Seconds after which one that was ready has not ended at once.
