@@ -177,12 +177,17 @@ lock = os.open("/dev", os.O_RDONLY)
 memory = os.open("/proc", os.O_RDONLY)
 guardian = Guardian(memory)
 files = f"/proc/{guardian.pid}/fd"
-held = {os.readlink(f"{files}/{fd}") for fd in os.listdir(files)}
-print("/proc" in held, "/dev" in held, guardian._pipe in map(int, os.listdir(files)))
+
+def held():
+    for fd in os.listdir(files):
+        with contextlib.suppress(FileNotFoundError):  # an interpreter that starts opens and closes
+            yield os.readlink(f"{files}/{fd}")
+
+print("/proc" in held(), "/dev" in held())
 guardian.close()
 """
     )
-    assert said == "True False False\n"
+    assert said == "True False\n"
 
 
 def test_the_guardian_takes_little_memory() -> None:

@@ -7,6 +7,7 @@ contract that users rely on is documented in docs/messages.md.
 from __future__ import annotations
 
 import enum
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -240,8 +241,6 @@ def _key(message: Message, queue: str, spent: int) -> bytes:
     sender sets anew for each message, so that fewer twins look alike, the mark of a copy,
     and that of a dead letter, which RabbitMQ's own tools move back as it is.
     """
-    import hashlib  # takes its time, and `submit` needs no key
-
     marks = tuple(message.headers.get(mark) for mark in (REPLAY, LAST_FAILURE, COPY))
     facts = (queue, message.message_id, spent, *marks, message.type, message.timestamp)
     digest = hashlib.blake2b(repr((*facts, message.correlation_id)).encode(), digest_size=16)
