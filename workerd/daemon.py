@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-# getaddrinfo loads this codec at the first look-up of a name, and `job` what follows at the first
-# job. By then an upgrade may have replaced the files of a process that is still draining: load
-# everything now.
+# getaddrinfo loads this codec at the first look-up of a name. By then an upgrade may have
+# replaced the files of a process that is still draining: load everything now.
 import encodings.idna  # noqa: F401
 import fcntl
-import hashlib  # noqa: F401
 import os
 import signal
 import socket
