@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import Iterable
 
 import pytest
@@ -44,9 +45,16 @@ ENDS = st.permutations(range(1, 13)).flatmap(
 )
 
 
+def having_got(count: int) -> Acks:
+    acks = Acks()
+    for tag in range(1, count + 1):
+        acks.came(tag)
+    return acks
+
+
 @given(ENDS)
 def test_exactly_what_is_to_be_acknowledged_is(ends: list[tuple[int, str]]) -> None:
-    sent, acks = Sent(len(ends)), Acks()
+    sent, acks = Sent(len(ends)), having_got(len(ends))
     due: set[int] = set()
 
     def send() -> None:
@@ -68,7 +76,7 @@ def test_exactly_what_is_to_be_acknowledged_is(ends: list[tuple[int, str]]) -> N
 
 
 def test_what_ends_together_is_acknowledged_in_one_frame() -> None:
-    acks = Acks()
+    acks = having_got(8)
     for tag in (2, 1, 3, 5, 7):
         acks.add(tag)
     assert acks.take() == [(3, True), (5, False), (7, False)]
@@ -76,6 +84,22 @@ def test_what_ends_together_is_acknowledged_in_one_frame() -> None:
         acks.add(tag)
     assert acks.take() == [(6, True)]
     assert acks.take() == []
+
+
+def test_what_ends_beside_a_long_job_takes_no_memory() -> None:
+    acks = having_got(1)
+    tracemalloc.start()
+    try:
+        for tag in range(2, 20_000):
+            acks.came(tag)
+            acks.add(tag)
+            assert acks.take() == [(tag, False)]
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size < 10_000
+    acks.add(1)
+    assert acks.take() == [(1, False)]
 
 
 def settling(broker: Broker, queue: str, count: int, order: Iterable[tuple[str, int]]) -> list[str]:

@@ -12,6 +12,7 @@ import struct
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -319,6 +320,25 @@ def test_events_are_written_in_order_by_another_thread(a_log: Begin) -> None:
     new.flush(TIMEOUT)
     assert [fields["number"] for *_, fields in records] == list(range(1000))
     assert threads.isdisjoint({threading.get_ident()})
+
+
+def test_an_event_that_comes_while_a_batch_is_gathered_does_not_end_the_writing(
+    a_log: Begin,
+) -> None:
+    class Busy(deque[Record]):
+        """Another thread adds something between the first look at it and the next."""
+
+        def __iter__(self) -> Iterator[Record]:
+            each = super().__iter__()
+            self.append((time.time(), "info", "meanwhile", {}))
+            return each
+
+    records: list[Record] = []
+    new = a_log(kept_in(records))
+    new._records = Busy()
+    new.put("event", "info", {})
+    until(lambda: records, "the event")
+    assert next(name for _, _, name, _ in records) == "event"
 
 
 def test_the_level_decides_what_is_written(a_log: Begin) -> None:

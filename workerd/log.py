@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import itertools
 import json
 import os
 import re
@@ -153,7 +152,9 @@ class Log:
         while True:
             self._wake.wait()
             while self._records:
-                self._write_some(list(itertools.islice(self._records, BATCH)))
+                # Not by an iterator: that fails when something is added before its next step.
+                count = min(BATCH, len(self._records))
+                self._write_some([self._records[number] for number in range(count)])
             self._wake.clear()
             if self._records:
                 self._wake.set()

@@ -163,6 +163,7 @@ class Channel:
 
         def deliver(incoming: Incoming) -> None:
             self.deliveries += 1
+            self._acks.came(incoming.tag)
             on_message(self, incoming)
 
         def assembled(_channel: Any, method: Any, properties: Any, body: bytes) -> None:
