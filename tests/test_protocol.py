@@ -168,3 +168,29 @@ def test_messages_are_the_same_however_they_are_cut(cuts: list[int], keep: int) 
         Answer(3, rejected, b"", "", "", None, True, printed=False),
         Unfit("gone"),
     ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"frame": 5, "outcome": "done"}',
+        b'{"frame":5,"outcome":"done"}',
+        b'{"outcome": "done", "frame": 5}',
+        b' {"frame": 5, "outcome": "done", "length": 0, "last": false} ',
+    ],
+)
+def test_an_answer_means_the_same_however_it_is_spelt(line: bytes) -> None:
+    assert list(Parser(10).feed(line + b"\n")) == [Answer(5, Outcome.DONE)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"frame": 5, "outcome": "done", "last": true}',
+        b'{"frame": 5, "outcome": "failed"}',
+        b'{"frame": 5, "outcome": "done", "note": "n"}',
+    ],
+)
+def test_an_answer_that_says_more_is_heard_out(line: bytes) -> None:
+    (answer,) = Parser(10).feed(line + b"\n")
+    assert answer != Answer(5, Outcome.DONE)

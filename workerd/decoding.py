@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 
 from workerd.ids import new_id
 from workerd.job import (
@@ -18,6 +19,7 @@ from workerd.job import (
     count,
 )
 
+#: Those that are text, as a rule.
 _TEXTS = (
     "type",
     "message_id",
@@ -27,6 +29,7 @@ _TEXTS = (
     "reply_to",
     "expiration",
 )
+_texts = operator.attrgetter(*_TEXTS)
 
 
 def decode(
@@ -61,8 +64,7 @@ def decode(
 def _fault(message: Message) -> BadJob | None:
     if UNREADABLE in message.headers:
         return BadJob("bad-headers", "the message's headers cannot be decoded")
-    for name in _TEXTS:
-        value = getattr(message, name)
+    for name, value in zip(_TEXTS, _texts(message), strict=True):
         if isinstance(value, bytes):
             return BadJob("bad-property", f"the property {name} is not UTF-8: {value[:40]!r}")
     return None

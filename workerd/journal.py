@@ -80,7 +80,7 @@ class HostMemory(Memory):
         self._file = -1
         self._soon = soon
         #: What is not written yet.
-        self._pending = b""
+        self._pending: list[bytes] = []
         #: The lock, once it is ours; and the same, once all has been read and we may write.
         self._held = lock
         self._lock = -1
@@ -286,15 +286,15 @@ class HostMemory(Memory):
                 return  # the new segment begins with all that is in hand
         if not self._pending and self._soon is not None:
             self._soon(self.flush)
-        self._pending += encode(kind, channel, key, time.time() if when is None else when)
+        self._pending.append(encode(kind, channel, key, time.time() if when is None else when))
         if self._soon is None:
             self.flush()
 
     def flush(self) -> None:
         """Write what is not written yet."""
-        records, self._pending = self._pending, b""
+        records, self._pending = self._pending, []
         if records:
-            self._write(records)
+            self._write(b"".join(records))
 
     def _write(self, records: bytes) -> bool:
         if self._file < 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,9 @@ from workerd.values import value
 VERSION = 1
 #: The longest line that a process may send, in bytes; what follows a line has no limit.
 MAX_LINE = 1 << 20
+
+#: What most answers are, which need not be decoded.
+_DONE = re.compile(rb'\{"frame": ?(\d{1,18}), ?"outcome": ?"done"\}')
 
 _OWN = "x-workerd-"
 _OUTCOMES = {each.value: each for each in (Outcome.DONE, Outcome.FAILED, Outcome.REJECTED)}
@@ -112,12 +116,12 @@ class Answer:
 
     frame: int
     outcome: Outcome
-    output: bytes
-    error: str
-    note: str
-    retry_after: float | None
-    last: bool
-    printed: bool
+    output: bytes = b""
+    error: str = ""
+    note: str = ""
+    retry_after: float | None = None
+    last: bool = False
+    printed: bool = False
 
 
 Message = Ready | Unfit | Printed | Record | Answer
@@ -162,6 +166,11 @@ class Parser:
             end = data.find(b"\n", start)
             if end < 0:
                 break
+            done = _DONE.fullmatch(data, start, end)
+            if done:
+                start = end + 1
+                yield Answer(int(done[1]), Outcome.DONE)
+                continue
             head = _head(data[start:end])
             start = end + 1
             self._missing = _length(head)
