@@ -213,6 +213,31 @@ def test_another_process_starts_for_a_job_that_lies_in_a_pipe(tmp_path: Path) ->
         in_loop(scenario())
 
 
+def test_no_job_lies_behind_a_long_one_while_a_process_that_leaves_soon_has_nothing_to_do(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with pool(python(tmp_path, EVAL, processes=2), depth=8) as warm:
+            await learn(warm)
+            stops = [asyncio.get_running_loop().create_future() for _ in range(2)]
+            tasks = []
+            for name, stop in zip(("one", "other"), stops, strict=True):
+                tasks.append(warm.soon(named(name, b"time.sleep(600)"), stop))
+                await told(events, "begun", job_id=name)
+            stops[0].set_result(None)
+            await tasks[0]
+            await warm.do(named("short", b"0"))
+            [idle] = [runner for runner in warm._runners if not runner.turns]
+            object.__setattr__(warm.settings, "recycle_after", idle.count + 2)
+            await asyncio.wait_for(warm.do(named("shorter", b"0")), TIMEOUT)
+            assert not tasks[1].done()
+            stops[1].set_result(None)
+            await tasks[1]
+
+    with logged() as events:
+        in_loop(scenario())
+
+
 def test_as_many_processes_start_as_there_are_jobs_even_if_one_could_have_them_all() -> None:
     async def scenario() -> None:
         script = 'ready; while next; do answer "$body"; done'

@@ -239,11 +239,12 @@ class WarmHandler:
         """A job that waits, and the process that is to have it."""
         if not self._waiting:
             return None
-        rooms = [(runner.room(self._depth), runner) for runner in self._runners]
+        # Those that have nothing to do come first, even if they take few more before they leave.
+        rooms = [(not each.turns, each.room(self._depth), each) for each in self._runners]
         free = sorted(
-            (each for each in rooms if each[0] > 0), key=operator.itemgetter(0), reverse=True
+            (each for each in rooms if each[1] > 0), key=operator.itemgetter(0, 1), reverse=True
         )
-        for number, (_, runner) in enumerate(free):
+        for number, (_, _, runner) in enumerate(free):
             if not runner.turns or not runner.asks:
                 if number:
                     continue  # nothing could begin in the first of these
