@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 #: A basic.ack in its frame: type, channel, size; class, method, tag, multiple; end.
 _ACK = struct.Struct(">BHIHHQBB")
+#: RabbitMQ passes so many settlements on to a quorum queue before that has answered the first. Of
+#: those behind them it forgets what it still has when the channel closes, whatever it answers.
+_PASSED_ON = 32
 _serials = itertools.count(1)
 
 
@@ -38,7 +41,7 @@ class Channel:
         self.link = link
         self.serial = next(_serials)
         self.ended: asyncio.Future[Trouble] = asyncio.get_running_loop().create_future()
-        #: Whether it was we who closed it, and the broker agreed.
+        #: Whether it was we who closed it, the broker agreed, and what was settled here is settled.
         self.ended_in_order = False
         #: Set when the broker itself cancelled the consumer: queue deleted, or (RabbitMQ
         #: 4.3) deliveries not acknowledged in time. The channel stays open.
@@ -49,6 +52,7 @@ class Channel:
         #: Called before acknowledgements are sent.
         self.before_acks: Callable[[], None] = lambda: None
         self._acks = Acks()
+        self._given_back = 0
         self._requests: set[asyncio.Future[Any]] = set()
         self._consumer_tag = ""
         self._on_lost: Callable[[Channel], None] | None = None
@@ -216,6 +220,7 @@ class Channel:
         # nack, not reject: RabbitMQ 4.3 counts a reject as a failed delivery.
         if self.open:
             self._channel.basic_nack(tag, requeue=True)
+            self._given_back += 1
             self._acks.settled(tag)
 
     def reject(self, tag: int) -> None:
@@ -295,7 +300,8 @@ class Channel:
 
     def _closed(self, _channel: Any, reason: BaseException) -> None:
         trouble = diagnose(reason)
-        self.ended_in_order = trouble.kind is Kind.CLOSED
+        # One by one, and many at once: an acknowledgement behind them may be forgotten.
+        self.ended_in_order = trouble.kind is Kind.CLOSED and self._given_back < _PASSED_ON
         self._forget_consumer()
         if self._on_lost:
             self._on_lost(self)
