@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import struct
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 #: A basic.ack in its frame: type, channel, size; class, method, tag, multiple; end.
 _ACK = struct.Struct(">BHIHHQBB")
+#: RabbitMQ passes so many settlements on to a quorum queue before that has answered the first. Of
+#: those behind them it forgets what it still has when the channel closes, whatever it answers.
+_PASSED_ON = 32
+#: Seconds within which a queue that works has answered.
+_ANSWERED = 10.0
 _serials = itertools.count(1)
 
 
@@ -38,7 +44,7 @@ class Channel:
         self.link = link
         self.serial = next(_serials)
         self.ended: asyncio.Future[Trouble] = asyncio.get_running_loop().create_future()
-        #: Whether it was we who closed it, and the broker agreed.
+        #: Whether it was we who closed it, the broker agreed, and what was settled here is settled.
         self.ended_in_order = False
         #: Set when the broker itself cancelled the consumer: queue deleted, or (RabbitMQ
         #: 4.3) deliveries not acknowledged in time. The channel stays open.
@@ -49,6 +55,8 @@ class Channel:
         #: Called before acknowledgements are sent.
         self.before_acks: Callable[[], None] = lambda: None
         self._acks = Acks()
+        #: When the last settlements were sent, one by one.
+        self._sent: deque[float] = deque(maxlen=_PASSED_ON)
         self._requests: set[asyncio.Future[Any]] = set()
         self._consumer_tag = ""
         self._on_lost: Callable[[Channel], None] | None = None
@@ -208,21 +216,23 @@ class Channel:
         if self._acks and self.open:
             self.before_acks()
             number = self._channel.channel_number
-            acks = (_ACK.pack(1, number, 13, 60, 80, *ack, 0xCE) for ack in self._acks.take())
-            self._channel.connection.send(b"".join(acks))
+            acks = self._acks.take()
+            self._sent.extend([asyncio.get_running_loop().time()] * len(acks))
+            frames = (_ACK.pack(1, number, 13, 60, 80, *ack, 0xCE) for ack in acks)
+            self._channel.connection.send(b"".join(frames))
 
     def give_back(self, tag: int) -> None:
         """Back to its queue."""
         # nack, not reject: RabbitMQ 4.3 counts a reject as a failed delivery.
         if self.open:
             self._channel.basic_nack(tag, requeue=True)
-            self._acks.settled(tag)
+            self._settled(tag)
 
     def reject(self, tag: int) -> None:
         """Let the broker dead-letter the message untouched, or drop it where it does not."""
         if self.open:
             self._channel.basic_reject(tag, requeue=False)
-            self._acks.settled(tag)
+            self._settled(tag)
 
     async def confirm(self) -> None:
         """Make the broker confirm what is published on this channel."""
@@ -295,7 +305,7 @@ class Channel:
 
     def _closed(self, _channel: Any, reason: BaseException) -> None:
         trouble = diagnose(reason)
-        self.ended_in_order = trouble.kind is Kind.CLOSED
+        self.ended_in_order = trouble.kind is Kind.CLOSED and not self._is_behind()
         self._forget_consumer()
         if self._on_lost:
             self._on_lost(self)
@@ -307,6 +317,15 @@ class Channel:
         self._ids.clear()
         if not self.ended.done():
             self.ended.set_result(trouble)
+
+    def _is_behind(self) -> bool:
+        """Whether the broker may not have passed on all that was settled here."""
+        enough = len(self._sent) == _PASSED_ON
+        return enough and self._sent[0] > asyncio.get_running_loop().time() - _ANSWERED
+
+    def _settled(self, tag: int) -> None:
+        self._sent.append(asyncio.get_running_loop().time())
+        self._acks.settled(tag)
 
     def _forget_consumer(self) -> None:
         self._channel.connection.consumers.pop(self._channel.channel_number, None)
