@@ -106,6 +106,7 @@ class Worker:
             await self.register.close()
             for task in (*background, *self._performing):
                 task.cancel()
+            await asyncio.gather(*self._performing, return_exceptions=True)
 
     def stop(self) -> None:
         """Drain and return from `run`. Called again, it cuts the drain short."""
@@ -412,9 +413,15 @@ class Worker:
             await self._happened.wait()
 
     def _begin(self, run: Run) -> None:
-        task = self._tasks.create_task(self.perform(run), name=f"job {run.job.id}")
+        # Not in the group, which takes as long to keep a task as the loop to run it.
+        task = asyncio.get_running_loop().create_task(self.perform(run))
         self._performing.add(task)
-        task.add_done_callback(self._performing.discard)
+        task.add_done_callback(self._performed)
+
+    def _performed(self, task: asyncio.Task[None]) -> None:
+        self._performing.discard(task)
+        if not task.cancelled() and (bug := task.exception()):
+            self._tasks.create_task(_raise(bug), name="bug")
 
     def _start_more(self) -> None:
         """Start what may start now: once for all that ends in this turn of the loop."""
@@ -488,6 +495,10 @@ class Worker:
             log.event(report.outcome.value, "info", **facts)
         else:
             log.warning(report.outcome.value, **facts, error=report.error[-500:] or None)
+
+
+async def _raise(error: BaseException) -> None:
+    raise error
 
 
 def _slots(settings: Settings) -> dict[str, int]:
