@@ -152,6 +152,7 @@ async def _serve(
     pulse = loop.create_task(answers.pulse.run(), name="pulse")
     # What there is now stays. Messages that come together are no garbage, though many: looking
     # for some whenever there are 700 new objects took a twelfth of all time.
+    gc.collect()
     gc.freeze()
     gc.set_threshold(GARBAGE)
     try:
