@@ -67,9 +67,9 @@ def run(
         memory_lock = journal.hold(places.state_directory() / instance)
     # It has a share in that lock: as long as it lives, the jobs of a killed daemon may live, and
     # no other instance may start them.
-    guardian = Guardian(*([] if memory_lock < 0 else [memory_lock]))
     _begin_log(settings, instance)
     try:
+        guardian = Guardian(*([] if memory_lock < 0 else [memory_lock]))
         # Not asyncio.run, which waits for a resolver that hangs in a thread.
         serving = _serve(settings, config, instance, guardian, memory_lock)
         status = asyncio.new_event_loop().run_until_complete(serving)

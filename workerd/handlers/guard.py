@@ -27,18 +27,21 @@ _CHUNK = _ENTRY.size * 1024
 def watch(pipe: int, table: int) -> None:
     """Returns when the daemon is gone, and the jobs that it had left."""
     os.read(pipe, 1)
-    groups = running(table)
     dying = select.poll()
-    for group in groups:
+    left = 0
+    for group in running(table):
         try:
             dying.register(os.pidfd_open(group), select.POLLIN)
+            left += 1
             os.killpg(group, _signal.SIGKILL)
         except ProcessLookupError:
             continue  # it has just ended
     # Whoever waits for the memory's lock, which ends with this process, may start them again.
-    for _ in groups:
-        for descriptor, _event in dying.poll(LAST_MILLISECONDS):
+    while left:
+        dead = dying.poll(LAST_MILLISECONDS)
+        for descriptor, _event in dead:
             dying.unregister(descriptor)
+        left = left - len(dead) if dead else 0
 
 
 def running(table: int) -> list[int]:
