@@ -173,6 +173,27 @@ print("not held up")
     assert said == "not held up\n"
 
 
+def test_the_guardian_leaves_as_soon_as_the_jobs_are_dead() -> None:
+    """Until then it holds the lock of the memory, and the next daemon waits two seconds for it."""
+    said = alone(
+        GROUPS
+        + """
+import select
+groups = [group() for _ in range(20)]
+guardian = Guardian()
+for each in groups:
+    guardian.started(each)
+gone = select.poll()
+gone.register(os.pidfd_open(guardian.pid), select.POLLIN)
+began = time.monotonic()
+os.close(guardian._pipe)
+gone.poll()
+print(time.monotonic() - began < 5.0)
+"""
+    )
+    assert said == "True\n", "where it waits for those that are dead, a second each"
+
+
 def test_the_guardian_holds_the_lock_of_the_memory_and_nothing_else_of_the_daemons() -> None:
     if os.geteuid() != 0:
         pytest.skip("what it holds is for root alone to see")

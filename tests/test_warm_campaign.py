@@ -105,7 +105,8 @@ def test_a_killed_process_costs_its_job_one_attempt_and_no_job_is_lost_or_done_t
             ready = [runner for runner in warm._runners if runner.state == "ready"]
             if ready:
                 kills += 1
-                os.kill(chance.choice(ready).pid, signal.SIGKILL)
+                at_work = [runner for runner in ready if runner.turns]
+                os.kill(chance.choice(at_work or ready).pid, signal.SIGKILL)
 
     async def scenario() -> None:
         names = iter([f"job-{number}" for number in range(JOBS)])
