@@ -237,8 +237,9 @@ def fill(client: Client, count: int, **options: Any) -> list[str]:
     for each in ids:
         properties = pika.BasicProperties(message_id=each, delivery_mode=2, **options)
         channel.basic_publish("", "jobs.dead", body, properties)
-    channel.close()
+    # Before the channel closes: RabbitMQ may lose what nobody has it confirm behind many others.
     client.await_ready("jobs.dead", count)
+    channel.close()
     return ids
 
 

@@ -181,7 +181,7 @@ def assert_on_time(
 def test_many_jobs_are_on_time_behind_a_backlog_and_across_a_restart_of_the_broker(
     own_broker: Callable[..., Broker], daemon: Start, oracle: Oracle, seed: int
 ) -> None:
-    jobs, longest, backlog = (1000, 60, 150_000) if SEEDS > 2 else (250, 15, 50_000)
+    jobs, longest, backlog = (1000, 60, 100_000) if SEEDS > 2 else (250, 15, 25_000)
     broker = own_broker()
     text = config(broker.url, oracle.command(), queues={"jobs": {"concurrency": 4}})
     consuming(daemon, text).stop()
