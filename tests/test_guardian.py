@@ -194,6 +194,32 @@ print(time.monotonic() - began < 5.0)
     assert said == "True\n", "where it waits for those that are dead, a second each"
 
 
+def test_a_job_that_became_another_users_does_not_save_the_others() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("for root alone, who may start jobs of several users")
+    said = alone(
+        GROUPS
+        + """
+from workerd.handlers import guard
+theirs = group()
+table = os.memfd_create("groups")
+reading, writing = os.pipe()
+os.close(writing)
+guardian = os.fork()
+if guardian == 0:
+    os.setuid(65534)
+    own = os.posix_spawn("/bin/sleep", ["sleep", "600"], {}, setsid=True)
+    os.write(table, struct.pack("=2i", theirs, own))
+    guard.watch(reading, table)
+    print(os.waitpid(own, os.WNOHANG) == (own, signal.SIGKILL), flush=True)
+    os._exit(0)
+os.waitpid(guardian, 0)
+os.killpg(theirs, signal.SIGKILL)
+"""
+    )
+    assert said == "True\n"
+
+
 def test_the_guardian_holds_the_lock_of_the_memory_and_nothing_else_of_the_daemons() -> None:
     if os.geteuid() != 0:
         pytest.skip("what it holds is for root alone to see")

@@ -20,7 +20,7 @@ from tests.harness.waiting import TIMEOUT
 from workerd import options
 from workerd.broker import Channel, Incoming, Link
 from workerd.broker.codec import message_of
-from workerd.broker.deliveries import delivery_at
+from workerd.broker.deliveries import arrival_at
 from workerd.job import UNREADABLE
 from workerd.url import BrokerURL
 
@@ -81,20 +81,20 @@ def test_a_delivery_is_read_as_pika_reads_it(
 ) -> None:
     header = encoded(**properties)
     data = frames(header, body, channel=channel, tag=7, redelivered=redelivered)
-    delivery = delivery_at(b"before" + data + b"after", 6)
-    assert delivery is not None
-    assert (delivery.channel, delivery.end) == (channel, 6 + len(data))
-    assert (delivery.incoming.tag, delivery.incoming.redelivered) == (7, redelivered)
-    assert delivery.incoming.message == message_of(pika.BasicProperties().decode(header), body)
+    arrival = arrival_at(b"before" + data + b"after", 6)
+    assert arrival is not None
+    assert (arrival.channel, arrival.end) == (channel, 6 + len(data))
+    assert (arrival.incoming.tag, arrival.incoming.redelivered) == (7, redelivered)
+    assert arrival.incoming.message == message_of(pika.BasicProperties().decode(header), body)
 
 
 def test_what_is_not_text_and_what_is_no_table_come_as_with_pika() -> None:
     flags = struct.pack(">H", 1 << 13 | 1 << 7)
     inside = field(b"f", b"no such type")
     header = flags + struct.pack(">I", len(inside)) + inside + b"\x02\xff\xfe"
-    delivery = delivery_at(frames(header, b"x"), 0)
-    assert delivery is not None
-    message = delivery.incoming.message
+    arrival = arrival_at(frames(header, b"x"), 0)
+    assert arrival is not None
+    message = arrival.incoming.message
     assert message == message_of(pika.BasicProperties().decode(header), b"x")
     assert message.message_id == b"\xff\xfe"
     assert set(message.headers) == {UNREADABLE}
@@ -102,8 +102,8 @@ def test_what_is_not_text_and_what_is_no_table_come_as_with_pika() -> None:
 
 def test_what_is_not_all_there_is_left_alone() -> None:
     data = frames(encoded(message_id="a", headers={"a": "b"}), b"body")
-    assert delivery_at(data, 0)
-    assert not any(delivery_at(data[:end], 0) for end in range(len(data)))
+    assert arrival_at(data, 0)
+    assert not any(arrival_at(data[:end], 0) for end in range(len(data)))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_what_is_not_all_there_is_left_alone() -> None:
     ],
 )
 def test_what_is_rare_is_left_to_pika(data: bytes) -> None:
-    assert delivery_at(data, 0) is None
+    assert arrival_at(data, 0) is None
 
 
 @given(st.data())
@@ -126,8 +126,8 @@ def test_spoilt_bytes_are_no_delivery_or_another_one(data: st.DataObject) -> Non
     whole = bytearray(frames(encoded(message_id="a", headers={"a": "b"}, type="t"), b"body"))
     for at in data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=3)):
         whole[at] = data.draw(st.integers(0, 255))
-    delivery = delivery_at(bytes(whole), 0)
-    assert delivery is None or delivery.end <= len(whole)
+    arrival = arrival_at(bytes(whole), 0)
+    assert arrival is None or arrival.end <= len(whole)
 
 
 def test_messages_of_all_sizes_come_whole_and_in_order(client: Client, broker: Broker) -> None:

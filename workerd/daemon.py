@@ -27,6 +27,7 @@ from workerd.consumer import OnOutage
 from workerd.control import Control
 from workerd.copies import Place
 from workerd.errors import SettingsError
+from workerd.handlers import guard
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.register import Handlers
 from workerd.reload import Reload
@@ -60,8 +61,7 @@ def run(
             log.error("bad configuration", problem=problem)
         _leave_word(instance, "\n".join(error.problems), ours=False)
         _exit(EX_CONFIG)
-    # A job runs as the same user.
-    service.forbid_dumps()
+    guard.forbid_dumps()
     memory_lock = -1
     with contextlib.suppress(OSError):  # it will be told when the memory is opened
         memory_lock = journal.hold(places.state_directory() / instance)

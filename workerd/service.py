@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import time
@@ -74,12 +73,6 @@ def shed_inheritance() -> None:
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         with contextlib.suppress(OSError):
             os.set_inheritable(descriptor, descriptor <= 2)
-
-
-def forbid_dumps() -> None:
-    """Make this process non-dumpable: its memory holds the broker's password (prctl(2))."""
-    pr_set_dumpable = 4
-    ctypes.CDLL(None).prctl(pr_set_dumpable, 0, 0, 0, 0)
 
 
 def detach(pidfile: str | None, log_file: str | None, keep: Iterable[int]) -> None:

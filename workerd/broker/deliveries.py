@@ -29,7 +29,7 @@ _END = 0xCE
 _AROUND = _FRAME.size + 1
 
 
-class Delivery(NamedTuple):
+class Arrival(NamedTuple):
     """A message as it came: on which channel, and where the next frame begins."""
 
     channel: int
@@ -37,8 +37,8 @@ class Delivery(NamedTuple):
     end: int
 
 
-def delivery_at(data: bytes, start: int) -> Delivery | None:
-    """The delivery that begins there; None for what is none, or is not all there."""
+def arrival_at(data: bytes, start: int) -> Arrival | None:
+    """The message whose frames begin there; None for what is none, or is not all there."""
     try:
         kind, channel, size, class_id, method_id = _METHOD.unpack_from(data, start)
         if kind != 1 or class_id != 60 or method_id != 60:
@@ -63,7 +63,7 @@ def delivery_at(data: bytes, start: int) -> Delivery | None:
         message = _message(properties, flags, body)
     except (struct.error, IndexError):
         return None
-    return Delivery(channel, Incoming(tag, bool(redelivered & 1), message), end)
+    return Arrival(channel, Incoming(tag, bool(redelivered & 1), message), end)
 
 
 def _message(data: bytes, flags: int, body: bytes) -> Message:

@@ -18,7 +18,7 @@ from pika.adapters.utils import connection_workflow, io_services_utils
 from workerd import __version__
 from workerd.broker.channel import Channel
 from workerd.broker.codec import Incoming
-from workerd.broker.deliveries import delivery_at
+from workerd.broker.deliveries import arrival_at
 from workerd.broker.faults import diagnose, is_noise
 from workerd.broker.timeouts import ANSWER_TIMEOUT, CONNECT_TIMEOUT
 from workerd.errors import Kind, SettingsError, Trouble
@@ -50,15 +50,15 @@ class _Connection(AsyncioConnection):  # type: ignore[misc]
 
     def _take_deliveries(self) -> None:
         """Hand over the messages at the beginning of the buffer that are all there."""
-        deliveries = []
+        arrivals = []
         end = 0
-        while (delivery := delivery_at(self._frame_buffer, end)) is not None:
-            if delivery.channel not in self.consumers:
+        while (arrival := arrival_at(self._frame_buffer, end)) is not None:
+            if arrival.channel not in self.consumers:
                 break
-            deliveries.append(delivery)
-            end = delivery.end
+            arrivals.append(arrival)
+            end = arrival.end
         self._trim_frame_buffer(end)
-        for channel, incoming, _ in deliveries:
+        for channel, incoming, _ in arrivals:
             consumer = self.consumers.get(channel)  # unless one of those before has ended it
             if consumer is not None:
                 consumer(incoming)

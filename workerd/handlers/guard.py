@@ -34,8 +34,8 @@ def watch(pipe: int, table: int) -> None:
             dying.register(os.pidfd_open(group), select.POLLIN)
             left += 1
             os.killpg(group, _signal.SIGKILL)
-        except ProcessLookupError:
-            continue  # it has just ended
+        except (ProcessLookupError, PermissionError):
+            continue  # it has just ended, or became another user's: the others are to end
     # Whoever waits for the memory's lock, which ends with this process, may start them again.
     while left:
         dead = dying.poll(LAST_MILLISECONDS)
@@ -59,7 +59,10 @@ def running(table: int) -> list[int]:
 
 
 def forbid_dumps() -> None:
-    """As in `service`: a job, which runs as the same user, is to see nothing of this process."""
+    """Make this process non-dumpable (prctl(2)), for the daemon too, which has the password.
+
+    A job runs as the same user; it is to see nothing of either.
+    """
     pr_set_dumpable = 4
     ctypes.CDLL(None).prctl(pr_set_dumpable, 0, 0, 0, 0)
 

@@ -187,7 +187,7 @@ class Process:
         self._guardian.ended(self.pid)
 
     def _pipe(self) -> tuple[int, int]:
-        ends = _pipe()
+        ends = os.pipe2(os.O_CLOEXEC)
         self._open += ends
         return ends
 
@@ -200,18 +200,6 @@ class Process:
         while self._open:
             self._drop(self._open[-1])
         self._readiness.release()
-
-
-def make_pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
-    """A pipe: the end to read and the end to write, each closed by its stack."""
-    read, write = _pipe()
-    reader.callback(os.close, read)
-    writer.callback(os.close, write)
-    return read, write
-
-
-def _pipe() -> tuple[int, int]:
-    return os.pipe2(os.O_CLOEXEC)
 
 
 def signal_name(number: int) -> str:

@@ -19,7 +19,7 @@ from workerd import log
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.output import Output, Records
 from workerd.handlers.permits import Permits
-from workerd.handlers.process import Process, make_pipe, signal_name
+from workerd.handlers.process import Process, signal_name
 from workerd.handlers.program import Program
 from workerd.handlers.protocol import (
     VERSION,
@@ -134,8 +134,8 @@ class Runner:
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
-            frames, self._frames = make_pipe(theirs, undo)
-            answers, self._answers = reversed(make_pipe(undo, theirs))
+            frames, self._frames = _pipe(theirs, undo)
+            answers, self._answers = reversed(_pipe(undo, theirs))
             for fd in (self._frames, self._answers):
                 os.set_blocking(fd, False)
             more = [frames, answers]
@@ -516,6 +516,14 @@ class Runner:
                 return int(file.read().split()[1]) * _PAGE_SIZE
         except OSError:
             return 0
+
+
+def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe: the end to read and the end to write, each closed by its stack."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    reader.callback(os.close, read)
+    writer.callback(os.close, write)
+    return read, write
 
 
 def _safe(text: str) -> str:
