@@ -19,8 +19,9 @@ from tests.commands import ENVIRONMENT, alone, as_nobody, open_descriptors, ungu
 from tests.harness import processes
 from tests.harness.waiting import TIMEOUT, until
 from tests.pools import Warm, do, do_all, in_loop, job, logged, outcome, pool, python, sh
-from workerd.handlers import warm as module
+from workerd.handlers import starts
 from workerd.handlers.register import Handlers
+from workerd.handlers.warm import LOOK_AHEAD
 from workerd.job import Job, Outcome, Report
 from workerd.options import Handler
 
@@ -254,7 +255,7 @@ def test_a_long_job_is_a_reason_to_put_no_other_behind_it(tmp_path: Path) -> Non
         async with pool(python(tmp_path, EVAL, processes=1), depth=8) as warm:
             await learn(warm)
             assert warm.capacity > 1
-            await warm.do(job(f"time.sleep({2 * module.LOOK_AHEAD})".encode()))
+            await warm.do(job(f"time.sleep({2 * LOOK_AHEAD})".encode()))
             assert warm.capacity == 1
 
     in_loop(scenario())
@@ -327,7 +328,7 @@ def test_what_jobs_print_by_themselves_is_never_anothers_however_many_lie_in_the
 def test_after_a_job_a_process_may_start_though_one_has_just_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "FIRST_PAUSE", 600.0)
+    monkeypatch.setattr(starts, "FIRST_PAUSE", 600.0)
     # The second process ends as soon as it is ready; the first does a job and dies of the next.
     script = f"""
     if mkdir {tmp_path}/first 2>/dev/null; then
@@ -530,8 +531,8 @@ def test_a_job_that_nobody_waits_for_any_more_is_ended(tmp_path: Path) -> None:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses between two starts are short."""
-    monkeypatch.setattr(module, "FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(starts, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(starts, "LONGEST_PAUSE", 0.05)
 
 
 def test_a_job_does_not_wait_for_an_interpreter_that_is_missing(
@@ -604,9 +605,9 @@ def test_a_process_that_does_not_come_up_is_no_jobs_fault(script: str, error: st
 def test_a_process_that_hangs_at_its_start_is_given_up_and_started_again_after_pauses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "FIRST_PAUSE", 0.4)
-    starts = tmp_path / "starts"
-    code = f"import time\nopen({str(starts)!r}, 'a').write('x')\ntime.sleep(600)\n"
+    monkeypatch.setattr(starts, "FIRST_PAUSE", 0.4)
+    begun = tmp_path / "begun"
+    code = f"import time\nopen({str(begun)!r}, 'a').write('x')\ntime.sleep(600)\n"
 
     async def scenario() -> list[Report]:
         settings = python(tmp_path, code, start_timeout=0.3, kill_grace=0.1)
@@ -623,7 +624,7 @@ def test_a_process_that_hangs_at_its_start_is_given_up_and_started_again_after_p
     assert {report.outcome for report in reports} == {Outcome.UNAVAILABLE}
     assert {report.error for report in reports} == {"not ready within 0.3 s"}
     # Two at first, for two jobs; then one after each pause.
-    assert 3 <= len(starts.read_text()) <= 8
+    assert 3 <= len(begun.read_text()) <= 8
     assert len([event for event in events if event["event"] == "child failed"]) == 1
 
 
@@ -684,9 +685,9 @@ def test_the_last_process_that_is_to_be_had_is_replaced_once_it_has_ended() -> N
     said = as_nobody(
         """
         from tests.pools import *
-        from workerd.handlers import warm as module
+        from workerd.handlers import starts
 
-        module.FIRST_PAUSE = 600.0
+        starts.FIRST_PAUSE = 600.0
 
         async def scenario():
             # Without any process of its own.
@@ -778,11 +779,11 @@ def test_a_process_that_ends_as_soon_as_it_is_ready_is_told_once_while_another_w
         async with pool(sh(script, processes=2)) as warm:
             warm.start()
             await warm.await_ready()
-            starts = 0
-            while starts < 5:
+            ready = 0
+            while ready < 5:
                 reports = await asyncio.gather(warm.do(job()), warm.do(job()))
                 assert {report.outcome for report in reports} == {Outcome.DONE}
-                starts = sum(event["event"] == "child ready" for event in events)
+                ready = sum(event["event"] == "child ready" for event in events)
 
     with logged() as events:
         in_loop(scenario())

@@ -9,25 +9,21 @@ import operator
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from workerd import log
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.program import Program
 from workerd.handlers.runner import Runner
+from workerd.handlers.starts import Starts
 from workerd.handlers.turn import Turn
 from workerd.handling import Degraded, MayBegin, Started
 from workerd.job import Job, Outcome, Report
 from workerd.options import Handler
-from workerd.retry import backoff
 
 #: Run by the application's interpreter, by its path.
 CHILD = Path(__file__).with_name("start.py")
-#: Seconds without an attempt to start a process after one that failed: at first, and at most.
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-#: Seconds after which one that was ready has not ended at once.
-TRIAL = 1.0
 #: Jobs for so many seconds may lie in the pipe of a process that can give them back, and so many.
 LOOK_AHEAD, MOST_AHEAD = 0.02, 100
 #: Of a job that no process came to, and none will.
@@ -61,7 +57,6 @@ class WarmHandler:
     ) -> None:
         self.settings = settings
         self.before_sending = before_sending
-        self._changed = changed
         self._output_lines = output_lines
         self._guardian = guardian
         self._asks = settings.python is not None
@@ -84,13 +79,7 @@ class WarmHandler:
         self._held = False
         self._draining = False
         self._retired = False
-        #: Why one could not start; None once one that came up later works.
-        self._trouble: Report | None = None
-        #: Those that were ready before that: what they do proves nothing.
-        self._veterans: set[Runner] = set()
-        self._pauses: Iterator[float] = iter(())
-        #: While it runs, no process is started: one has just failed.
-        self._pause: asyncio.TimerHandle | None = None
+        self._starts = Starts(settings.name, self._try_again, changed)
         self._gone = asyncio.Event()
         self._handing_out: asyncio.Handle | None = None
 
@@ -114,15 +103,12 @@ class WarmHandler:
     @property
     def degraded(self) -> Degraded | None:
         """See `handling.Handler`."""
-        if self._trouble is None:
-            return None
-        some = any(runner.state == "ready" for runner in self._runners)
-        return Degraded(not some, self._trouble.error)
+        return self._starts.degraded(self._runners)
 
     def start(self) -> None:
         """Have a process ready before the first job comes; try one that failed again at once."""
-        if self._pause is not None or not self._runners:
-            self._end_pause()
+        if self._starts.paused or not self._runners:
+            self._starts.end_pause()
             self._spawn()
 
     async def run(
@@ -230,10 +216,10 @@ class WarmHandler:
             if len(self._runners) >= self.settings.processes or not self._spawn():
                 break
         if ready and not self._runners:
-            assert self._trouble is not None
+            assert self._starts.trouble is not None
             for turn in ready:
                 self._waiting.remove(turn)
-                turn.end(self._trouble)
+                turn.end(self._starts.trouble)
 
     def _next(self) -> tuple[Turn, Runner] | None:
         """A job that waits, and the process that is to have it."""
@@ -280,7 +266,7 @@ class WarmHandler:
 
     def _spawn(self) -> bool:
         """Start one more process, unless one has just failed; returns whether it was started."""
-        if self._pause is not None:
+        if self._starts.paused:
             return False
         # What happens to processes is no business of the job that happens to cause it.
         with log.job_fields(handler=self.settings.name):
@@ -294,33 +280,16 @@ class WarmHandler:
                     self._asks,
                 )
             except OSError as error:
-                self._cannot_start("cannot-run", self._program.cannot_run(error))
+                trouble = self._program.cannot_run(error)
+                self._starts.failed("cannot-run", trouble, self._runners)
                 return False
         self._runners.append(runner)
         return True
 
-    def _cannot_start(self, reason: str, text: str) -> None:
-        if self._trouble is None:
-            self._pauses = backoff(FIRST_PAUSE, LONGEST_PAUSE)
-        pause = next(self._pauses)
-        if self._trouble is None or self._trouble.error != text:
-            log.error("child failed", reason=reason, error=text[-2000:])
-        self._trouble = Report(Outcome.UNAVAILABLE, reason, error=text)
-        self._veterans = {runner for runner in self._runners if runner.state == "ready"}
-        self._end_pause()
-        self._pause = asyncio.get_running_loop().call_later(pause, self._try_again)
-        self._changed()
-
     def _try_again(self) -> None:
-        """The pause is over. Whoever looks after this handler waits for it, if no job does."""
-        self._pause = None
+        """Whoever looks after this handler waits for it, if no job does."""
         self._replace()
         self.hand_out()
-
-    def _end_pause(self) -> None:
-        if self._pause is not None:
-            self._pause.cancel()
-            self._pause = None
 
     def _interrupt(self, turn: Turn) -> None:
         turn.stopped = True
@@ -343,20 +312,18 @@ class WarmHandler:
 
     def ready(self, runner: Runner) -> None:
         log.debug("child ready", child=runner.pid)
-        self._end_pause()
-        if self._trouble:
-            asyncio.get_running_loop().call_later(TRIAL, self._stays, runner)
+        self._starts.ready(runner)
         self.hand_out()
         self._dismiss_idle()
 
     def unfit(self, runner: Runner, text: str) -> None:
         self._runners.remove(runner)
         self._leaving.add(runner)
-        self._cannot_start("cannot-start", text)
+        self._starts.failed("cannot-start", text, self._runners)
         self.hand_out()
 
     def free(self, runner: Runner, seconds: float) -> None:
-        self._works(runner)
+        self._starts.works(runner)
         self._learn(seconds)
         if self._waiting or not runner.turns:
             self._hand_out_soon()
@@ -378,19 +345,20 @@ class WarmHandler:
         self._runners.remove(runner)
         self._leaving.add(runner)
         if runner.count:
-            self._works(runner)
+            self._starts.works(runner)
         self._replace()
 
     def ended(self, runner: Runner, unbegun: list[Turn]) -> None:
         self._leaving.discard(runner)
-        vacant = runner in self._runners or self._pause is not None
+        vacant = runner in self._runners or self._starts.paused
         if runner.count:
             # Where it was there is room for another, whatever there was none of.
-            self._end_pause()
+            self._starts.end_pause()
         if runner in self._runners:
             self._runners.remove(runner)
             if not runner.taken and not runner.told_to_end:
-                self._cannot_start("cannot-start", "it ended as soon as it was ready")
+                text = "it ended as soon as it was ready"
+                self._starts.failed("cannot-start", text, self._runners)
         if vacant:
             self._replace()
         self._line_up(unbegun)
@@ -408,20 +376,6 @@ class WarmHandler:
             self._mean += (seconds - self._mean) * _WEIGHT
         if self._asks:
             self._depth = min(self._most, 1 + int(LOOK_AHEAD / (self._mean + 1e-6)))
-
-    def _works(self, runner: Runner) -> None:
-        """It has done a job, or could: if it came up since another did not, the trouble is over."""
-        if self._trouble is not None and runner not in self._veterans:
-            self._trouble = None
-            self._veterans.clear()
-            self._end_pause()
-            log.event("child recovered", handler=self.settings.name, child=runner.pid)
-            self._changed()
-
-    def _stays(self, runner: Runner) -> None:
-        """It was ready, and has not ended at once."""
-        if runner in self._runners:
-            self._works(runner)
 
     def _replace(self) -> None:
         """As many as there were: the next job is not to wait for a start."""
