@@ -11,7 +11,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 
@@ -193,7 +192,7 @@ def _after_dash_c(arguments: tuple[str, ...]) -> str | None:
 def _import_error(handler: Handler, interpreter: Path, function: str, environ: Environ) -> str:
     """Why the interpreter cannot import a function, or "" if it can."""
     # Into a file: a pipe could be held open by something that the application has started.
-    with tempfile.TemporaryFile() as output:
+    with open(os.memfd_create("check"), "w+b") as output:
         try:
             status = subprocess.run(
                 [interpreter, CHILD, "--check", function],

@@ -9,6 +9,8 @@ import enum
 from collections import deque
 from collections.abc import Callable
 
+from workerd.keys import Keys
+
 #: In place of a channel: the verdict could not be sent, for want of one.
 NEVER_SENT = 0
 #: In place of a channel: an earlier process of this instance sent it and closed all in order.
@@ -41,7 +43,7 @@ class Memory:
 
     def __init__(self, size: int = 100_000) -> None:
         self._limit = max(1, size // self.GENERATIONS)
-        self._generations: deque[dict[int, dict[bytes, int]]] = deque([{}], self.GENERATIONS)
+        self._generations: deque[dict[int, Keys]] = deque([{}], self.GENERATIONS)
         #: How many jobs of each key went back, and have not come again since.
         self._returned: deque[dict[bytes, int]] = deque([{}], self.GENERATIONS)
         self._spent: dict[bytes, int] = {}
@@ -109,11 +111,8 @@ class Memory:
     def take(self, key: bytes, usable: Callable[[int], bool] = lambda _channel: True) -> bool:
         """Use up one finished job of this key whose channel is ``usable``, if there is one."""
         for generation in self._generations:
-            for channel, counts in generation.items():
-                if key in counts and usable(channel):
-                    counts[key] -= 1
-                    if not counts[key]:
-                        del counts[key]
+            for channel, keys in generation.items():
+                if usable(channel) and keys.remove(key):
                     return True
         return False
 
@@ -134,8 +133,11 @@ class Memory:
         return any(generation.get(NEVER_SENT) for generation in self._generations)
 
     def __len__(self) -> int:
-        return sum(len(counts) for each in self._generations for counts in each.values())
+        return sum(len(keys) for each in self._generations for keys in each.values())
 
     def _put(self, key: bytes, channel: int) -> None:
-        counts = self._generations[0].setdefault(channel, {})
-        counts[key] = counts.get(key, 0) + 1
+        newest = self._generations[0]
+        keys = newest.get(channel)
+        if keys is None:
+            keys = newest[channel] = Keys()
+        keys.add(key)

@@ -16,7 +16,7 @@ def noop() -> None:
     os.write(_notes, b".")
 
 
-def stamp(sent: str) -> None:
+def stamp(sent: str | bytes) -> None:
     """Note how many nanoseconds ago the moment `sent` was."""
     os.write(_notes, b"%d\n" % (time.time_ns() - int(sent)))
 

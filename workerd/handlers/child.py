@@ -35,7 +35,11 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+
+# For the type checker alone: `typing` takes more memory than any other module here.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 #: What a traceback, a note or a record of the log may have, in characters.
 MAX_TEXT = 8192

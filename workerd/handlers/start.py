@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
-from typing import Any
+from types import ModuleType
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
-def child() -> Any:
+def child() -> ModuleType:
     """The module, by its path: nothing else of workerd can be imported."""
     path = os.path.join(FOLDER, "child.py")
     spec = spec_from_file_location("workerd.handlers.child", path)
