@@ -14,14 +14,16 @@ from itertools import product
 
 from workerd.copies import Place, another_go, dead_letter
 from workerd.decoding import decode
-from workerd.job import ATTEMPT, COPY, REPLAY, Delivery, Message, Outcome, Report
-from workerd.ledger import ALONE, Ledger, Rejoined, Run, Settle
+from workerd.job import ATTEMPT, COPY, REPLAY, Delivery, Message, Outcome, Report, Run
+from workerd.ledger import Ledger, Rejoined, Settle
 from workerd.retry import Verdict
 
 CONCURRENCY = {"narrow": 1, "wide": 2}
 PREFETCH = 3
 EVERYTHING = 1000
 NEVER_SENT = 0
+#: In place of a queue: whose jobs start only while nothing else runs.
+ALONE = ""
 KINDS = (
     "named",
     "nameless",
@@ -336,7 +338,7 @@ class Episode:
         closed = self.ledger.draining or any(each.job.lost_starts for each in self.runs)
         closed = closed or bool(self.waiting[ALONE])
         may_begin = not closed and (behind or self._has_slot(run.job.queue))
-        assert self.ledger.may_begin(run, run.job.queue if behind else None) == may_begin
+        assert self.ledger.slots.may_begin(run, run.job.queue if behind else None) == may_begin
         if may_begin:
             self.story.append("a run begins")
             self.ledger.begins(run)
@@ -545,8 +547,8 @@ class Episode:
         assert ledger.running == set(self.runs)
         for queue in CONCURRENCY:
             ahead = sum(run.job.queue == queue for run in self.ahead)
-            assert ledger.waiting(queue) == len(self.waiting[queue]) + ahead
-            assert ledger.busy(queue) == self._busy(queue)
+            assert ledger.slots.waiting(queue) == len(self.waiting[queue]) + ahead
+            assert ledger.slots.busy(queue) == self._busy(queue)
         unsent = any(delivery is None for delivery in self.runs.values())
         unsent |= any(NEVER_SENT in sent_on for sent_on in self.verdicts.values())
         assert ledger.owes() == unsent

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from workerd.decoding import decode
-from workerd.job import Delivery, Message
+from workerd.job import Delivery, Message, Run
 from workerd.journal import HostMemory
-from workerd.ledger import PATIENCE, Ledger, Rejoined, Run, Settle
+from workerd.ledger import PATIENCE, Ledger, Rejoined, Settle
 from workerd.retry import Verdict
 
 CONCURRENCY = 2

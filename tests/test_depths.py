@@ -23,7 +23,7 @@ class Broker:
         self.answers.set()
         # As the worker that Depths looks at.
         self.consumer = self
-        self.ledger = self
+        self.ledger = self.slots = self
         self.link: Broker | None = self
         self.concurrency = {"jobs": 1}
 

@@ -12,8 +12,7 @@ from tests.samples import MESSAGE, NOW
 from workerd import exposition
 from workerd.decoding import decode
 from workerd.figures import RUN_BOUNDS, UNKNOWN, WAIT_BOUNDS, Figures, Histogram
-from workerd.job import ATTEMPT, REPLAY, Delivery, Job, Message
-from workerd.ledger import Run
+from workerd.job import ATTEMPT, REPLAY, Delivery, Job, Message, Run
 from workerd.retry import Verdict
 
 

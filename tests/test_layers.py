@@ -66,8 +66,8 @@ def test_a_library_is_imported_in_one_place(library: str, place: str) -> None:
 
 
 CORE = [
-    *("admission", "cancellations", "copies", "figures", "job", "ledger", "pauses", "retry"),
-    *("tally", "template", "times", "topology"),
+    *("admission", "cancellations", "copies", "figures", "job", "ledger", "orphans", "pauses"),
+    *("retry", "slots", "tally", "template", "times", "topology"),
 ]
 
 

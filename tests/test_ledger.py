@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.episodes import STEPS, Episode
 from workerd.decoding import decode
-from workerd.job import ATTEMPT, COPY, REPLAY, Delivery, Message
-from workerd.ledger import Ledger, Rejoined, Run, Settle
+from workerd.job import ATTEMPT, COPY, REPLAY, Delivery, Message, Run
+from workerd.ledger import Ledger, Rejoined, Settle
 from workerd.memory import Elsewhere, Memory
 from workerd.retry import Verdict
 
@@ -331,7 +331,7 @@ def test_a_copy_that_comes_twice_is_settled_while_the_first_waits(redelivered: b
     channel.run(OTHER)
     assert channel.deliver(COPIED) is None
     assert channel.deliver(COPIED, redelivered) == Settle(channel.last, Verdict.DONE)
-    assert ledger.waiting("queue") == 1
+    assert ledger.slots.waiting("queue") == 1
 
 
 @again
@@ -444,20 +444,20 @@ def test_the_longest_waiting_starts_when_a_slot_becomes_free() -> None:
     channel = Channel(ledger, 1)
     runs = [channel.run(Message(b"%d" % number)) for number in range(2)]
     assert [channel.deliver(Message(b"%d" % number)) for number in (2, 3)] == [None, None]
-    assert (ledger.busy("queue"), ledger.waiting("queue")) == (2, 2)
+    assert (ledger.slots.busy("queue"), ledger.slots.waiting("queue")) == (2, 2)
     ledger.finished(runs[1], Verdict.DONE)
     started = ledger.next()
     assert started
     assert started.job.body == b"2"
     assert ledger.next() is None
-    assert (ledger.busy("queue"), ledger.waiting("queue")) == (2, 1)
+    assert (ledger.slots.busy("queue"), ledger.slots.waiting("queue")) == (2, 1)
 
 
 def test_a_queue_has_slots_of_its_own() -> None:
     ledger = a_ledger(concurrency=1)
     Channel(ledger, 1).run()
     Channel(ledger, 2, "other").run()
-    assert (ledger.busy("queue"), ledger.busy("other")) == (1, 1)
+    assert (ledger.slots.busy("queue"), ledger.slots.busy("other")) == (1, 1)
 
 
 def test_a_run_without_a_channel_keeps_its_slot() -> None:
@@ -478,7 +478,7 @@ def test_what_waits_is_forgotten_with_its_channel_and_no_other() -> None:
     first.deliver(OTHER)
     second.deliver(Message(b"kept"))
     first.lose()
-    assert ledger.waiting("queue") == 1
+    assert ledger.slots.waiting("queue") == 1
     assert ledger.unstarted() == [second.last]
 
 
@@ -511,11 +511,11 @@ def test_jobs_that_come_due_start_before_those_that_were_never_delayed() -> None
 
 def test_nothing_of_a_paused_queue_starts_and_the_others_go_on() -> None:
     ledger = a_ledger()
-    ledger.paused = {"queue"}
+    ledger.slots.paused = {"queue"}
     assert Channel(ledger, 1).deliver() is None
     Channel(ledger, 2, "other").run(OTHER)
     assert ledger.next() is None
-    ledger.paused = set()
+    ledger.slots.paused = set()
     started = ledger.next()
     assert started
     assert started.job.queue == "queue"
@@ -523,7 +523,7 @@ def test_nothing_of_a_paused_queue_starts_and_the_others_go_on() -> None:
 
 def test_one_at_a_time_is_so_across_queues_until_a_handler_has_ended() -> None:
     ledger = a_ledger()
-    ledger.one_at_a_time = True
+    ledger.slots.one_at_a_time = True
     run = Channel(ledger, 1).run()
     assert Channel(ledger, 2, "other").deliver(OTHER) is None
     ledger.ended(run)  # its copy is still to be published
@@ -535,7 +535,7 @@ def test_what_ran_already_goes_on_when_one_is_started_at_a_time() -> None:
     ledger = a_ledger(concurrency=3)
     channel = Channel(ledger, 1)
     runs = [channel.run(NAMED), channel.run(OTHER)]
-    ledger.one_at_a_time = True
+    ledger.slots.one_at_a_time = True
     assert channel.deliver(NAMELESS) is None
     ledger.finished(runs[0], Verdict.DONE)
     assert ledger.next() is None
@@ -614,7 +614,7 @@ def test_a_run_whose_copy_could_not_be_published_has_spent_its_attempt() -> None
 
 def test_a_suspect_of_a_paused_queue_holds_up_no_other() -> None:
     ledger = a_ledger()
-    ledger.paused = {"queue"}
+    ledger.slots.paused = {"queue"}
     cut_off(ledger, NAMED)
     assert Channel(ledger, 1).deliver(NAMED, redelivered=True) is None
     Channel(ledger, 2, "other").run(OTHER)
@@ -663,7 +663,7 @@ def test_a_handler_with_room_gets_more_jobs_than_have_slots() -> None:
     runs = [channel.run(Message(message_id=str(n))) for n in range(3)]
     assert [run.ahead for run in runs] == [False, True, True]
     assert channel.deliver(OTHER) is None
-    assert (ledger.busy("queue"), ledger.waiting("queue")) == (1, 3)
+    assert (ledger.slots.busy("queue"), ledger.slots.waiting("queue")) == (1, 3)
     ledger.finished(runs[0], Verdict.DONE)
     assert ledger.next()
 
@@ -671,19 +671,19 @@ def test_a_handler_with_room_gets_more_jobs_than_have_slots() -> None:
 def test_a_job_that_is_ahead_begins_when_there_is_a_slot_or_behind_one_that_has_one() -> None:
     ledger, channel = ahead(3)
     first, second, third = (channel.run(Message(message_id=str(n))) for n in range(3))
-    assert ledger.may_begin(first)
-    assert not ledger.may_begin(second)
-    assert not ledger.has_slot_ahead
-    assert ledger.may_begin(second, "queue")
+    assert ledger.slots.may_begin(first)
+    assert not ledger.slots.may_begin(second)
+    assert not ledger.slots.has_slot_ahead
+    assert ledger.slots.may_begin(second, "queue")
     # What ends there is no slot of this queue.
-    assert not ledger.may_begin(second, "other")
+    assert not ledger.slots.may_begin(second, "other")
     ledger.begins(second)  # its process has told of the end of the first
-    assert ledger.busy("queue") == 2
+    assert ledger.slots.busy("queue") == 2
     ledger.finished(first, Verdict.DONE)
-    assert not ledger.may_begin(third)
+    assert not ledger.slots.may_begin(third)
     ledger.finished(second, Verdict.DONE)
-    assert ledger.has_slot_ahead
-    assert ledger.may_begin(third)
+    assert ledger.slots.has_slot_ahead
+    assert ledger.slots.may_begin(third)
 
 
 @pytest.mark.parametrize("trouble", ["pause", "drain", "suspect", "memory"])
@@ -692,18 +692,18 @@ def test_a_job_that_is_ahead_does_not_begin_where_nothing_may_start(trouble: str
     first, second = (channel.run(Message(message_id=str(n))) for n in range(2))
     match trouble:
         case "pause":
-            ledger.paused = {"queue"}
+            ledger.slots.paused = {"queue"}
         case "drain":
             ledger.drain()
         case "suspect":
             cut_off(ledger, NAMED)
             channel.deliver(NAMED, redelivered=True)
         case "memory":
-            ledger.one_at_a_time = True
-    assert not ledger.may_begin(second, "queue")
+            ledger.slots.one_at_a_time = True
+    assert not ledger.slots.may_begin(second, "queue")
     assert channel.deliver(OTHER) is None
     # One that has its slot is not held up, or it would hold up others for ever.
-    assert ledger.may_begin(first)
+    assert ledger.slots.may_begin(first)
 
 
 # A consumer that the broker cancelled, on a channel that stays open.

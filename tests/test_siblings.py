@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from tests.siblings import STEPS, Host
 from workerd.decoding import decode
-from workerd.job import Delivery, Message
+from workerd.job import Delivery, Message, Run
 from workerd.journal import HostMemory
-from workerd.ledger import PATIENCE, Ledger, Rejoined, Run, Settle
+from workerd.ledger import PATIENCE, Ledger, Rejoined, Settle
 from workerd.retry import Verdict
 
 EXAMPLES = max(300, 50 * int(os.environ.get("WORKERD_TEST_SEEDS", "0")))

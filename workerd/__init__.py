@@ -38,11 +38,12 @@ below them:
     handlers    what runs the jobs: a process for each (command), or warm ones (warm)
     broker      RabbitMQ, through pika
 
-    ledger      the core: which jobs run, and which delivery each will settle
+    ledger      the core: which delivery each run will settle, what a redelivery means
+    slots       which jobs may start; orphans: runs that a redelivery may rejoin
     memory      what the ledger remembers of jobs that are over
     retry       from an outcome to a verdict; copies: next attempts and dead letters
     figures     what is counted
-    job         messages, jobs, outcomes
+    job         messages, jobs, runs, outcomes
     topology    every queue and exchange, and their arguments
     template    arguments with placeholders
     times       times as people write them

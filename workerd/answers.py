@@ -15,8 +15,7 @@ from workerd.control import Answer, Peer, Request, member_of
 from workerd.depths import Depths
 from workerd.errors import Refused, Trouble
 from workerd.exits import EX_NOPERM, EX_UNAVAILABLE, EX_USAGE
-from workerd.job import submitter
-from workerd.ledger import Run
+from workerd.job import Run, submitter
 from workerd.order import is_short_text
 from workerd.readings import at_broker, in_hand, readings
 from workerd.submissions import accept
@@ -94,8 +93,8 @@ class Answers:
             "pace": tally.pace(time.monotonic()),
             "failures": [asdict(failure) for failure in tally.failures],
             "submissions": worker.submissions,
-            "queues": [self._queue(name, depths) for name in sorted(ledger.concurrency)],
-            "running": ledger.slots,
+            "queues": [self._queue(name, depths) for name in sorted(ledger.slots.concurrency)],
+            "running": ledger.slots.in_use,
             "jobs": [self._job(run) for run in jobs[:MOST_JOBS]],
         }
 
@@ -161,7 +160,7 @@ class Answers:
         """What keeps this instance from taking work, "" when nothing does."""
         worker = self._worker
         consumer = worker.consumer
-        queues = worker.ledger.concurrency
+        queues = worker.ledger.slots.concurrency
         if worker.drain.wanted.is_set():
             return worker.status.line() if worker.ledger.draining else "draining"
         if consumer.outage:
@@ -189,7 +188,7 @@ class Answers:
         worker = self._worker
         if worker.drain.wanted.is_set():
             raise Refused(EX_UNAVAILABLE, "it is draining: nothing starts any more")
-        known = set(worker.ledger.concurrency)
+        known = set(worker.ledger.slots.concurrency)
         queue = request.get("queue")
         if queue is None:
             named = known
@@ -206,7 +205,7 @@ class Answers:
             worker.hold_back(after)
             event = "paused" if what == "pause" else "resumed"
             log.event(event, queues=", ".join(changed), uid=peer.uid, pid=peer.pid)
-        running = sum(worker.ledger.busy(name) for name in named)
+        running = sum(worker.ledger.slots.busy(name) for name in named)
         return {"queues": sorted(named), "changed": changed, "running": running}
 
     def _cancel(self, request: Request, peer: Peer) -> Answer:

@@ -64,7 +64,7 @@ class Depths:
         return self._counts if time.monotonic() - self._at < STALE else {}
 
     async def _ask(self, link: Link) -> None:
-        queues = sorted(self._worker.ledger.concurrency)
+        queues = sorted(self._worker.ledger.slots.concurrency)
         names = [name for queue in queues for name in (queue, topology.due(queue))]
         names += map(topology.dead, queues)
         counts: dict[str, int] = {}

@@ -45,7 +45,7 @@ class Drain:
         ledger = worker.ledger
         timeout = worker.settings.worker.drain_timeout
         self._deadline = asyncio.get_running_loop().time() + timeout
-        log.event("draining", running=ledger.slots, seconds=timeout)
+        log.event("draining", running=ledger.slots.in_use, seconds=timeout)
         worker.notifier.stopping()
         # From here on nothing starts; what still arrives is held.
         ledger.drain()

@@ -10,8 +10,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from workerd.job import REPLAY, Job
-from workerd.ledger import Run
+from workerd.job import REPLAY, Job, Run
 from workerd.retry import Verdict
 
 #: In place of a handler, for jobs of a type that no handler has. It has a space, as no name has.

@@ -60,7 +60,7 @@ class Handler(Protocol):
         """Run the job; when ``stop`` is done, interrupt it.
 
         ``started`` is called when it has really begun. Raises BadJob before, when it never can.
-        One that is not ``immediate`` begins only what ``may_begin``; see `Ledger.may_begin`.
+        One that is not ``immediate`` begins only what ``may_begin``; see `Slots.may_begin`.
         """
 
 

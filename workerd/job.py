@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 
 from workerd.errors import WorkerdError
 from workerd.values import value
@@ -136,6 +136,21 @@ class Delivery:
     received: float
     job: Job
     delayed: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """A job that is being worked on. ``delivery`` is None once its channel is lost.
+
+    It has ``begun`` once its handler gives it to a process; while it is ``ahead`` it has no slot.
+    One that is ``withdrawn`` before it has begun never begins.
+    """
+
+    job: Job
+    delivery: Delivery | None
+    begun: bool = True
+    ahead: bool = False
+    withdrawn: bool = False
 
 
 class Outcome(enum.Enum):

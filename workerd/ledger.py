@@ -38,42 +38,27 @@ A delivery that goes back to the broker unfinished will come again flagged as
 redelivered. An equal job may be finished before it does, and that memory must not settle
 it, or it would be gone without ever having run. So the ledger counts what went back: so
 many redeliveries of that key run before one is settled from memory.
+
+The lines and slots of 6 and 7 are kept in `slots`, the runs that 1 may find in `orphans`, what
+2 to 4 ask in `memory`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter, deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
-from workerd.job import Delivery, Job
+from workerd.job import Delivery, Job, Run
 from workerd.memory import ALL_CLOSED, GONE, NEVER_SENT, Elsewhere, Memory
+from workerd.orphans import Orphans
 from workerd.retry import Verdict
+from workerd.slots import Slots
 from workerd.values import value
-
-#: In place of a queue: whose jobs start only while nothing else runs.
-ALONE = ""
 
 #: Seconds that another instance has to notice the loss of a channel whose job came to us.
 PATIENCE = 5.0
-
-
-@dataclass(slots=True, eq=False)
-class Run:
-    """A job that is being worked on. ``delivery`` is None once its channel is lost.
-
-    It has ``begun`` once its handler gives it to a process; while it is ``ahead`` it has no slot.
-    One that is ``withdrawn`` before it has begun never begins.
-    ``over`` says that the handler has ended; a copy of the job may still have to be published.
-    """
-
-    job: Job
-    delivery: Delivery | None
-    begun: bool = True
-    ahead: bool = False
-    withdrawn: bool = False
-    over: bool = False
 
 
 @value
@@ -101,42 +86,19 @@ class Ledger:
         begins_at_once: Callable[[Job], bool] = lambda _job: True,
         capacity: Callable[[Job], int] = lambda _job: 0,
     ) -> None:
-        """``capacity`` says how many jobs the handler of this one could have, slots or not."""
+        """A job ``begins_at_once`` if only a slot keeps it from that; ``capacity``: see `Slots`."""
         self._begins_at_once = begins_at_once
-        self._capacity = capacity
+        self.slots = Slots(concurrency, capacity)
         self.memory = Memory() if memory is None else memory
         self.running: set[Run] = set()
-        self.draining = False
         #: Redeliveries of what another instance may be running; see rule 3.
         self.held: list[Delivery] = []
-        #: Queues of which nothing may start at present.
-        self.paused: set[str] = set()
-        #: Whether a job may start only while no other runs.
-        self.one_at_a_time = False
-        self._waiting: dict[str, deque[Delivery]] = {ALONE: deque()}
-        self._busy: dict[str, int] = {}
-        #: How many run of each type, whether they have begun or not.
-        self._taken: Counter[str | None] = Counter()
-        #: Those whose handler has not ended, the one that must be alone there, and how many of
-        #: each queue have no slot.
-        self._active: set[Run] = set()
-        self._ahead: Counter[str] = Counter()
-        self._alone: Run | None = None
-        self.configure(concurrency)
-        #: Runs that a redelivery may rejoin, by key: their channel was lost or retired.
-        self._orphans: dict[bytes, list[Run]] = {}
+        self._orphans = Orphans()
         #: Channels that consume.
         self._live: set[int] = set()
         #: Channels closed in order: what was sent on them was read. But a broker that is
         #: killed forgets that, so they count only until the next channel is lost.
         self._closed: set[int] = {ALL_CLOSED}
-
-    def configure(self, concurrency: Mapping[str, int]) -> None:
-        """The slots of each queue that is consumed. Jobs that run now go on, whatever it says."""
-        self.concurrency = dict(concurrency)
-        for queue in concurrency:
-            self._waiting.setdefault(queue, deque())
-            self._busy.setdefault(queue, 0)
 
     def opened(self, channel: int) -> None:
         """A channel begins to consume; deliveries may name it from now on."""
@@ -151,9 +113,8 @@ class Ledger:
         assert delivery.channel in self._live, "a delivery came on a channel that is gone"
         if job.redelivered:
             self.memory.look()
-            orphan = self._adopt(job.key)
+            orphan = self._orphans.adopt(delivery)
             if orphan is not None:
-                orphan.delivery = delivery
                 return Rejoined(orphan)
             if job.unique and self._in_hand(job.key):
                 return Settle(delivery, Verdict.DONE)
@@ -174,20 +135,16 @@ class Ledger:
 
     def _in_hand(self, key: bytes) -> bool:
         jobs = [run.job for run in self.running]
-        jobs += [each.job for each in itertools.chain(self.held, *self._waiting.values())]
+        jobs += [each.job for each in self._unstarted()]
         return any(job.key == key for job in jobs)
 
     def _line_up(self, delivery: Delivery) -> Run | None:
         """Let it wait for its turn; returns the run of the job whose turn it is, if any."""
         job = delivery.job
         lost_starts = self.memory.cut_off(job.key) if job.redelivered else None
-        line = self._waiting[job.queue]
         if lost_starts is not None:
             delivery = replace(delivery, job=job.after_lost_starts(lost_starts))
-            line = self._waiting[ALONE]
-        # Delayed jobs have waited before, and come first.
-        place = sum(each.delayed for each in line) if delivery.delayed else len(line)
-        line.insert(place, delivery)
+        self.slots.line_up(delivery, suspect=lost_starts is not None)
         run = self.next()
         if job.named and (run is None or run.delivery is not delivery):
             self.memory.waits(job.key)
@@ -224,92 +181,32 @@ class Ledger:
 
     def next(self) -> Run | None:
         """A job that may start now, started; None when there is none."""
-        if self._is_closed():
-            return None
-        suspect = self._suspect()
-        if suspect:
-            return None if self._active else self._start(ALONE, suspect)
-        for queue, waiting in self._waiting.items():
-            if waiting and self._is_open(queue):
-                if self._has_slot(queue):
-                    return self._start(queue, waiting[0])
-                job = waiting[0].job
-                if self._taken[job.type] < self._capacity(job):
-                    return self._start(queue, waiting[0], ahead=True)
-        return None
-
-    def may_begin(self, run: Run, behind: str | None = None) -> bool:
-        """Whether a job that is with its handler may begin now.
-
-        Or, ``behind`` one of this queue in the same process, once that one has ended.
-        """
-        if run.withdrawn:
-            return False
-        if not run.ahead:
-            return True
-        if self._is_closed() or self._suspect() or not self._is_open(run.job.queue):
-            return False
-        return self._has_slot(run.job.queue) if behind is None else behind == run.job.queue
-
-    def _is_closed(self) -> bool:
-        """Whether nothing at all may start."""
-        alone = self._alone is not None or (self.one_at_a_time and bool(self._active))
-        return self.draining or alone
-
-    def _suspect(self) -> Delivery | None:
-        """The next job that must run alone."""
-        if not self._waiting[ALONE]:
-            return None
-        return next((each for each in self._waiting[ALONE] if self._is_open(each.job.queue)), None)
-
-    def _has_slot(self, queue: str) -> bool:
-        return self._busy[queue] < self.concurrency[queue]
-
-    def _is_open(self, queue: str) -> bool:
-        return queue in self.concurrency and queue not in self.paused
-
-    def _start(self, line: str, delivery: Delivery, ahead: bool = False) -> Run:
-        self._waiting[line].remove(delivery)
-        begun = not ahead and self._begins_at_once(delivery.job)
-        run = Run(delivery.job, delivery, begun, ahead)
-        self.running.add(run)
-        self._taken[run.job.type] += 1
-        if line == ALONE:
-            self._alone = run
-        if ahead:
-            self._ahead[run.job.queue] += 1
-        else:
-            self._active.add(run)
-            self._busy[run.job.queue] += 1
-        self.memory.started(run.job.key, delivery.channel, run.begun)
+        run = self.slots.next()
+        if run is not None:
+            assert run.delivery
+            run.begun = not run.ahead and self._begins_at_once(run.job)
+            self.running.add(run)
+            self.memory.started(run.job.key, run.delivery.channel, run.begun)
         return run
 
     def begins(self, run: Run) -> None:
         """The handler of a run is about to give it to a process: from now on it is an attempt."""
         if run.ahead:
-            run.ahead = False
-            self._ahead[run.job.queue] -= 1
-            self._active.add(run)
-            self._busy[run.job.queue] += 1
+            self.slots.begins(run)
         if not run.begun:
             run.begun = True
             self.memory.begun(run.job.key)
 
     def ended(self, run: Run) -> None:
         """The handler of a run has ended; its verdict is still to be carried out."""
-        run.over = True
-        self._active.discard(run)
-        if self._alone is run:
-            self._alone = None
+        self.slots.ended(run)
 
     def finished(self, run: Run, verdict: Verdict) -> Settle | None:
         """A run has its verdict: the delivery to settle now, or None when that was lost."""
         self.begins(run)  # or no longer: what has ended is told of those that have
-        self.ended(run)
+        self.slots.released(run)
         self.running.remove(run)
-        self._busy[run.job.queue] -= 1
-        self._taken[run.job.type] -= 1
-        self._disown(run)
+        self._orphans.discard(run)
         if not verdict.remembered:
             self.memory.returned(run.job.key, ran=True)
             if verdict is Verdict.SPEND:
@@ -326,17 +223,8 @@ class Ledger:
         Must be called the moment it is known, before any other report: a job that ends in
         between would be settled on a dead channel and forgotten.
         """
-        self._live.discard(channel)
         self._closed.clear()
-        self.memory.lost(channel)
-        for run in self.running:
-            if run.delivery and run.delivery.channel == channel:
-                self._orphan(run)
-                run.delivery = None
-        self.held = [delivery for delivery in self.held if delivery.channel != channel]
-        for waiting in self._waiting.values():
-            gone = [delivery for delivery in waiting if delivery.channel == channel]
-            self._drop(waiting, gone)
+        self.retired(channel, stale_before=math.inf)
 
     def closed(self, channel: int) -> None:
         """We have closed a channel, with nothing left to settle on it, and the broker agreed."""
@@ -359,7 +247,7 @@ class Ledger:
         self.memory.lost(channel)
         for run in self.running:
             if run.delivery and run.delivery.channel == channel:
-                self._orphan(run)
+                self._orphans.add(run)
                 if run.delivery.received < stale_before:
                     run.delivery = None
         return [
@@ -373,10 +261,10 @@ class Ledger:
         """
         back = [delivery for delivery in self.held if delivery.channel == channel]
         self.held = [delivery for delivery in self.held if delivery.channel != channel]
-        for waiting in self._waiting.values():
-            mine = [delivery for delivery in waiting if delivery.channel == channel]
-            self._drop(waiting, mine)
-            back += mine
+        for delivery in self.slots.take_out(channel):
+            if delivery.job.named:
+                self.memory.returned(delivery.job.key, ran=False)
+            back.append(delivery)
         return back
 
     def holds(self, channel: int) -> bool:
@@ -385,56 +273,31 @@ class Ledger:
 
     def idle(self, channel: int) -> bool:
         """Whether nothing that came on this channel is in hand, started or not."""
-        unstarted = itertools.chain(self.held, *self._waiting.values())
-        return not self.holds(channel) and all(each.channel != channel for each in unstarted)
+        return not self.holds(channel) and all(
+            each.channel != channel for each in self._unstarted()
+        )
 
     def drain(self) -> None:
         """Start nothing from now on; what still arrives is held, for `unstarted` to return."""
-        self.draining = True
+        self.slots.draining = True
+
+    @property
+    def draining(self) -> bool:
+        return self.slots.draining
 
     def unstarted(self) -> list[Delivery]:
         """Take out everything that waits, in the order in which it came, to be given back."""
-        back = [delivery for waiting in self._waiting.values() for delivery in waiting]
-        back += self.held
-        self.held = []
-        for waiting in self._waiting.values():
-            self._drop(waiting, list(waiting))
+        channels = {delivery.channel for delivery in self._unstarted()}
+        back = [delivery for channel in channels for delivery in self.detached(channel)]
         return sorted(back, key=lambda delivery: (delivery.channel, delivery.tag))
 
-    @property
-    def slots(self) -> int:
-        """How many jobs have a slot."""
-        return sum(self._busy.values())
-
-    def busy(self, queue: str) -> int:
-        """How many jobs of a queue have a slot."""
-        return self._busy[queue]
-
-    def is_alone(self, run: Run) -> bool:
-        """Whether nothing starts until this one has ended."""
-        return run is self._alone
-
-    @property
-    def has_slot_ahead(self) -> bool:
-        """Whether a job that is ahead could have a slot."""
-        return any(
-            number and self._is_open(queue) and self._has_slot(queue)
-            for queue, number in self._ahead.items()
-        )
+    def _unstarted(self) -> Iterator[Delivery]:
+        return itertools.chain(self.held, self.slots.in_line)
 
     @property
     def unbegun(self) -> list[Run]:
         """The runs that no process has come to yet."""
         return [run for run in self.running if not run.begun]
-
-    def waiting(self, queue: str) -> int:
-        """How many delivered jobs of a queue wait for a slot."""
-        return len(self._waiting[queue]) + self._ahead[queue]
-
-    @property
-    def suspects(self) -> int:
-        """How many jobs wait to run alone, before anything else."""
-        return len(self._waiting[ALONE])
 
     def owes(self) -> bool:
         """Whether a redelivery would let something be settled that cannot be settled now."""
@@ -462,30 +325,3 @@ class Ledger:
     def _may_be_lost(self, sent_on: int) -> bool:
         """Whether a verdict sent on this channel may not have arrived."""
         return sent_on not in self._live and sent_on not in self._closed
-
-    def _orphan(self, run: Run) -> None:
-        owners = self._orphans.setdefault(run.job.key, [])
-        if run not in owners:
-            owners.append(run)
-
-    def _adopt(self, key: bytes) -> Run | None:
-        runs = self._orphans.get(key)
-        if not runs:
-            return None
-        # One that has nothing to settle comes before one whose retired channel still could.
-        run = next((run for run in runs if run.delivery is None), runs[0])
-        self._disown(run)
-        return run
-
-    def _disown(self, run: Run) -> None:
-        runs = self._orphans.get(run.job.key)
-        if runs and run in runs:
-            runs.remove(run)
-            if not runs:
-                del self._orphans[run.job.key]
-
-    def _drop(self, waiting: deque[Delivery], gone: list[Delivery]) -> None:
-        for delivery in gone:
-            waiting.remove(delivery)
-            if delivery.job.named:
-                self.memory.returned(delivery.job.key, ran=False)

@@ -10,8 +10,7 @@ from workerd import log, topology
 from workerd.copies import Place, another_go, dead_letter
 from workerd.errors import Kind, Trouble, Unencodable, Unroutable
 from workerd.ids import new_id
-from workerd.job import Job, Message, Report
-from workerd.ledger import Run
+from workerd.job import Job, Message, Report, Run
 from workerd.publisher import Publisher
 from workerd.retry import backoff
 from workerd.waiting import first

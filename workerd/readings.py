@@ -22,6 +22,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 def readings(worker: Worker, depths: Mapping[str, int]) -> Answer:
     """All of it, but for what `Answers` knows; ``depths`` are ready messages by full name."""
     consumer, publisher = worker.consumer, worker.outbox.publisher
+    queues = sorted(worker.ledger.slots.concurrency)
     return {
         "release": __version__,
         "python": platform.python_version(),
@@ -33,7 +34,7 @@ def readings(worker: Worker, depths: Mapping[str, int]) -> Answer:
         "submitted": {
             queue: worker.figures.submitted[queue] for queue in sorted(worker.settings.queues)
         },
-        "queues": [_queue(worker, name, depths) for name in sorted(worker.ledger.concurrency)],
+        "queues": [_queue(worker, name, depths) for name in queues],
         "handlers": _handlers(worker),
         "jobs": _jobs(worker),
         "run_seconds": [
@@ -72,12 +73,12 @@ def _handlers(worker: Worker) -> list[Answer]:
 
 def in_hand(worker: Worker, name: str) -> Answer:
     """What an instance has of a queue."""
-    ledger = worker.ledger
+    ledger, slots = worker.ledger, worker.ledger.slots
     return {
         "queue": name,
-        "slots": ledger.concurrency[name],
-        "running": ledger.busy(name),
-        "waiting": ledger.waiting(name),
+        "slots": slots.concurrency[name],
+        "running": slots.busy(name),
+        "waiting": slots.waiting(name),
         "held": sum(delivery.job.queue == name for delivery in ledger.held),
         "consuming": name in worker.consumer.channels,
     }
@@ -98,7 +99,7 @@ def _jobs(worker: Worker) -> list[Answer]:
     A counter that begins with 1 looks to Prometheus as if nothing had happened.
     """
     settings = worker.settings
-    consumed = worker.ledger.concurrency
+    consumed = worker.ledger.slots.concurrency
     pairs = {(queue, UNKNOWN) for queue in consumed}
     pairs |= {(each.queue, each.name) for each in settings.handlers.values()}
     foreseen = {

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from workerd import log
 from workerd.consumer import Consumer
-from workerd.job import Job, Report
-from workerd.ledger import Ledger, Run
+from workerd.job import Job, Report, Run
+from workerd.ledger import Ledger
 from workerd.retry import Verdict
 from workerd.tally import Tally
 
@@ -66,15 +66,15 @@ class Status:
     def line(self) -> str:
         """What systemd shows: what the instance does, and its `notes`."""
         worker = self._worker
-        consumer = worker.consumer
-        consuming = [queue for queue in worker.ledger.concurrency if queue in consumer.channels]
+        consumer, slots = worker.consumer, worker.ledger.slots
+        consuming = [queue for queue in slots.concurrency if queue in consumer.channels]
         troubles = self._troubles()
         if consuming and not worker.ledger.draining and not consumer.outage:
-            slots = sum(worker.ledger.concurrency[queue] for queue in consuming)
+            most = sum(slots.concurrency[queue] for queue in consuming)
             total = worker.figures.total
             retried = f"{total('retried')} retried, " if total("retried") else ""
             does = (
-                f"consuming {', '.join(sorted(consuming))}: {worker.ledger.slots}/{slots} "
+                f"consuming {', '.join(sorted(consuming))}: {slots.in_use}/{most} "
                 f"running, {total('done')} done, {retried}{total('dead')} failed; {consumer.broker}"
             )
             troubles.insert(0, does)
@@ -94,21 +94,21 @@ class Status:
 
     def _troubles(self) -> list[str]:
         worker = self._worker
-        consumer = worker.consumer
-        running = worker.ledger.slots
+        consumer, slots = worker.consumer, worker.ledger.slots
+        running = slots.in_use
         if worker.ledger.draining:
             return [f"draining {running} jobs, {worker.drain.seconds_left:.0f}s left"]
         if consumer.outage:
             return [consumer.outage, *([f"{running} running"] if running else [])]
         parts = []
-        held_back = sorted(consumer.held_back.intersection(worker.ledger.concurrency))
+        held_back = sorted(consumer.held_back.intersection(slots.concurrency))
         parts += [f"{queue} paused by an operator" for queue in held_back]
         parts += [f"{queue} paused: {text}" for queue, text in sorted(consumer.paused.items())]
         refused = {run.job.queue: text for run, text in worker.outbox.refused.items()}
         parts += [f"{queue} paused: {text}" for queue, text in sorted(refused.items())]
         parts += self.degraded()
-        if worker.ledger.suspects:
-            parts.append(f"{worker.ledger.suspects} jobs to run alone first")
+        if slots.suspects:
+            parts.append(f"{slots.suspects} jobs to run alone first")
         if worker.pressure.short:
             parts.append("short of memory: one job at a time")
         if worker.outbox.publisher.blocked:
@@ -118,18 +118,19 @@ class Status:
     def log_state(self) -> None:
         """Everything that is in hand, into the log."""
         worker = self._worker
+        ledger = worker.ledger
         now = asyncio.get_running_loop().time()
-        log.event("state", status=self.line(), remembered=len(worker.ledger.memory))
+        log.event("state", status=self.line(), remembered=len(ledger.memory))
         for queue in worker.settings.worker.queues:
             log.event(
                 "state queue",
                 queue=queue,
-                running=worker.ledger.busy(queue),
-                waiting=worker.ledger.waiting(queue),
-                held=sum(delivery.job.queue == queue for delivery in worker.ledger.held),
+                running=ledger.slots.busy(queue),
+                waiting=ledger.slots.waiting(queue),
+                held=sum(delivery.job.queue == queue for delivery in ledger.held),
                 paused=worker.consumer.paused.get(queue),
             )
-        for run in worker.ledger.running:
+        for run in ledger.running:
             log.event(
                 "state job",
                 job_id=run.job.id,

@@ -21,8 +21,8 @@ from workerd.drain import Drain
 from workerd.errors import Trouble
 from workerd.figures import Figures
 from workerd.handling import Degraded, Progress, Register
-from workerd.job import BadJob, Delivery, Job, Outcome, Report, submitter
-from workerd.ledger import Ledger, Rejoined, Run, Settle
+from workerd.job import BadJob, Delivery, Job, Outcome, Report, Run, submitter
+from workerd.ledger import Ledger, Rejoined, Settle
 from workerd.memory import Memory
 from workerd.options import Retry, Settings
 from workerd.outbox import Outbox
@@ -118,7 +118,7 @@ class Worker:
         """From now on work with these; jobs that run keep the old."""
         self.settings = settings
         self.handlers = self.register.of(settings, self._looked_after)
-        self.ledger.configure(_slots(settings))
+        self.ledger.slots.configure(_slots(settings))
         self.consumer.reload(settings)
         self.figures.know(settings.handlers)
         # What was wrong with a handler may be right now.
@@ -160,7 +160,7 @@ class Worker:
             self.ledger.begins(run)
             progress.began, progress.pid = time.monotonic(), pid
             self.figures.began(run, time.time())
-            alone = True if self.ledger.is_alone(run) else None
+            alone = True if self.ledger.slots.is_alone(run) else None
             log.event("start", self.routine, redelivered=job.redelivered, alone=alone)
             self._resume(str(job.type))
 
@@ -170,7 +170,7 @@ class Worker:
             if self.pauses.holds(str(job.type), began):
                 return Report(Outcome.UNAVAILABLE, ran=False)
             report = await handler.run(
-                job, progress.stop, started, functools.partial(self.ledger.may_begin, run)
+                job, progress.stop, started, functools.partial(self.ledger.slots.may_begin, run)
             )
             if progress.cancelled and report.outcome is Outcome.INTERRUPTED:
                 report = replace(report, outcome=Outcome.REJECTED, reason="cancelled")
@@ -308,7 +308,7 @@ class Worker:
         Of the latter, some may still come until the broker knows.
         """
         refused = {run.job.queue for run in self.outbox.refused}
-        self.ledger.paused = refused | self.consumer.held_back
+        self.ledger.slots.paused = refused | self.consumer.held_back
         self.register.recall()
         self._start_more()
 
@@ -430,7 +430,7 @@ class Worker:
 
     def _start_all(self) -> None:
         self._starting = None
-        if self.ledger.has_slot_ahead:
+        if self.ledger.slots.has_slot_ahead:
             self.register.hand_out()
         while run := self.ledger.next():
             self._begin(run)
@@ -470,7 +470,7 @@ class Worker:
                     log.warning("memory short")
                 else:
                     log.event("memory enough")
-                self.ledger.one_at_a_time = self.pressure.short
+                self.ledger.slots.one_at_a_time = self.pressure.short
                 self.register.recall()
                 self._start_more()
 
