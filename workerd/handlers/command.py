@@ -13,9 +13,10 @@ from workerd import log
 from workerd.handlers import wishes
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.output import Output
-from workerd.handlers.process import Process, signal_name
+from workerd.handlers.process import Process
 from workerd.handlers.program import Program
 from workerd.handlers.readiness import Readiness
+from workerd.handlers.reports import ending
 from workerd.handling import Started
 from workerd.job import BadJob, Job, Outcome, Report
 from workerd.retry import limit
@@ -102,11 +103,12 @@ class CommandHandler:
         stderr.close()
         wished = wishes.read(report)
         outcome, reason = self._judge(status, process.cause)
+        exit_status, signal = ending(status)
         return Report(
             outcome,
             reason,
-            exit_status=status if status >= 0 else None,
-            signal=signal_name(-status) if status < 0 else None,
+            exit_status=exit_status,
+            signal=signal,
             error=log.text_lines(stderr.tail) if outcome is not Outcome.DONE else "",
             output=stdout.tail,
             retry_after=wished.retry_after,
