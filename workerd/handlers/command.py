@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from workerd import log
 from workerd.handlers import wishes
 from workerd.handlers.guardian import Guardian
-from workerd.handlers.output import Output
+from workerd.handlers.output import ERROR_LIMIT, Output
 from workerd.handlers.process import Process
 from workerd.handlers.program import Program
 from workerd.handlers.readiness import Readiness
@@ -23,8 +23,6 @@ from workerd.retry import limit
 from workerd.settings import Handler
 from workerd.template import Placeholder, Template
 
-#: The end of stderr that a dead letter carries, in bytes.
-_ERROR_LIMIT = 8192
 _HEADER_VALUE_LIMIT = 4096
 _HEADERS_LIMIT = 32 * 1024
 
@@ -71,7 +69,7 @@ class CommandHandler:
     ) -> Report:
         settings = self._settings
         stdout = Output("stdout", "info", self._output_lines, settings.output_limit)
-        stderr = Output("stderr", "info", self._output_lines, _ERROR_LIMIT)
+        stderr = Output("stderr", "info", self._output_lines, ERROR_LIMIT)
         try:
             process = Process(
                 self._arguments(job),

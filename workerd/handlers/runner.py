@@ -16,7 +16,7 @@ from workerd import log
 from workerd.handlers import reports
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.inbox import Inbox, Permits
-from workerd.handlers.output import Output, Records
+from workerd.handlers.output import Records, Transcript
 from workerd.handlers.process import Process
 from workerd.handlers.program import Program
 from workerd.handlers.protocol import (
@@ -30,7 +30,7 @@ from workerd.handlers.protocol import (
     Record,
     Unfit,
 )
-from workerd.handlers.turn import ERROR_LIMIT, Turn
+from workerd.handlers.turn import Turn
 from workerd.options import Handler
 from workerd.retry import limit
 
@@ -95,8 +95,6 @@ class Runner:
         #: What it holds: the first is being done, the others are in its pipe.
         self.turns: deque[Turn] = deque()
         self._pool = pool
-        # What it says without a job is logged with the fields of its handler.
-        self._context = contextvars.copy_context()
         self._settings = pool.settings
         self._lines = lines
         self._loop = asyncio.get_running_loop()
@@ -106,8 +104,8 @@ class Runner:
         #: The job that it has heard printing by itself: until that has ended, no other is to lie
         #: behind it, only to be taken back when it prints again.
         self._speaker: Turn | None = None
-        #: Printed while it had no job.
-        self._between: dict[str, Output] = {}
+        #: Printed while it had no job; it is logged with the fields of its handler.
+        self._between = Transcript(contextvars.copy_context(), lines)
         #: What it did against the protocol.
         self._fault = ""
         #: It has said that it takes no job after the one that it answered.
@@ -146,7 +144,7 @@ class Runner:
         turn.runner = self
         idle = not self.turns
         if idle:
-            self._close_between()
+            self._between.close()
             self._watch()
         self.turns.append(turn)
         if idle or not self.asks:
@@ -253,7 +251,7 @@ class Runner:
             case Ready() if self.state == "starting":
                 self._starting.cancel()
                 self.state = "ready"
-                self._close_between()
+                self._between.close()
                 self._pool.ready(self)
             case Unfit() if self.state == "starting":
                 self._unfit(reports.safe(message.text))
@@ -313,7 +311,7 @@ class Runner:
         exit_status, signal = reports.ending(status)
         if self.state == "starting":
             end = f"ended with {signal or f'status {exit_status}'} before it was ready"
-            self._unfit(self._fault or self._said(end))
+            self._unfit(self._fault or "\n".join(filter(None, (end, self._between.stderr))))
         if self._fault or not (self.state == "leaving" or self._process.cause):
             log.warning("child ended", child=self.pid, exit_status=exit_status, signal=signal)
         self.state = "ended"
@@ -324,10 +322,10 @@ class Runner:
         os.close(self._answers)
         begun, unbegun = self._divide()
         self._inbox.close()
-        self._close_between()
+        self._between.close()
         self.taken -= len(unbegun)
         for turn in begun:
-            error = "\n".join(filter(None, (self._fault, turn.stderr)))
+            error = "\n".join(filter(None, (self._fault, turn.said.stderr)))
             turn.end(reports.unanswered(status, self._process.cause, error))
         self.turns.clear()
         self._pool.ended(self, unbegun)
@@ -350,34 +348,19 @@ class Runner:
             return [], turns
         return turns[:1], turns[1:]
 
-    def _said(self, text: str) -> str:
-        """This text, and the end of what it wrote to standard error without a job."""
-        output = self._between.get("stderr")
-        return "\n".join(filter(None, (text, log.text_lines(output.tail) if output else "")))
-
     # What it prints.
 
     def _printed(self, stream: str, data: bytes) -> None:
-        if self.turns:
-            self.turns[0].printed(stream, data)
-            return
-        output = self._between.get(stream)
-        if output is None:
-            output = self._between[stream] = Output(stream, "info", self._lines, ERROR_LIMIT)
-        self._context.run(output.feed, data)
+        said = self.turns[0].said if self.turns else self._between
+        said.printed(stream, data)
 
     def _recorded(self, record: Record) -> None:
         if self.turns:
-            self.turns[0].recorded(record)
+            self.turns[0].said.recorded(record)
         else:
             records = Records(self._lines)
             records.add(record.level, record.logger, record.text)
             records.close()
-
-    def _close_between(self) -> None:
-        for output in self._between.values():
-            self._context.run(output.close)
-        self._between.clear()
 
     def _hang_up(self) -> None:
         """End of file: it leaves by itself, or is told to after ``kill_grace``."""
