@@ -10,7 +10,7 @@ import itertools
 import os
 import time
 from collections import deque
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from workerd import log
 from workerd.handlers import reports
@@ -31,41 +31,12 @@ from workerd.handlers.protocol import (
     Unfit,
 )
 from workerd.handlers.turn import Turn
-from workerd.options import Handler
 from workerd.retry import limit
 
+if TYPE_CHECKING:
+    from workerd.handlers.warm import WarmHandler
+
 _CHUNK = 1 << 16
-
-
-class Pool(Protocol):
-    """Whom a runner tells of its life."""
-
-    settings: Handler
-
-    def before_sending(self) -> None:
-        """A process is about to be sent jobs, of which it begins with the first at once."""
-
-    def ready(self, runner: Runner) -> None:
-        """It takes jobs."""
-
-    def unfit(self, runner: Runner, text: str) -> None:
-        """It never came so far, or ended before it did anything."""
-
-    def free(self, runner: Runner, seconds: float) -> None:
-        """It has done a job in this time, and could take another."""
-
-    def returned(self, turns: list[Turn]) -> None:
-        """It does not come to these, and another may have them."""
-
-    def hand_out(self) -> None:
-        """It may have room that it did not have before."""
-
-    def leaves(self, runner: Runner, reason: str) -> None:
-        """It takes no further job; what it has it will still do."""
-
-    def ended(self, runner: Runner, unbegun: list[Turn]) -> None:
-        """It is over; these jobs were in its pipe, and it never came to them."""
-
 
 State = Literal["starting", "ready", "leaving", "ended"]
 
@@ -79,7 +50,7 @@ class Runner:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: WarmHandler,
         program: Program,
         arguments: list[bytes],
         lines: int,
@@ -137,6 +108,17 @@ class Runner:
         self._starting = self._loop.call_later(self._settings.start_timeout, self._unfit, late)
 
     # What the pool does with it.
+
+    def room(self, depth: int) -> int:
+        """How many more jobs it may be given."""
+        if self.state != "ready" or self._pinned or self._process.over or self._process.cause:
+            return 0
+        if self.turns and self.turns[0] is self._speaker:
+            return 0
+        left = depth
+        if self._settings.recycle_after:
+            left = min(left, self._settings.recycle_after - self.count)
+        return left - len(self.turns)
 
     def take(self, turn: Turn) -> None:
         """Have it do a job; `send` sends all that it was given since the last time."""
@@ -294,16 +276,12 @@ class Runner:
         if self.state == "leaving" and not self.turns:
             self._hang_up()
 
-    def room(self, depth: int) -> int:
-        """How many more jobs it may be given."""
-        if self.state != "ready" or self._pinned or self._process.over or self._process.cause:
-            return 0
-        if self.turns and self.turns[0] is self._speaker:
-            return 0
-        left = depth
-        if self._settings.recycle_after:
-            left = min(left, self._settings.recycle_after - self.count)
-        return left - len(self.turns)
+    def _hang_up(self) -> None:
+        """End of file: it leaves by itself, or is told to after ``kill_grace``."""
+        if not self._inbox.closed:
+            self._inbox.close()
+            grace = self._settings.kill_grace
+            self._process.end_after(grace, "leave", grace)
 
     def _over(self, status: int) -> None:
         """The process has ended, and what it printed has been read."""
@@ -358,18 +336,12 @@ class Runner:
         if self.turns:
             self.turns[0].said.recorded(record)
         else:
+            # At once: nobody knows when the next job comes.
             records = Records(self._lines)
             records.add(record.level, record.logger, record.text)
             records.close()
 
-    def _hang_up(self) -> None:
-        """End of file: it leaves by itself, or is told to after ``kill_grace``."""
-        if not self._inbox.closed:
-            self._inbox.close()
-            grace = self._settings.kill_grace
-            self._process.end_after(grace, "leave", grace)
-
-    # Time and memory.
+    # Time.
 
     def _watch(self) -> None:
         """The first of its jobs has its time from now on."""
