@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.harness.trixie import CHECKOUT
-from workerd.history import END, RECORD, START, decode, encode
+from workerd.history import END, RECORD, START, History, decode, encode
 from workerd.journal import HostMemory
 from workerd.memory import ALL_CLOSED, GONE, NEVER_SENT, Elsewhere
 
@@ -392,6 +393,24 @@ def test_what_another_instance_finished_long_ago_does_not_count(
     one.settled(SLEEP, 1)
     dies(one)
     assert looking(remember("2", seconds=0.0)).elsewhere(SLEEP) is Elsewhere.UNKNOWN
+
+
+def test_what_another_instance_has_finished_takes_little_memory(
+    remember: Callable[..., HostMemory], tmp_path: Path
+) -> None:
+    # Every instance of a host reads the journals of all the others when a broker has restarted.
+    memory = remember()
+    for number in range(10_000):
+        memory.settled(os.urandom(16), number // 1000)
+    history = History(tmp_path / "1")
+    tracemalloc.start()
+    try:
+        history.catch_up()
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(list(history.finished())) == 10_000
+    assert used < 60 * 10_000
 
 
 def test_the_lock_of_an_instance_ends_with_its_process(tmp_path: Path) -> None:

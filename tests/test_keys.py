@@ -31,6 +31,24 @@ def test_a_key_can_be_taken_out_as_often_as_it_was_put_in(steps: list[tuple[bool
         assert len(keys) == expected.total()
 
 
+@given(st.lists(st.tuples(st.booleans(), KEYS, st.binary(min_size=3, max_size=3))))
+def test_what_is_beside_a_key_is_found_in_order(steps: list[tuple[bool, bytes, bytes]]) -> None:
+    keys = Keys(beside=3)
+    expected: list[tuple[bytes, bytes]] = []
+    for put, key, beside in steps:
+        if put:
+            keys.add(key, beside)
+            expected.append((key, beside))
+        else:
+            there = (key, beside) in expected
+            assert keys.remove(key, beside) == there
+            if there:
+                expected.remove((key, beside))
+        assert keys.find(key) == [what for each, what in expected if each == key]
+    assert sorted(keys) == sorted(expected)
+    assert len(keys) == len(expected)
+
+
 def test_a_key_is_not_found_across_two_others() -> None:
     keys = Keys()
     first, second = bytes(9) + b"1" * 7, bytes(8) + b"2" * 8

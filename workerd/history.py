@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from workerd.keys import Keys
 from workerd.memory import ALL_CLOSED, NEVER_SENT, Elsewhere
 
 #: A process begins, or goes on in a new segment. The key tells processes apart.
@@ -49,6 +50,8 @@ CUT_OFF = b"X"
 
 _BODY = struct.Struct("<cxxxi16sd")
 _SUM = struct.Struct("<I")
+#: A verdict as it is kept: many are, of which few are ever asked for.
+_SENT = struct.Struct("<iid")
 _SEGMENT = re.compile("[0-9]+")
 #: The size of a record in bytes.
 RECORD = _BODY.size + _SUM.size
@@ -103,7 +106,7 @@ class History:
         self._last = 0.0
         #: Counts the processes that wrote: each numbers its channels anew.
         self._process = 0
-        self.finished: dict[bytes, list[Sent]] = {}
+        self._finished = Keys(_SENT.size)
         self.returns: dict[bytes, Returns] = {}
         self.cut_off: dict[bytes, CutOff] = {}
         #: The channels that brought the running jobs.
@@ -126,13 +129,19 @@ class History:
         running = self._running.get(key, [])
         if any((self._process, channel) not in self._open for channel in running):
             return Elsewhere.ORPHANED
-        verdicts = [sent for sent in self.finished.get(key, ()) if sent.when >= oldest]
+        known = [Sent(*_SENT.unpack(each)) for each in self._finished.find(key)]
+        verdicts = [sent for sent in known if sent.when >= oldest]
         for sent in verdicts:
             if self.is_gone(sent, lost_at):
                 # Used up: another redelivery of an equal job needs a verdict of its own.
-                self.finished[key].remove(sent)
+                self._finished.remove(key, _SENT.pack(*sent))
                 return Elsewhere.FINISHED
         return Elsewhere.ATTACHED if running or verdicts else Elsewhere.UNKNOWN
+
+    def finished(self) -> Iterator[tuple[bytes, Sent]]:
+        """The key of every finished job, and its verdict."""
+        for key, sent in self._finished:
+            yield key, Sent(*_SENT.unpack(sent))
 
     def _lost_starts(self, key: bytes) -> int:
         return self.cut_off[key].number if key in self.cut_off else 0
@@ -178,7 +187,7 @@ class History:
             else:
                 self.cut_off.pop(key, None)
             if kind == END:
-                self.finished.setdefault(key, []).append(Sent(self._process, channel, when))
+                self._finished.add(key, _SENT.pack(self._process, channel, when))
                 if channel > 0:
                     self._open.add(place)
                 elif channel == ALL_CLOSED:

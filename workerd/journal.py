@@ -239,12 +239,11 @@ class HostMemory(Memory):
     def _take_over(self, history: History) -> Iterable[bytes]:
         """Remember what a history tells; returns the records for it."""
         oldest = time.time() - self.remember
-        for key, verdicts in history.finished.items():
-            for sent in verdicts:
-                if sent.when >= oldest:
-                    channel = GONE if history.is_gone(sent) else ALL_CLOSED
-                    self._put(key, channel)
-                    yield encode(END, channel, key, sent.when)
+        for key, sent in history.finished():
+            if sent.when >= oldest:
+                channel = GONE if history.is_gone(sent) else ALL_CLOSED
+                self._put(key, channel)
+                yield encode(END, channel, key, sent.when)
         for key, returns in history.returns.items():
             if returns[-1][0] >= oldest:
                 self._returns[key] = returns

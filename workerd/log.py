@@ -43,6 +43,8 @@ BATCH = 64
 #: Seconds for which more records gather before they are written: waking the thread for each of
 #: many would hold up the loop.
 LINGER = 0.005
+#: Seconds that the journal may keep the writer waiting.
+JOURNAL_PATIENCE = 5
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
 
 _NO_FIELDS: Mapping[str, object] = MappingProxyType({})
@@ -54,6 +56,11 @@ _job: contextvars.ContextVar[Mapping[str, object]] = contextvars.ContextVar(
 _UNSAFE = re.compile(
     "[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+
+#: What needs no quotes, and has nothing unsafe.
+_BARE = re.compile(r"[!#-<>-~]+")
+#: The size of a value that has several lines, in a journal entry.
+_SIZE = struct.Struct("<Q")
 
 
 def event(name: str, level: Level = "info", **fields: object) -> None:
@@ -257,7 +264,9 @@ def journal(path: str, fallback: Write) -> Write:
     sent goes to ``fallback`` when there is no journal at all.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    sock.settimeout(5.0)
+    # The kernel's timeout: for one of Python's each message takes two system calls.
+    patience = struct.pack("@ll", JOURNAL_PATIENCE, 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
 
     def write(*records: Record) -> Sequence[Record]:
         lost: list[Record] = []
@@ -275,16 +284,31 @@ def journal(path: str, fallback: Write) -> Write:
 
 def _datagram(record: Record) -> bytes:
     _when, level, name, fields = record
-    entry: dict[str, object] = {
-        "MESSAGE": _plain(record),
-        # What a job has printed needs no explanation.
-        "MESSAGE_ID": message_id(name) if name != "output" else None,
-        "PRIORITY": LEVELS[level],
-        "SYSLOG_IDENTIFIER": "workerd",
-        "WORKERD_EVENT": name,
-    }
-    entry.update({"WORKERD_" + key.upper(): value for key, value in fields.items()})
-    return b"".join(_field(key, value) for key, value in entry.items() if value is not None)
+    lines, blocks = [_head(name, level)], b""
+    for key, value in (("", _plain(record)), *fields.items()):
+        if value is None:
+            continue
+        text = value if isinstance(value, str) else str(value)
+        if "\n" in text:
+            data = text.encode("utf-8", "backslashreplace")
+            blocks += b"%s\n%s%s\n" % (_variable(key).encode(), _SIZE.pack(len(data)), data)
+        else:
+            lines.append(f"{_variable(key)}={text}\n")
+    return "".join(lines).encode("utf-8", "backslashreplace") + blocks
+
+
+@functools.lru_cache(256)
+def _head(name: str, level: str) -> str:
+    """What all entries of an event say."""
+    # What a job has printed needs no explanation.
+    explained = f"MESSAGE_ID={message_id(name)}\n" if name != "output" else ""
+    priority = f"PRIORITY={LEVELS[level]}\n"
+    return f"{explained}{priority}SYSLOG_IDENTIFIER=workerd\nWORKERD_EVENT={name}\n"
+
+
+@functools.lru_cache(256)
+def _variable(key: str) -> str:
+    return "WORKERD_" + key.upper() if key else "MESSAGE"
 
 
 @functools.cache
@@ -293,13 +317,6 @@ def message_id(event: str) -> str:
     import uuid  # only where there is a journal
 
     return uuid.uuid5(uuid.UUID("6f1c5b1e-7d0f-4b55-9d86-3f1a0c6e2b47"), event).hex
-
-
-def _field(name: str, value: object) -> bytes:
-    data = str(value).encode("utf-8", "backslashreplace")
-    if b"\n" in data:
-        return name.encode() + b"\n" + struct.pack("<Q", len(data)) + data + b"\n"
-    return name.encode() + b"=" + data + b"\n"
 
 
 def _plain(record: Record) -> str:
@@ -318,6 +335,8 @@ def _plain(record: Record) -> str:
 
 def _quoted(value: object) -> str:
     text = str(value)
+    if _BARE.fullmatch(text):
+        return text
     if not text or re.search(r'[\s"=]', text):
         text = json.dumps(text, ensure_ascii=False)
     return safe(text)
