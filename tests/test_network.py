@@ -98,7 +98,7 @@ def test_a_connection_into_a_black_hole_is_found_and_its_jobs_are_rejoined(
     with Client(distant.url, netns=network.broker_ns) as client:
         jobs = client.publish_jobs("jobs", ["a"])
         workerd.wait_event("start")
-        # Nothing is on its way, so only the heartbeat can tell.
+        # Nothing is on its way: heartbeats, and a look at idle queues, have to tell.
         workerd.wait_event("consuming", queue="jobs.due")
 
         network.drop()

@@ -1180,7 +1180,7 @@ def test_jobs_that_are_taken_out_of_a_pipe_again_and_again_take_no_more_memory(
             for _ in range(50):
                 warm.recall()
                 await asyncio.sleep(0)
-            assert runner._unread() < 6 * len(large)
+            assert runner._inbox.unread() < 6 * len(large)
             gate.touch()
             for task in tasks:
                 assert (await task).outcome is Outcome.DONE

@@ -113,12 +113,12 @@ class Answers:
 
     def _job(self, run: Run) -> Answer:
         job = run.job
-        progress = self._worker.progress.get(run)
+        progress = self._worker.attempts.progress.get(run)
         age = self._age(run)
         return {
             "id": job.id,
             "type": job.type,
-            "handler": job.type if job.type in self._worker.handlers else None,
+            "handler": job.type if job.type in self._worker.attempts.handlers else None,
             "queue": job.queue,
             "attempt": job.attempt,
             "age": None if age is None else round(age, 1),
@@ -129,7 +129,7 @@ class Answers:
 
     def _age(self, run: Run) -> float | None:
         """For how many seconds its handler has been at it."""
-        progress = self._worker.progress.get(run)
+        progress = self._worker.attempts.progress.get(run)
         began = progress.began if progress else None
         return None if began is None else time.monotonic() - began
 
@@ -214,11 +214,11 @@ class Answers:
             raise Refused(EX_USAGE, "cancel: the id of a job")
         worker = self._worker
         owner = None if self._is_operator(peer) else peer.uid
-        runs = [run for run in worker.progress if run.job.id == job_id]
+        runs = [run for run in worker.attempts.progress if run.job.id == job_id]
         if owner is not None and any(submitter(run.job.message) != owner for run in runs):
             whose = "who submitted the job, "
             raise Refused(EX_NOPERM, self._refusal(f"cancel {job_id}", whose))
-        ended = worker.cancel(job_id, owner)
+        ended = worker.attempts.cancel(job_id, owner)
         log.event("cancelled", job_id=job_id, running=len(ended), uid=peer.uid, pid=peer.pid)
         return {
             "id": job_id,

@@ -11,13 +11,8 @@ from typing import Any, NoReturn
 
 from workerd import __version__
 from workerd.errors import SettingsError, WorkerdError
+from workerd.exits import EX_CONFIG, EX_IOERR, EX_USAGE
 from workerd.submit_command import add_submit, add_url, environ
-
-EX_USAGE = 64
-EX_SOFTWARE = 70
-EX_IOERR = 74
-EX_CONFIG = 78
-
 
 MAIN_EPILOG = """\
 configuration, later files override earlier ones:

@@ -27,6 +27,7 @@ from workerd.consumer import OnOutage
 from workerd.control import Control
 from workerd.copies import Place
 from workerd.errors import SettingsError
+from workerd.exits import EX_CONFIG, EX_SOFTWARE
 from workerd.handlers import guard
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.register import Handlers
@@ -34,8 +35,6 @@ from workerd.reload import Reload
 from workerd.settings import Settings, load
 from workerd.worker import Worker
 
-EX_SOFTWARE = 70
-EX_CONFIG = 78
 #: So many more objects than before are a reason to look for cycles of them that nobody needs.
 GARBAGE = 20_000
 

@@ -8,14 +8,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from workerd.exits import EX_DATAERR, EX_NOINPUT, EX_USAGE
+
 if TYPE_CHECKING:
     from workerd.letters import Filter, Letter
     from workerd.settings import Settings
     from workerd.sheets import Sheet
-
-EX_USAGE = 64
-EX_DATAERR = 65
-EX_NOINPUT = 66
 
 STATUSES = """\
 exit status:

@@ -54,7 +54,7 @@ class Drain:
         await self._before_deadline(self._runs_end())
         # The late ones get SIGTERM, their grace, SIGKILL, and go back unharmed.
         self.interrupt.set_result(None)
-        for progress in worker.progress.values():
+        for progress in worker.attempts.progress.values():
             progress.end()
         handlers = worker.settings.handlers.values()
         grace = max((handler.kill_grace for handler in handlers), default=0.0)
@@ -112,7 +112,8 @@ class Drain:
         await self._worker.give_back(self._worker.ledger.unstarted())
 
     def _all_have_begun(self) -> bool:
-        return all(progress.began is not None for progress in self._worker.progress.values())
+        progresses = self._worker.attempts.progress.values()
+        return all(progress.began is not None for progress in progresses)
 
     async def _runs_end(self) -> None:
         """Wait until no job runs, and give back at once what has not started.

@@ -252,6 +252,11 @@ class Log:
     jobs: Jobs = option(one_of(Jobs), "all")
     output_lines: int = option(whole(0, 1_000_000), 1000)
 
+    @property
+    def routine(self) -> Level:
+        """The level of what happens to every job."""
+        return "info" if self.jobs == "all" else "debug"
+
 
 @dataclass(frozen=True, slots=True)
 class Control:

@@ -9,14 +9,12 @@ from typing import NamedTuple
 from workerd import times, topology
 from workerd.copies import is_reserved, portable_headers
 from workerd.errors import Kind, Refused, Trouble
+from workerd.exits import EX_DATAERR, EX_USAGE
 from workerd.ids import new_id
 from workerd.job import COPY, EXPIRES, MAX_ATTEMPTS, Message
 from workerd.jobspec import JobSpec
 from workerd.settings import Handler, Settings
 from workerd.wording import did_you_mean
-
-EX_USAGE = 64
-EX_DATAERR = 65
 
 #: AMQP's limit for the properties that are short strings, in bytes.
 _SHORT = 255

@@ -52,7 +52,7 @@ class Outbox:
         """Let the same attempt of the job begin later; False: a drain came first."""
         copy = another_go(run.job, run.job.attempt - 1, new_id(), None)
         if await self._delay(run, copy, seconds, "postponement refused"):
-            log.event("postponed", self._worker.routine, seconds=round(seconds))
+            log.event("postponed", self._worker.settings.log.routine, seconds=round(seconds))
             return True
         return False
 

@@ -60,7 +60,7 @@ def _queue(worker: Worker, name: str, depths: Mapping[str, int]) -> Answer:
 
 
 def _handlers(worker: Worker) -> list[Answer]:
-    degraded = worker.degraded
+    degraded = worker.attempts.degraded
     return [
         {
             "handler": name,

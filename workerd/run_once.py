@@ -16,6 +16,7 @@ from workerd.admission import admit
 from workerd.check import drop_to_service_user, untrusted_programs
 from workerd.decoding import decode
 from workerd.errors import SettingsError
+from workerd.exits import EX_DATAERR, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.register import Handlers
 from workerd.ids import new_id
@@ -25,10 +26,6 @@ from workerd.settings import load
 from workerd.waiting import complete
 from workerd.wording import did_you_mean
 
-EX_USAGE = 64
-EX_DATAERR = 65
-EX_UNAVAILABLE = 69
-EX_TEMPFAIL = 75
 TIMED_OUT = 124
 
 

@@ -86,7 +86,7 @@ class Status:
 
     def degraded(self) -> list[str]:
         """Of each handler that runs no jobs, or fewer than it should: which, and why."""
-        return [f"handler {name} {why}" for name, why in self._worker.degraded.items()]
+        return [f"handler {name} {why}" for name, why in self._worker.attempts.degraded.items()]
 
     def _reload(self) -> list[str]:
         refused = self.refused

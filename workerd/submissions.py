@@ -85,7 +85,7 @@ def accept(
         worker.figures.submitted[wanted.queue] += 1
         log.event(
             "submitted",
-            worker.routine,
+            worker.settings.log.routine,
             job_id=str(message.message_id),
             job_type=spec.type,
             queue=wanted.queue,

@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from workerd.exits import EX_USAGE
 from workerd.jobspec import JobSpec
-
-EX_USAGE = 64
 
 SUBMIT = "Send a job to RabbitMQ; print its id once the broker has it in a queue."
 SUBMIT_EPILOG = """\

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import time
-import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 from workerd import log
-from workerd.admission import admit
+from workerd.attempts import Attempts
 from workerd.broker import Channel, Incoming
-from workerd.cancellations import Cancellations
 from workerd.consumer import Connect, Consumer, Source
 from workerd.copies import Place
 from workerd.decoding import decode
 from workerd.drain import Drain
 from workerd.errors import Trouble
 from workerd.figures import Figures
-from workerd.handling import Degraded, Progress, Register
-from workerd.job import BadJob, Delivery, Job, Outcome, Report, Run, submitter
+from workerd.handling import Register
+from workerd.job import Delivery, Job, Report, Run
 from workerd.ledger import Ledger, Rejoined, Settle
 from workerd.memory import Memory
 from workerd.options import Retry, Settings
 from workerd.outbox import Outbox
-from workerd.pauses import Pauses
 from workerd.pressure import INTERVAL, Pressure, own_file
 from workerd.retry import Verdict, delay, judge, limit
 from workerd.status import Notifier, Status, watch_ages
 from workerd.waiting import first
 
-#: Of sysexits.h: "temporary failure"; a job that ends with it fails without a warning.
-EX_TEMPFAIL = 75
 #: Seconds between two looks at what other instances make of a job that is held here.
 LOOK_INTERVAL = 0.1
 #: A message that has come back so often is published anew where the broker might drop it at
@@ -55,21 +48,19 @@ class Worker:
     ) -> None:
         self.settings = settings
         self.register = register
-        self.handlers = register.of(settings, self._looked_after)
         self.notifier = notifier
-        self.ledger = Ledger(_slots(settings), memory, self._begins_at_once, self._capacity)
+        self.attempts = Attempts(self)
+        self.ledger = Ledger(
+            _slots(settings), memory, self.attempts.begins_at_once, self.attempts.capacity
+        )
         self.consumer = Consumer(settings, f"workerd@{place.instance}.{place.host}", self)
         self.drain = Drain(self)
         self.outbox = Outbox(self, place)
-        self.pauses = Pauses()
         self.pressure = Pressure(own_file())
         self.status = Status(self)
         self.figures = Figures(settings.handlers)
-        self.cancellations = Cancellations()
         #: Jobs that came over the local socket and that the broker has not confirmed yet.
         self.submissions = 0
-        #: Of every run whose handler has not ended.
-        self.progress: dict[Run, Progress] = {}
         #: Every open channel on which a delivery may still have to be settled, by serial.
         self.channels: dict[int, Channel] = {}
         self._connect = connect
@@ -117,25 +108,17 @@ class Worker:
     def reload(self, settings: Settings) -> None:
         """From now on work with these; jobs that run keep the old."""
         self.settings = settings
-        self.handlers = self.register.of(settings, self._looked_after)
+        self.attempts.configure()
         self.ledger.slots.configure(_slots(settings))
         self.consumer.reload(settings)
         self.figures.know(settings.handlers)
-        # What was wrong with a handler may be right now.
-        self.pauses = Pauses()
         self._start_more()
 
     async def perform(self, run: Run) -> None:
         """The life of a job, from its start to the order that settles its delivery."""
         job = run.job
         with log.job_fields(job_id=job.id, job_type=job.type, queue=job.queue, attempt=job.attempt):
-            progress = Progress(asyncio.get_running_loop().create_future())
-            self.progress[run] = progress
-            if self.drain.interrupt.done() or run.withdrawn:
-                progress.end()
-            report = await self._execute(run, progress)
-            del self.progress[run]
-            self.figures.ended(job, progress.began, time.monotonic())
+            report = await self.attempts.make(run)
             self.ledger.ended(run)
             verdict = await self._carry_out(self._judge(job, report), run, report)
             self.figures.settled(job, verdict)
@@ -147,90 +130,6 @@ class Worker:
                 # For the redelivery; there is none to tell of where nothing happened.
                 log.event("verdict kept", "info" if report.ran else "debug", verdict=verdict.value)
         self._start_more()
-
-    async def _execute(self, run: Run, progress: Progress) -> Report:
-        """Give the job to its handler, if there is one that may have it, and log what it made."""
-        job = run.job
-        began = time.monotonic()
-        has_started = False
-
-        def started(pid: int) -> None:
-            nonlocal has_started
-            has_started = True
-            self.ledger.begins(run)
-            progress.began, progress.pid = time.monotonic(), pid
-            self.figures.began(run, time.time())
-            alone = True if self.ledger.slots.is_alone(run) else None
-            log.event("start", self.routine, redelivered=job.redelivered, alone=alone)
-            self._resume(str(job.type))
-
-        try:
-            self.cancellations.check(job, time.time())
-            handler = self.handlers[admit(job, self.settings, time.time()).name]
-            if self.pauses.holds(str(job.type), began):
-                return Report(Outcome.UNAVAILABLE, ran=False)
-            report = await handler.run(
-                job, progress.stop, started, functools.partial(self.ledger.slots.may_begin, run)
-            )
-            if progress.cancelled and report.outcome is Outcome.INTERRUPTED:
-                report = replace(report, outcome=Outcome.REJECTED, reason="cancelled")
-        except BadJob as bad:
-            report = Report(Outcome.REJECTED, bad.reason, error=str(bad), ran=False)
-        except Exception:  # noqa: BLE001 - whatever a handler does, the job is not lost
-            outcome = Outcome.FAILED if has_started else Outcome.UNAVAILABLE
-            error = traceback.format_exc().rstrip()
-            report = Report(outcome, "bug", error=error, ran=has_started)
-        if report.outcome is Outcome.UNAVAILABLE:
-            if self.pauses.unavailable(str(job.type), report.error, time.monotonic()):
-                log.error(
-                    "handler paused", handler=job.type, reason=report.reason, error=report.error
-                )
-                self.changed()
-        else:
-            self._log_outcome(report, time.monotonic() - (progress.began or began))
-        return report
-
-    @property
-    def degraded(self) -> dict[str, Degraded]:
-        """The handlers that run no jobs, or fewer at once than they should, by name."""
-        found = {name: handler.degraded for name, handler in self.handlers.items()}
-        paused = {name: Degraded(True, pause.error) for name, pause in self.pauses.paused.items()}
-        return {name: why for name, why in sorted({**found, **paused}.items()) if why}
-
-    def _looked_after(self, handler: str) -> None:
-        """It has become degraded, or is no longer: then no job needs to try it."""
-        known = self.handlers.get(handler)
-        if known and known.degraded is None:
-            self._resume(handler)
-        self.changed()
-
-    def _resume(self, handler: str) -> None:
-        if self.pauses.available(handler):
-            log.event("handler resumed", handler=handler)
-            self.changed()
-
-    def _begins_at_once(self, job: Job) -> bool:
-        """Whether nothing but its slot keeps a job from beginning."""
-        handler = self.handlers.get(str(job.type))
-        return handler is None or handler.immediate
-
-    def _capacity(self, job: Job) -> int:
-        handler = self.handlers.get(str(job.type))
-        return handler.capacity if handler else 0
-
-    def cancel(self, job_id: str, owner: int | None) -> list[Run]:
-        """End the runs of a job, and let no other begin; returns the runs that are ended.
-
-        With an ``owner``, only what this user has submitted.
-        """
-        self.cancellations.add(job_id, owner, time.time())
-        ended = []
-        for run, progress in self.progress.items():
-            if run.job.id == job_id and owner in (None, submitter(run.job.message)):
-                progress.cancelled = True
-                progress.end()
-                ended.append(run)
-        return ended
 
     def _retry_policy(self, job: Job) -> Retry:
         handler = self.settings.handlers.get(str(job.type))
@@ -252,7 +151,7 @@ class Worker:
                 seconds = delay(job.attempt, self._retry_policy(job)) if asked is None else asked
                 confirmed = await self.outbox.retry(run, seconds, report)
             case Verdict.POSTPONE:
-                seconds = self.pauses.delay(str(job.type), time.monotonic())
+                seconds = self.attempts.seconds_put_off(job)
                 confirmed = await self.outbox.postpone(run, max(1.0, seconds))
             case Verdict.DEAD:
                 confirmed = await self.outbox.bury(run, report)
@@ -370,7 +269,7 @@ class Worker:
             # Some may have begun, and the daemon not know it yet: those go on.
             self.register.recall()
         for run in runs:
-            progress = self.progress.get(run)
+            progress = self.attempts.progress.get(run)
             if run.begun:
                 run.withdrawn = False
             elif progress:
@@ -473,28 +372,6 @@ class Worker:
                 self.ledger.slots.one_at_a_time = self.pressure.short
                 self.register.recall()
                 self._start_more()
-
-    @property
-    def routine(self) -> log.Level:
-        return "info" if self.settings.log.jobs == "all" else "debug"
-
-    def _log_outcome(self, report: Report, seconds: float) -> None:
-        facts = {
-            "outcome": report.outcome.value,
-            "duration_ms": round(seconds * 1000),
-            "reason": report.reason or None,
-            "exit_status": report.exit_status,
-            "signal": report.signal,
-            "note": report.note or None,
-        }
-        if report.outcome is Outcome.DONE:
-            log.event("done", self.routine, **facts)
-        elif not report.ran and report.outcome is Outcome.INTERRUPTED:
-            log.debug("interrupted", **facts)
-        elif report.outcome is Outcome.INTERRUPTED or report.exit_status == EX_TEMPFAIL:
-            log.event(report.outcome.value, "info", **facts)
-        else:
-            log.warning(report.outcome.value, **facts, error=report.error[-500:] or None)
 
 
 async def _raise(error: BaseException) -> None:

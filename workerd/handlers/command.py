@@ -12,18 +12,17 @@ from collections.abc import Mapping
 from workerd import log
 from workerd.handlers import wishes
 from workerd.handlers.guardian import Guardian
-from workerd.handlers.output import Output
-from workerd.handlers.process import Process, signal_name
+from workerd.handlers.output import ERROR_LIMIT, Output
+from workerd.handlers.process import Process
 from workerd.handlers.program import Program
 from workerd.handlers.readiness import Readiness
+from workerd.handlers.reports import ending
 from workerd.handling import Started
 from workerd.job import BadJob, Job, Outcome, Report
 from workerd.retry import limit
 from workerd.settings import Handler
 from workerd.template import Placeholder, Template
 
-#: The end of stderr that a dead letter carries, in bytes.
-_ERROR_LIMIT = 8192
 _HEADER_VALUE_LIMIT = 4096
 _HEADERS_LIMIT = 32 * 1024
 
@@ -70,7 +69,7 @@ class CommandHandler:
     ) -> Report:
         settings = self._settings
         stdout = Output("stdout", "info", self._output_lines, settings.output_limit)
-        stderr = Output("stderr", "info", self._output_lines, _ERROR_LIMIT)
+        stderr = Output("stderr", "info", self._output_lines, ERROR_LIMIT)
         try:
             process = Process(
                 self._arguments(job),
@@ -102,11 +101,12 @@ class CommandHandler:
         stderr.close()
         wished = wishes.read(report)
         outcome, reason = self._judge(status, process.cause)
+        exit_status, signal = ending(status)
         return Report(
             outcome,
             reason,
-            exit_status=status if status >= 0 else None,
-            signal=signal_name(-status) if status < 0 else None,
+            exit_status=exit_status,
+            signal=signal,
             error=log.text_lines(stderr.tail) if outcome is not Outcome.DONE else "",
             output=stdout.tail,
             retry_after=wished.retry_after,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections import deque
 
 from workerd import log
+from workerd.handlers.protocol import Record
 
+#: The end of stderr that a dead letter carries, in bytes.
+ERROR_LIMIT = 8192
 #: Longer lines are cut; journald's own limit is 48 KiB.
 MAX_LINE = 8192
 #: The bytes among which the last lines are looked for.
@@ -108,6 +112,43 @@ class Records:
     def _log(level: log.Level, logger: str, line: str) -> None:
         text = log.safe(line[:MAX_LINE])
         log.event("output", level, stream="log", logger=log.safe(logger[:200]), text=text)
+
+
+class Transcript:
+    """What one job of a warm process says, or the process between two; logged in ``context``."""
+
+    def __init__(self, context: contextvars.Context, lines: int) -> None:
+        self._context = context
+        self._lines = lines
+        self._outputs: dict[str, Output] = {}
+        self._records: Records | None = None
+
+    def printed(self, stream: str, data: bytes) -> None:
+        output = self._outputs.get(stream)
+        if output is None:
+            keep = ERROR_LIMIT if stream == "stderr" else 0
+            output = self._outputs[stream] = Output(stream, "info", self._lines, keep)
+        self._context.run(output.feed, data)
+
+    def recorded(self, record: Record) -> None:
+        if self._records is None:
+            self._records = Records(self._lines)
+        self._context.run(self._records.add, record.level, record.logger, record.text)
+
+    @property
+    def stderr(self) -> str:
+        """The end of what was written to standard error."""
+        output = self._outputs.get("stderr")
+        return log.text_lines(output.tail) if output else ""
+
+    def close(self) -> None:
+        """All of it is in the log then; what comes after it is a new one."""
+        for output in self._outputs.values():
+            self._context.run(output.close)
+        self._outputs.clear()
+        if self._records is not None:
+            self._context.run(self._records.close)
+            self._records = None
 
 
 def _append(buffer: bytearray, data: bytes, limit: int) -> None:

@@ -22,6 +22,7 @@ _CHUNK = 65536
 #: What may still be read after the child has ended; a grandchild could write for ever.
 _LAST_READ = 1 << 20
 
+_PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 _DEFAULT_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
@@ -109,6 +110,14 @@ class Process:
         if self._open:
             _read(self._stdout, self._on_stdout)
             _read(self._stderr, self._on_stderr)
+
+    def resident(self) -> int:
+        """The memory that it has in use (proc(5), statm), in bytes."""
+        try:
+            with open(f"/proc/{self.pid}/statm", "rb", buffering=0) as file:
+                return int(file.read().split()[1]) * _PAGE_SIZE
+        except OSError:
+            return 0
 
     def end_after(self, seconds: float, cause: str, grace: float) -> None:
         """Call `end` unless it has ended by itself within so many seconds."""
@@ -200,13 +209,6 @@ class Process:
         while self._open:
             self._drop(self._open[-1])
         self._readiness.release()
-
-
-def signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _spawn(

@@ -5,21 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import fcntl
 import functools
 import itertools
 import os
-import struct
-import termios
 import time
 from collections import deque
-from typing import Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Literal
 
 from workerd import log
+from workerd.handlers import reports
 from workerd.handlers.guardian import Guardian
-from workerd.handlers.output import Output, Records
-from workerd.handlers.permits import Permits
-from workerd.handlers.process import Process, signal_name
+from workerd.handlers.inbox import Inbox, Permits
+from workerd.handlers.output import Records, Transcript
+from workerd.handlers.process import Process
 from workerd.handlers.program import Program
 from workerd.handlers.protocol import (
     VERSION,
@@ -31,55 +29,14 @@ from workerd.handlers.protocol import (
     Ready,
     Record,
     Unfit,
-    frame,
 )
-from workerd.handlers.turn import ERROR_LIMIT, Turn
-from workerd.job import Outcome, Report
-from workerd.options import Handler
+from workerd.handlers.turn import Turn
 from workerd.retry import limit
 
-#: Of what a process says of itself or of a job, in characters.
-_LONGEST_TEXT = 16 * 1024
+if TYPE_CHECKING:
+    from workerd.handlers.warm import WarmHandler
+
 _CHUNK = 1 << 16
-#: What is written to a process at once; the rest waits until it has room.
-_MOST_PIECES = 64
-_PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
-
-_CAUSES = {
-    "drain": (Outcome.INTERRUPTED, "drain"),
-    "timeout": (Outcome.FAILED, "timeout"),
-}
-
-
-class Pool(Protocol):
-    """Whom a runner tells of its life."""
-
-    settings: Handler
-
-    def before_sending(self) -> None:
-        """A process is about to be sent jobs, of which it begins with the first at once."""
-
-    def ready(self, runner: Runner) -> None:
-        """It takes jobs."""
-
-    def unfit(self, runner: Runner, text: str) -> None:
-        """It never came so far, or ended before it did anything."""
-
-    def free(self, runner: Runner, seconds: float) -> None:
-        """It has done a job in this time, and could take another."""
-
-    def returned(self, turns: list[Turn]) -> None:
-        """It does not come to these, and another may have them."""
-
-    def hand_out(self) -> None:
-        """It may have room that it did not have before."""
-
-    def leaves(self, runner: Runner, reason: str) -> None:
-        """It takes no further job; what it has it will still do."""
-
-    def ended(self, runner: Runner, unbegun: list[Turn]) -> None:
-        """It is over; these jobs were in its pipe, and it never came to them."""
-
 
 State = Literal["starting", "ready", "leaving", "ended"]
 
@@ -93,7 +50,7 @@ class Runner:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: WarmHandler,
         program: Program,
         arguments: list[bytes],
         lines: int,
@@ -106,12 +63,9 @@ class Runner:
         #: How many jobs it was given, and not taken from; how many it has answered.
         self.taken = 0
         self.count = 0
-        self._number = 0
         #: What it holds: the first is being done, the others are in its pipe.
         self.turns: deque[Turn] = deque()
         self._pool = pool
-        # What it says without a job is logged with the fields of its handler.
-        self._context = contextvars.copy_context()
         self._settings = pool.settings
         self._lines = lines
         self._loop = asyncio.get_running_loop()
@@ -121,28 +75,20 @@ class Runner:
         #: The job that it has heard printing by itself: until that has ended, no other is to lie
         #: behind it, only to be taken back when it prints again.
         self._speaker: Turn | None = None
-        #: Printed while it had no job.
-        self._between: dict[str, Output] = {}
+        #: Printed while it had no job; it is logged with the fields of its handler.
+        self._between = Transcript(contextvars.copy_context(), lines)
         #: What it did against the protocol.
         self._fault = ""
         #: It has said that it takes no job after the one that it answered.
         self._gave_up = False
-        #: What it is yet to be sent of each frame, by number, in order.
-        self._unsent: dict[int, memoryview] = {}
-        #: Whether its pipe has no room at present.
-        self._is_full = False
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
-            frames, self._frames = _pipe(theirs, undo)
+            frames, ours = _pipe(theirs, undo)
             answers, self._answers = reversed(_pipe(undo, theirs))
-            for fd in (self._frames, self._answers):
-                os.set_blocking(fd, False)
-            more = [frames, answers]
-            if asks:
-                self._permits = Permits()
-                undo.callback(self._permits.close)
-                more.append(self._permits.fileno())
+            os.set_blocking(self._answers, False)
+            permits = undo.enter_context(contextlib.closing(Permits())) if asks else None
+            self._inbox = Inbox(ours, permits, pool.before_sending)
             self._process = Process(
                 [program.path, *arguments],
                 program.environment | {b"WORKERD_PROTOCOL": b"%d" % VERSION},
@@ -151,51 +97,53 @@ class Runner:
                 functools.partial(self._printed, "stdout"),
                 functools.partial(self._printed, "stderr"),
                 guardian,
-                more,
+                [frames, answers, *([permits.fileno()] if permits else ())],
                 self._hear,
             )
             undo.pop_all()
         self.pid = self._process.pid
         self._loop.add_reader(self._answers, self._listen)
         self._process.when_over(self._over)
-        self._starting = self._loop.call_later(self._settings.start_timeout, self._late)
+        late = f"not ready within {self._settings.start_timeout:g} s"
+        self._starting = self._loop.call_later(self._settings.start_timeout, self._unfit, late)
 
     # What the pool does with it.
+
+    def room(self, depth: int) -> int:
+        """How many more jobs it may be given."""
+        if self.state != "ready" or self._pinned or self._process.over or self._process.cause:
+            return 0
+        if self.turns and self.turns[0] is self._speaker:
+            return 0
+        left = depth
+        if self._settings.recycle_after:
+            left = min(left, self._settings.recycle_after - self.count)
+        return left - len(self.turns)
 
     def take(self, turn: Turn) -> None:
         """Have it do a job; `send` sends all that it was given since the last time."""
         self.taken += 1
-        self._number += 1
-        turn.number, turn.runner = self._number, self
+        turn.runner = self
         idle = not self.turns
         if idle:
-            self._close_between()
+            self._between.close()
             self._watch()
         self.turns.append(turn)
         if idle or not self.asks:
             turn.begin()
-        data = frame(turn.number, turn.job, limit(turn.job, self._settings.retry))
-        turn.size = len(data)
-        self._unsent[turn.number] = memoryview(data)
-        if self.asks:
-            self._permits.add(turn.number)
+        self._inbox.put(turn, limit(turn.job, self._settings.retry))
+
+    def send(self) -> None:
+        """Send what it was given."""
+        self._inbox.send()
 
     def take_back(self) -> list[Turn]:
         """The jobs behind the first that it has not begun, and will not."""
-        if not self.asks or len(self.turns) < 2:
+        if len(self.turns) < 2:
             return []
-        unbegun = self._permits.take_back()
-        first = self.turns[0]
-        if first.number in unbegun:
-            unbegun.remove(first.number)
-            self._permits.add(first.number)
-            self.send()
-        back = [turn for turn in self.turns if turn.number in unbegun]
-        for turn in back:
-            # Of a frame that is in the pipe in part, the rest has to follow.
-            if len(self._unsent.get(turn.number, b"")) == turn.size:
-                del self._unsent[turn.number]
-        self.turns = deque(turn for turn in self.turns if turn.number not in unbegun)
+        back = self._inbox.take_back(list(itertools.islice(self.turns, 1, None)))
+        for _ in back:
+            self.turns.pop()
         self.taken -= len(back)
         return back
 
@@ -232,9 +180,6 @@ class Runner:
         self._pinned = False
 
     # What it does.
-
-    def _late(self) -> None:
-        self._unfit(f"not ready within {self._settings.start_timeout:g} s")
 
     def _unfit(self, text: str) -> None:
         """It does not become ready. Those who wait need not wait for its end as well."""
@@ -288,10 +233,10 @@ class Runner:
             case Ready() if self.state == "starting":
                 self._starting.cancel()
                 self.state = "ready"
-                self._close_between()
+                self._between.close()
                 self._pool.ready(self)
             case Unfit() if self.state == "starting":
-                self._unfit(_safe(message.text))
+                self._unfit(reports.safe(message.text))
             case Ready():
                 if self.count or self.turns:
                     raise Broken("ready again")
@@ -308,8 +253,8 @@ class Runner:
         seconds = time.monotonic() - turn.began
         if self.asks and self.turns and not answer.last:
             self.turns[0].begin()
-            self._permits.send()
-        turn.end(self._report(answer))
+            self._inbox.send_permits()
+        turn.end(reports.answered(answer, self._process.cause))
         if answer.last:
             self._gave_up = True
             self.leave("last")
@@ -319,10 +264,10 @@ class Runner:
             self._pool.returned(list(back))
             self._pool.hand_out()
         elif self.state == "ready":
-            limit = self._settings.recycle_after
-            if limit and self.count >= limit:
+            most, memory = self._settings.recycle_after, self._settings.memory_limit
+            if most and self.count >= most:
                 self.leave("recycle_after")
-            elif self._settings.memory_limit and self._resident() > self._settings.memory_limit:
+            elif memory and self._process.resident() > memory:
                 self.leave("memory_limit")
                 self._pool.returned(self.take_back())
                 self._pool.hand_out()
@@ -331,45 +276,22 @@ class Runner:
         if self.state == "leaving" and not self.turns:
             self._hang_up()
 
-    def _report(self, answer: Answer) -> Report:
-        """What an answer means. A job that was told to end, and is done all the same, is done."""
-        if answer.outcome is not Outcome.DONE and self._process.cause in _CAUSES:
-            outcome, reason = _CAUSES[self._process.cause]
-        elif answer.outcome is Outcome.FAILED:
-            outcome, reason = answer.outcome, "error" if answer.retry_after is None else "retry"
-        else:
-            outcome = answer.outcome
-            reason = "rejected" if outcome is Outcome.REJECTED else ""
-        return Report(
-            outcome,
-            reason,
-            error=_safe(answer.error),
-            output=answer.output,
-            retry_after=answer.retry_after,
-            note=_safe(answer.note),
-        )
-
-    def room(self, depth: int) -> int:
-        """How many more jobs it may be given."""
-        if self.state != "ready" or self._pinned or self._process.over or self._process.cause:
-            return 0
-        if self.turns and self.turns[0] is self._speaker:
-            return 0
-        left = depth
-        if self._settings.recycle_after:
-            left = min(left, self._settings.recycle_after - self.count)
-        return left - len(self.turns)
+    def _hang_up(self) -> None:
+        """End of file: it leaves by itself, or is told to after ``kill_grace``."""
+        if not self._inbox.closed:
+            self._inbox.close()
+            grace = self._settings.kill_grace
+            self._process.end_after(grace, "leave", grace)
 
     def _over(self, status: int) -> None:
         """The process has ended, and what it printed has been read."""
-        with contextlib.suppress(BlockingIOError):
-            while data := os.read(self._answers, _CHUNK):
-                self._parse(data)
+        self._listen()
+        exit_status, signal = reports.ending(status)
         if self.state == "starting":
-            end = f"ended with {_ending(status)} before it was ready"
-            self._unfit(self._fault or self._said(end))
+            end = f"ended with {signal or f'status {exit_status}'} before it was ready"
+            self._unfit(self._fault or "\n".join(filter(None, (end, self._between.stderr))))
         if self._fault or not (self.state == "leaving" or self._process.cause):
-            log.warning("child ended", child=self.pid, **_facts(status))
+            log.warning("child ended", child=self.pid, exit_status=exit_status, signal=signal)
         self.state = "ended"
         self._starting.cancel()
         if self._timer:
@@ -377,11 +299,12 @@ class Runner:
         self._loop.remove_reader(self._answers)
         os.close(self._answers)
         begun, unbegun = self._divide()
-        self._hang_up()
-        self._close_between()
+        self._inbox.close()
+        self._between.close()
         self.taken -= len(unbegun)
         for turn in begun:
-            turn.end(self._crash(turn, status))
+            error = "\n".join(filter(None, (self._fault, turn.said.stderr)))
+            turn.end(reports.unanswered(status, self._process.cause, error))
         self.turns.clear()
         self._pool.ended(self, unbegun)
 
@@ -391,105 +314,34 @@ class Runner:
         if not turns:
             return [], []
         if self.asks:
-            unbegun = self._permits.take_back()
-            begun = [turn for turn in turns if turn.number not in unbegun]
-            return begun, turns[len(begun) :]
+            unbegun = self._inbox.take_back(turns)
+            return turns[: len(turns) - len(unbegun)], unbegun
         if self._process.cause == "drain":
             return turns, []  # nobody waits any more for those that it has not begun
         if self._gave_up:
             return [], turns
         # What it was sent and never read, it never looked at.
-        unread = self._unread() >= sum(turn.size for turn in turns)
+        unread = self._inbox.unread() >= sum(turn.size for turn in turns)
         if unread and self._process.cause != "timeout":
             return [], turns
         return turns[:1], turns[1:]
 
-    def _unread(self) -> int:
-        """How many bytes of what it was to be sent it never read."""
-        count = fcntl.ioctl(self._frames, termios.FIONREAD, struct.pack("i", 0))
-        return sum(map(len, self._unsent.values())) + int(struct.unpack("i", count)[0])
-
-    def _crash(self, turn: Turn, status: int) -> Report:
-        outcome, reason = _CAUSES.get(self._process.cause, (Outcome.FAILED, "crashed"))
-        return Report(
-            outcome,
-            reason,
-            **_facts(status),
-            error="\n".join(filter(None, (self._fault, turn.stderr))),
-        )
-
-    def _said(self, text: str) -> str:
-        """This text, and the end of what it wrote to standard error without a job."""
-        output = self._between.get("stderr")
-        return "\n".join(filter(None, (text, log.text_lines(output.tail) if output else "")))
-
     # What it prints.
 
     def _printed(self, stream: str, data: bytes) -> None:
-        if self.turns:
-            self.turns[0].printed(stream, data)
-            return
-        output = self._between.get(stream)
-        if output is None:
-            output = self._between[stream] = Output(stream, "info", self._lines, ERROR_LIMIT)
-        self._context.run(output.feed, data)
+        said = self.turns[0].said if self.turns else self._between
+        said.printed(stream, data)
 
     def _recorded(self, record: Record) -> None:
         if self.turns:
-            self.turns[0].recorded(record)
+            self.turns[0].said.recorded(record)
         else:
+            # At once: nobody knows when the next job comes.
             records = Records(self._lines)
             records.add(record.level, record.logger, record.text)
             records.close()
 
-    def _close_between(self) -> None:
-        for output in self._between.values():
-            self._context.run(output.close)
-        self._between.clear()
-
-    # What it is sent.
-
-    def send(self) -> None:
-        """Write as far as the pipe takes it; a process that does not read holds nobody up."""
-        if self._frames < 0:
-            return
-        self._pool.before_sending()
-        if self.asks:
-            self._permits.send()
-        try:
-            while self._unsent:
-                pieces = list(itertools.islice(self._unsent.items(), _MOST_PIECES))
-                sent = os.writev(self._frames, [piece for _, piece in pieces])
-                for number, piece in pieces:
-                    if sent < len(piece):
-                        self._unsent[number] = piece[sent:]
-                        break
-                    sent -= len(piece)
-                    del self._unsent[number]
-        except BlockingIOError:
-            self._loop.add_writer(self._frames, self.send)
-            self._is_full = True
-            return
-        except BrokenPipeError:
-            pass  # it has ended, which will be told soon
-        if self._is_full:
-            self._is_full = False
-            self._loop.remove_writer(self._frames)
-
-    def _hang_up(self) -> None:
-        """End of file: it leaves by itself, or is told to after ``kill_grace``."""
-        if self._frames < 0:
-            return
-        self._loop.remove_writer(self._frames)
-        os.close(self._frames)
-        self._frames = -1
-        if self.asks:
-            self._permits.close()
-        if self.state != "ended":
-            grace = self._settings.kill_grace
-            self._process.end_after(grace, "leave", grace)
-
-    # Time and memory.
+    # Time.
 
     def _watch(self) -> None:
         """The first of its jobs has its time from now on."""
@@ -509,14 +361,6 @@ class Runner:
         if self.turns and self._timer is None:
             self._timer = self._loop.call_at(self._deadline, self._look)
 
-    def _resident(self) -> int:
-        """The memory that it has in use (proc(5), statm), in bytes."""
-        try:
-            with open(f"/proc/{self.pid}/statm", "rb", buffering=0) as file:
-                return int(file.read().split()[1]) * _PAGE_SIZE
-        except OSError:
-            return 0
-
 
 def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
     """A pipe: the end to read and the end to write, each closed by its stack."""
@@ -524,21 +368,3 @@ def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[i
     reader.callback(os.close, read)
     writer.callback(os.close, write)
     return read, write
-
-
-def _safe(text: str) -> str:
-    """The text without what could forge or hide something; its lines stay, and its end."""
-    return "\n".join(map(log.safe, text[-_LONGEST_TEXT:].split("\n"))) if text else ""
-
-
-class _Facts(TypedDict, total=False):
-    exit_status: int
-    signal: str
-
-
-def _facts(status: int) -> _Facts:
-    return {"exit_status": status} if status >= 0 else {"signal": signal_name(-status)}
-
-
-def _ending(status: int) -> str:
-    return f"status {status}" if status >= 0 else signal_name(-status)

@@ -8,17 +8,12 @@ import itertools
 import time
 from typing import TYPE_CHECKING
 
-from workerd import log
-from workerd.handlers.output import Output, Records
-from workerd.handlers.protocol import Record
+from workerd.handlers.output import Transcript
 from workerd.handling import MayBegin, Started
 from workerd.job import Job, Report
 
 if TYPE_CHECKING:
     from workerd.handlers.runner import Runner
-
-#: The end of stderr that a dead letter carries, in bytes.
-ERROR_LIMIT = 8192
 
 _arrivals = itertools.count()
 
@@ -44,8 +39,7 @@ class Turn:
         # What the job says is logged with the fields of whoever waits for it.
         self._context = contextvars.copy_context()
         self._lines = lines
-        self._outputs: dict[str, Output] = {}
-        self._records: Records | None = None
+        self._said: Transcript | None = None
 
     def begin(self) -> None:
         """Its process comes to it; told once, even if another gets it after that one."""
@@ -55,28 +49,16 @@ class Turn:
             assert self.runner is not None
             self._context.run(started, self.runner.pid)
 
-    def printed(self, stream: str, data: bytes) -> None:
-        output = self._outputs.get(stream)
-        if output is None:
-            keep = ERROR_LIMIT if stream == "stderr" else 0
-            output = self._outputs[stream] = Output(stream, "info", self._lines, keep)
-        self._context.run(output.feed, data)
-
-    def recorded(self, record: Record) -> None:
-        if self._records is None:
-            self._records = Records(self._lines)
-        self._context.run(self._records.add, record.level, record.logger, record.text)
+    @property
+    def said(self) -> Transcript:
+        """What it has said so far: of most jobs, nothing."""
+        if self._said is None:
+            self._said = Transcript(self._context, self._lines)
+        return self._said
 
     def end(self, report: Report) -> None:
         """Tell whoever waits for it. All that it has printed is in the log then."""
-        for said in (*self._outputs.values(), self._records):
-            if said is not None:
-                self._context.run(said.close)
+        if self._said is not None:
+            self._said.close()
         if not self.report.done():
             self.report.set_result(report)
-
-    @property
-    def stderr(self) -> str:
-        """The end of what it wrote to standard error."""
-        output = self._outputs.get("stderr")
-        return log.text_lines(output.tail) if output else ""

@@ -311,18 +311,21 @@ class WarmHandler:
     # What the processes tell.
 
     def ready(self, runner: Runner) -> None:
+        """It takes jobs."""
         log.debug("child ready", child=runner.pid)
         self._starts.ready(runner)
         self.hand_out()
         self._dismiss_idle()
 
     def unfit(self, runner: Runner, text: str) -> None:
+        """It never came so far, or ended before it did anything."""
         self._runners.remove(runner)
         self._leaving.add(runner)
         self._starts.failed("cannot-start", text, self._runners)
         self.hand_out()
 
     def free(self, runner: Runner, seconds: float) -> None:
+        """It has done a job in this time, and could take another."""
         self._starts.works(runner)
         self._learn(seconds)
         if self._waiting or not runner.turns:
@@ -331,10 +334,12 @@ class WarmHandler:
             runner.leave("retired")
 
     def returned(self, turns: list[Turn]) -> None:
+        """Their process does not come to these, and another may have them."""
         if turns:
             self._line_up(turns)
 
     def leaves(self, runner: Runner, reason: str) -> None:
+        """It takes no further job; what it has it will still do."""
         log.debug(
             "child leaves",
             handler=self.settings.name,
@@ -349,6 +354,7 @@ class WarmHandler:
         self._replace()
 
     def ended(self, runner: Runner, unbegun: list[Turn]) -> None:
+        """It is over; these jobs were in its pipe, and it never came to them."""
         self._leaving.discard(runner)
         vacant = runner in self._runners or self._starts.paused
         if runner.count:
