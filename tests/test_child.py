@@ -486,6 +486,8 @@ def test_a_forked_copy_dies_of_sigterm_even_when_it_cannot_run_a_handler(tmp_pat
             signal.sigwait([signal.SIGUSR1])  # whatever else comes is not looked at
         while not os.path.exists("blocked"):
             pass
+        while open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "S":
+            pass
         os.kill(pid, signal.SIGTERM)
         return os.waitpid(pid, 0)[1]
     """

@@ -79,8 +79,6 @@ class Runner:
         self._between = Transcript(contextvars.copy_context(), lines)
         #: What it did against the protocol.
         self._fault = ""
-        #: It has said that it takes no job after the one that it answered.
-        self._gave_up = False
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
@@ -256,7 +254,6 @@ class Runner:
             self._inbox.send_permits()
         turn.end(reports.answered(answer, self._process.cause))
         if answer.last:
-            self._gave_up = True
             self.leave("last")
             # It may take its time to end.
             back, self.turns = self.turns, deque()
@@ -318,8 +315,6 @@ class Runner:
             return turns[: len(turns) - len(unbegun)], unbegun
         if self._process.cause == "drain":
             return turns, []  # nobody waits any more for those that it has not begun
-        if self._gave_up:
-            return [], turns
         # What it was sent and never read, it never looked at.
         unread = self._inbox.unread() >= sum(turn.size for turn in turns)
         if unread and self._process.cause != "timeout":
