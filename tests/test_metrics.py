@@ -132,7 +132,7 @@ def test_each_attempt_is_counted_once_by_what_became_of_it(
 def test_an_interrupted_job_is_returned_and_a_submitted_one_counted(
     broker: Broker, client: Client, daemon: Start, oracle: Oracle
 ) -> None:
-    text = config(broker.url, oracle.command(), worker={"drain_timeout": "60s"}, queues={"jobs": {}})
+    text = config(broker.url, oracle.command(), worker={"drain_timeout": "1h"}, queues={"jobs": {}})
     worker = begin(daemon, text)
     oracle.hold("a")
     oracle.hold("b")
