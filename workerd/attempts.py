@@ -41,16 +41,13 @@ class Attempts:
         """Give the job to its handler, if there is one that may have it, and log what it made."""
         worker, job = self._worker, run.job
         came = time.monotonic()
-        has_started = False
         progress = self.progress[run] = Progress(asyncio.get_running_loop().create_future())
         if run.withdrawn or worker.drain.interrupt.done():
             progress.end()
 
         def started(pid: int) -> None:
-            nonlocal has_started
-            has_started = True
-            worker.ledger.begins(run)
             progress.began, progress.pid = time.monotonic(), pid
+            worker.ledger.begins(run)
             worker.figures.began(run, time.time())
             alone = True if worker.ledger.slots.is_alone(run) else None
             routine = worker.settings.log.routine
@@ -70,9 +67,10 @@ class Attempts:
         except BadJob as bad:
             report = Report(Outcome.REJECTED, bad.reason, error=str(bad), ran=False)
         except Exception:  # noqa: BLE001 - whatever a handler does, the job is not lost
-            outcome = Outcome.FAILED if has_started else Outcome.UNAVAILABLE
+            ran = progress.began is not None
+            outcome = Outcome.FAILED if ran else Outcome.UNAVAILABLE
             error = traceback.format_exc().rstrip()
-            report = Report(outcome, "bug", error=error, ran=has_started)
+            report = Report(outcome, "bug", error=error, ran=ran)
         finally:
             del self.progress[run]
         if report.outcome is Outcome.UNAVAILABLE:
@@ -95,6 +93,24 @@ class Attempts:
                 progress.end()
                 ended.append(run)
         return ended
+
+    def withdraw(self, channel: int) -> None:
+        """What came on this channel and has not begun does not begin: others may get it now."""
+        worker = self._worker
+        runs = [
+            run for run in worker.ledger.unbegun if run.delivery and run.delivery.channel == channel
+        ]
+        for run in runs:
+            run.withdrawn = True
+        if runs:
+            # Some may have begun, and the daemon not know it yet: those go on.
+            worker.register.recall()
+        for run in runs:
+            progress = self.progress.get(run)
+            if run.begun:
+                run.withdrawn = False
+            elif progress:
+                progress.end()
 
     # Handlers, and what keeps them from their work.
 

@@ -249,40 +249,21 @@ class Worker:
                 self._close_retired()
 
     def lost(self, channel: Channel) -> None:
-        self._interrupt_unbegun(channel)
+        self.attempts.withdraw(channel.serial)
         in_order = channel.ended_in_order and not self.ledger.holds(channel.serial)
         (self.ledger.closed if in_order else self.ledger.lost)(channel.serial)
         self.channels.pop(channel.serial, None)
         self._retiring.discard(channel)
         self._start_more()  # one that had to run alone first may be gone
 
-    def _interrupt_unbegun(self, channel: Channel) -> None:
-        """What came on this channel and has not begun does not begin: others may get it now."""
-        runs = [
-            run
-            for run in self.ledger.unbegun
-            if run.delivery and run.delivery.channel == channel.serial
-        ]
-        for run in runs:
-            run.withdrawn = True
-        if runs:
-            # Some may have begun, and the daemon not know it yet: those go on.
-            self.register.recall()
-        for run in runs:
-            progress = self.attempts.progress.get(run)
-            if run.begun:
-                run.withdrawn = False
-            elif progress:
-                progress.end()
-
     def retired(self, channel: Channel) -> None:
-        self._interrupt_unbegun(channel)
+        self.attempts.withdraw(channel.serial)
         # A delivery so old was taken back by the broker: never settle it here again.
         stale_before = asyncio.get_running_loop().time() - 0.95 * self.consumer.ack_timeout
         self._leave(channel, self.ledger.retired(channel.serial, stale_before))
 
     def detached(self, channel: Channel) -> None:
-        self._interrupt_unbegun(channel)
+        self.attempts.withdraw(channel.serial)
         self._leave(channel, self.ledger.detached(channel.serial))
 
     def _leave(self, channel: Channel, unstarted: Iterable[Delivery]) -> None:
