@@ -129,7 +129,7 @@ def test_each_attempt_is_counted_once_by_what_became_of_it(
     assert value(found, "queue_dead_messages", queue="jobs") is not None
 
 
-def test_an_interrupted_job_is_returned_and_a_submitted_one_counted(
+def test_submitted_jobs_are_counted_and_a_drain_is_shown(
     broker: Broker, client: Client, daemon: Start, oracle: Oracle
 ) -> None:
     text = config(broker.url, oracle.command(), worker={"drain_timeout": "1h"}, queues={"jobs": {}})

@@ -25,7 +25,8 @@ below them:
     status      what an operator is told; tally: how jobs ended of late; depths: what waits
     consumer    the consuming connection, a channel for each queue; declarations: the queues
     outbox      copies that the broker must take: next attempts, dead letters
-    control     the local socket, which holds up no job; answers: what is said on it
+    control     the local socket, which holds up no job; client, peer: who asks
+    answers     what is said there
     submissions jobs that come over it
     readings    what it says of itself in numbers
     cancellations    jobs that are refused when they come

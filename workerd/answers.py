@@ -11,12 +11,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from workerd import __version__, log
-from workerd.control import Answer, Peer, Request, member_of
+from workerd.client import Answer, Request
 from workerd.depths import Depths
 from workerd.errors import Refused, Trouble
 from workerd.exits import EX_NOPERM, EX_UNAVAILABLE, EX_USAGE
 from workerd.job import Run, submitter
 from workerd.order import is_short_text
+from workerd.peer import Peer, member_of
 from workerd.readings import at_broker, in_hand, readings
 from workerd.submissions import accept
 from workerd.wording import did_you_mean

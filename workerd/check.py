@@ -4,7 +4,6 @@ Checking a Python function imports the application's code, so the command line c
 `drop_to_service_user` first.
 """
 
-import grp
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path, PurePath
 from workerd.handlers.program import clean_environment
 from workerd.handlers.warm import CHILD
 from workerd.options import Handler, Settings
+from workerd.peer import group_id
 from workerd.template import Template
 from workerd.trust import service_account, writable_by_others
 from workerd.units import format_duration
@@ -31,7 +31,7 @@ def check(settings: Settings, environ: Environ = os.environ) -> list[str]:
     """Every problem that shows without a broker, one line each."""
     problems = []
     operators = settings.control.operators
-    if operators is not None and not _group_exists(operators):
+    if operators is not None and group_id(operators) is None:
         where = settings.where("control", "operators")
         problems.append(f"{where}: there is no group {toml(operators)}: groupadd {operators}")
     problems += _unreadable_password(settings)
@@ -223,11 +223,3 @@ def _outlasts_the_broker(settings: Settings, handler: Handler) -> str:
         "the broker would take the job back while it runs; shorten it, or raise RabbitMQ's "
         "consumer_timeout and set ack_timeout to the same"
     )
-
-
-def _group_exists(name: str) -> bool:
-    try:
-        grp.getgrnam(name)
-    except KeyError:
-        return False
-    return True

@@ -8,7 +8,7 @@ import platform
 from typing import TYPE_CHECKING
 
 from workerd import __version__, log, topology
-from workerd.control import Answer
+from workerd.client import Answer
 from workerd.figures import OUTCOMES, UNKNOWN, Histogram
 
 if TYPE_CHECKING:

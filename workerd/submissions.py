@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from workerd import log, times, topology
 from workerd.ask import Elsewhere
-from workerd.control import Answer, Peer, Request
+from workerd.client import Answer, Request
 from workerd.errors import Kind, Refused, Trouble
 from workerd.exits import EX_DATAERR, EX_UNAVAILABLE
 from workerd.job import SUBMITTER, Message
 from workerd.jobspec import JobSpec
 from workerd.order import Order, explained, is_short_text, marked, order
+from workerd.peer import Peer
 from workerd.retry import backoff
 
 if TYPE_CHECKING:
