@@ -22,7 +22,7 @@ sys.path[:0] = filter(
 
 from tests.harness import processes, system  # noqa: E402
 from tests.harness.amqp import Client  # noqa: E402
-from tests.harness.broker import Broker  # noqa: E402
+from tests.harness.broker import Broker, SharedBroker  # noqa: E402
 from tests.harness.daemon import Daemon  # noqa: E402
 from tests.harness.journald import Journald  # noqa: E402
 from tests.harness.network import Network  # noqa: E402
@@ -66,13 +66,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
-        if fixtures & {"broker", "own_broker"}:
+        if fixtures & {"shared_broker", "own_broker"}:
             item.add_marker("broker")
         if "network" in fixtures:
             item.add_marker("network")
         if "machine" in fixtures:
             item.add_marker("system")
-        if not fixtures & {"broker", "own_broker", "network", "daemon", "machine"}:
+        if not fixtures & {"shared_broker", "own_broker", "network", "daemon", "machine"}:
             item.add_marker("pure")
 
 
@@ -100,40 +100,9 @@ def testify(request: pytest.FixtureRequest) -> Callable[[str, Callable[[], str]]
     return lambda title, tell: told.append((title, tell))
 
 
-class SharedBroker:
-    """The broker of the test run. A test that leaves it unfit has the next one get a new one."""
-
-    def __init__(self, folders: pytest.TempPathFactory) -> None:
-        self._folders = folders
-        self._broker: Broker | None = None
-
-    def ready(self) -> Broker:
-        if self._broker is None:
-            folder = self._folders.mktemp("rabbitmq")
-            self._broker = Broker(folder, VERSION)
-            self._broker.start()
-        self._broker.fresh_vhost()
-        return self._broker
-
-    def check(self) -> None:
-        """Undo what a test may do, or give the broker up."""
-        assert self._broker is not None
-        broker = self._broker
-        if not broker.running or broker.damaged or not broker.recovers():
-            self.close()
-        else:
-            broker.clear_memory_alarm()
-            broker.clear_disk_alarm()
-
-    def close(self) -> None:
-        if self._broker is not None:
-            self._broker.close()
-        self._broker = None
-
-
 @pytest.fixture(scope="session")
 def shared_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedBroker]:
-    shared = SharedBroker(tmp_path_factory)
+    shared = SharedBroker(VERSION, lambda: tmp_path_factory.mktemp("rabbitmq"))
     yield shared
     shared.close()
 

@@ -5,6 +5,7 @@ through its command line, its signals, its log, its notify socket and its queues
 
     waiting     the one scale of every time limit, and `until`
     processes   starting servers that cannot outlive the test run; finding what a daemon left behind
+    ports       ports that no other test takes meanwhile
     broker      a private RabbitMQ, to be stopped, killed, frozen and started again
     trixie      a Debian 13 root folder, which holds the newer RabbitMQ
     amqp        publishing and reading as a test does

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import secrets
 import shutil
@@ -12,12 +11,13 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from . import network, processes, trixie
 from .clock import Clock
+from .ports import Port
 from .processes import MissingTool
 from .waiting import SCALE, TIMEOUT, until
 
@@ -79,8 +79,10 @@ class Broker:
             # The timeout is looked at once per tick, which is a minute by default.
             self._config["channel_tick_interval"] = "1000"
         self._cookie = secrets.token_hex(16)
-        ports = _free_ports(4)
-        self.port, self.amqps_port, self._dist_port, self._epmd_port = ports
+        self._ports = [Port() for _ in range(4)]
+        self.port, self.amqps_port, self._dist_port, self._epmd_port = (
+            port.number for port in self._ports
+        )
         if tls is not None:
             self._config["ssl_listeners"] = f"[{{{json.dumps(address)}, {self.amqps_port}}}]"
             self._config["ssl_options"] = tls
@@ -156,11 +158,13 @@ class Broker:
         self._frozen = False
 
     def close(self) -> None:
-        """End everything at once; the data folder stays."""
+        """End everything at once, for good; the data folder stays."""
         for process in (self._process, self._epmd):
             if process is not None:
                 processes.end(process)
         self._process = self._epmd = self.pid = None
+        for port in self._ports:
+            port.close()
 
     # Its control
 
@@ -463,6 +467,43 @@ class Broker:
         self._frozen = False
 
 
+class SharedBroker:
+    """The broker of a test run. A test that leaves it unfit has the next one get a new one."""
+
+    def __init__(self, version: str, new_folder: Callable[[], Path]) -> None:
+        self._version = version
+        self._new_folder = new_folder
+        self._broker: Broker | None = None
+
+    def ready(self) -> Broker:
+        """The running broker, with a virtual host of the test's own in use."""
+        try:
+            if self._broker is None:
+                self._broker = Broker(self._new_folder(), self._version)
+                self._broker.start()
+            self._broker.fresh_vhost()
+        except BaseException:
+            # One that does not start or has died fails this test, and not all that follow.
+            self.close()
+            raise
+        return self._broker
+
+    def check(self) -> None:
+        """Undo what a test may do, or give the broker up."""
+        assert self._broker is not None
+        broker = self._broker
+        if not broker.running or broker.damaged or not broker.recovers():
+            self.close()
+        else:
+            broker.clear_memory_alarm()
+            broker.clear_disk_alarm()
+
+    def close(self) -> None:
+        if self._broker is not None:
+            self._broker.close()
+        self._broker = None
+
+
 def _installed(version: str) -> tuple[Path | None, Path]:
     """Where RabbitMQ `version` is: the root folder to enter, if any, and the server's folder."""
     for tool in ("setpriv", "epmd", "erl_call"):
@@ -495,18 +536,3 @@ def _needed_applications(plugins: Path) -> list[Path]:
         if described:
             pending += re.findall(r"[a-z]\w*", re.sub("%.*", "", described[1]))
     return list(needed.values())
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports nobody listens on, below the range that the kernel gives to outgoing connections."""
-    found: list[int] = []
-    while len(found) < count:
-        port = random.randrange(10_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-        if port not in found:
-            found.append(port)
-    return found

@@ -14,6 +14,7 @@ import time
 from typing import Literal
 from urllib.parse import urlsplit
 
+from .ports import Port
 from .waiting import until
 
 Direction = Literal["to_broker", "to_daemon"]
@@ -33,15 +34,15 @@ class Wire:
         self._ends: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._is_cut = False
-        self._listener = _listen(0)
-        self.port: int = self._listener.getsockname()[1]
+        self._port = Port()
+        self._listener = _listen(self._port.number)
         self.release()
         self._accept_in_background()
 
     @property
     def url(self) -> str:
         user = self._parts.netloc.rpartition("@")[0]
-        return self._parts._replace(netloc=f"{user}@127.0.0.1:{self.port}").geturl()
+        return self._parts._replace(netloc=f"{user}@127.0.0.1:{self._port.number}").geturl()
 
     def connections(self) -> int:
         """How many connections go through it."""
@@ -76,7 +77,7 @@ class Wire:
     def mend(self) -> None:
         """Take connections again after a `cut`."""
         self._is_cut = False
-        self._listener = _listen(self.port)
+        self._listener = _listen(self._port.number)
         self._accept_in_background()
 
     def break_connections(self) -> None:
@@ -93,6 +94,7 @@ class Wire:
             self.break_connections()
         else:
             self.cut()
+        self._port.close()
 
     def _accept_in_background(self) -> None:
         thread = threading.Thread(target=self._accept, args=[self._listener], daemon=True)
