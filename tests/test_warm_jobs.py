@@ -350,6 +350,20 @@ def test_a_lost_connection_gives_what_lies_in_the_pipe_to_whoever_gets_it_next(
     broker.await_depth("default")
 
 
+def test_a_consumer_that_the_broker_cancels_begins_nothing_of_what_lies_in_the_pipe(
+    broker: Broker, client: Client, daemon: Start, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    worker = with_jobs_ahead(Subject(daemon, broker, tmp_path), client, gate)
+    broker.await_depth("default", unacked=9)
+    client.channel.queue_delete("default")
+    worker.wait_event("interrupted", reason="not begun")
+    gate.touch()
+    worker.wait_event("done", job_id="long")
+    assert worker.stop() == 0
+    assert not [entry for entry in worker.events("start") if entry["job_id"].isdigit()]
+
+
 def test_an_operators_pause_gives_back_what_lies_in_the_pipe(
     broker: Broker, client: Client, daemon: Start, tmp_path: Path
 ) -> None:
