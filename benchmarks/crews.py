@@ -75,33 +75,52 @@ def configuration(
     return private(rig.turn_folder, text)
 
 
-def run_workerd(rig: Rig, file: Path, queue: str = QUEUE) -> Crew:
-    """An instance, when it consumes `queue`."""
+def run_workerd(rig: Rig, file: Path, queue: str = QUEUE, instances: int = 1) -> Crew:
+    """So many instances, when all of them consume `queue`."""
     command: list[str | Path] = [sys.executable, "-m", "workerd", "run", "--config", file]
-    crew = Crew(rig, [command], rig.environment())
-    crew.await_consumers(1, queue)
+    commands = [[*command, "--instance", str(number)] for number in range(1, instances + 1)]
+    crew = Crew(rig, commands, rig.environment())
+    crew.await_consumers(instances, queue)
     return crew
 
 
-def workerd_python(setting: str, queue: Table, handler: Table) -> Worker:
+def workerd_python(prefetch: int = 0, instances: int = 1) -> Worker:
+    """`prefetch` is that of all instances together; 0: its default, and that of all the rest."""
+    processes = PROCESSES // instances
+    setting = f"{processes} process{'es' if processes > 1 else ''}"
+    queue: Table = {}
+    quick: Table = {}
+    if prefetch:
+        queue = {"concurrency": processes, "prefetch": prefetch // instances}
+        quick = {"recycle_after": 0}
+        setting += f", prefetch {queue['prefetch']}"
+
     def start(rig: Rig, job: str) -> Crew:
-        python = {
-            "python": f"{APPS}workerd_jobs:{job}",
-            "queue": QUEUE,
-            "processes": PROCESSES,
-            **handler,
-        }
-        return run_workerd(rig, configuration(rig, queue=queue, handlers={job: python}))
+        python = f"{APPS}workerd_jobs:{job}"
+        handler = {"python": python, "queue": QUEUE, "processes": processes, **quick}
+        file = configuration(rig, queue=queue, handlers={job: handler})
+        return run_workerd(rig, file, instances=instances)
 
-    return Worker("workerd", setting, start, _workerd_messages)
+    return _workerd(instances, setting, start)
 
 
-def workerd_commands(setting: str, queue: Table) -> Worker:
+def workerd_commands(prefetch: int = COMMANDS, instances: int = 1) -> Worker:
+    """`prefetch` is that of all instances together."""
+    queue = {"concurrency": COMMANDS // instances, "prefetch": prefetch // instances}
+
     def start(rig: Rig, job: str) -> Crew:
         command = {"command": PROGRAMS[job], "queue": QUEUE}
-        return run_workerd(rig, configuration(rig, queue=queue, handlers={job: command}))
+        file = configuration(rig, queue=queue, handlers={job: command})
+        return run_workerd(rig, file, instances=instances)
 
-    return Worker("workerd", setting, start, _workerd_messages)
+    setting = f"{queue['concurrency']} at once, prefetch {queue['prefetch']}"
+    return _workerd(instances, setting, start)
+
+
+def _workerd(instances: int, setting: str, start: Callable[[Rig, str], Crew]) -> Worker:
+    if instances == 1:
+        return Worker("workerd", setting, start, _workerd_messages)
+    return Worker(f"workerd, {instances} instances", f"each {setting}", start, _workerd_messages)
 
 
 def _workerd_messages(_rig: Rig, job: str, count: int) -> list[Message]:
@@ -138,19 +157,15 @@ def dramatiq(setting: str, *, threads: int, prefetch: int = 0) -> Worker:
     )
 
 
-def celery(setting: str, *, multiplier: int = 4, solo: bool = False) -> Worker:
-    """Its pool of two processes; or, `solo`, two workers without a pool."""
-
+def celery(setting: str, *, multiplier: int) -> Worker:
     def start(rig: Rig, _job: str) -> Crew:
         command = [sys.executable, "-m", "celery"]
         command += ["-A", APPS + "celery_app", "worker"]
         command += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
-        commands = [[*command, "--pool", "prefork", "--concurrency", str(PROCESSES)]]
-        if solo:
-            commands = [[*command, "--pool", "solo", "-n", f"{n}@%h"] for n in range(PROCESSES)]
+        command += ["--pool", "prefork", "--concurrency", str(PROCESSES)]
         environment = rig.environment(BENCHMARK_PREFETCH=str(multiplier))
-        crew = Crew(rig, commands, environment)
-        crew.await_consumers(len(commands))
+        crew = Crew(rig, [command], environment)
+        crew.await_consumers(1)
         return crew
 
     return Worker("celery", setting, start, lambda rig, job, n: rig.encoded("celery_app", job, n))

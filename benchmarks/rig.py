@@ -75,10 +75,11 @@ class Rig:
 
     def begin_turn(self) -> None:
         """A fresh virtual host and a fresh folder; the broker is back if a turn has lost it."""
+        self._turns += 1
         if not self.broker.running:
             self.broker.close()
+            self.broker = Broker(self.folder / f"rabbitmq-{self._turns}", self.broker.version)
             self.broker.start()
-        self._turns += 1
         self.turn_folder.mkdir()
         self.broker.fresh_vhost()
 

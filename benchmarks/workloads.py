@@ -112,7 +112,7 @@ def check(rig: Rig, crew: Crew, worker: Worker, job: str, jobs: int) -> None:
     if job == "noop":
         ran = len(rig.noted())
         assert ran == jobs, f"{jobs} jobs, of which {ran} ran:\n{crew.tail()}"
-    elif worker.name == "workerd":
+    elif worker.name.startswith("workerd"):
         done = crew.log.read_bytes().count(b'"event": "done"')
         assert done == jobs, f"{jobs} jobs, of which {done} are done:\n{crew.tail()}"
 
@@ -332,14 +332,8 @@ def backlog(worker: Worker) -> Contender:
 
 
 #: Python jobs: as many processes for everybody, and what each of them needs to be quick.
-WORKERD = tuple(
-    crews.workerd_python(
-        f"concurrency 2, prefetch {prefetch}",
-        {"concurrency": 2, "prefetch": prefetch},
-        {"recycle_after": 0},
-    )
-    for prefetch in (64, 128, 256)
-)
+WORKERD = tuple(crews.workerd_python(prefetch) for prefetch in (64, 128, 256))
+WORKERD_TWICE = tuple(crews.workerd_python(prefetch, instances=2) for prefetch in (64, 128, 256))
 DRAMATIQ = (
     crews.dramatiq("8 threads, prefetch 16: its defaults", threads=8),
     crews.dramatiq("1 thread, prefetch 128", threads=1, prefetch=128),
@@ -353,18 +347,13 @@ CELERY = (
     crews.celery("prefetch multiplier 256", multiplier=256),
 )
 #: Commands: four at once; what is prefetched waits in the daemon.
-COMMAND = tuple(
-    crews.workerd_commands(
-        f"concurrency {COMMANDS}, prefetch {prefetch}",
-        {"concurrency": COMMANDS, "prefetch": prefetch},
-    )
-    for prefetch in (4, 16, 64)
-)
+COMMAND = tuple(crews.workerd_commands(prefetch) for prefetch in (4, 16, 64))
+COMMAND_TWICE = tuple(crews.workerd_commands(prefetch, instances=2) for prefetch in (4, 16, 64))
 PIKA = crews.plain_pika("2 processes, prefetch 64", prefetch=64)
 
 # Few jobs and none: everybody's defaults.
-WORKERD_DEFAULT = crews.workerd_python("2 processes", {}, {})
-WORKERD_COMMANDS = crews.workerd_commands("4 at once", {"concurrency": COMMANDS})
+WORKERD_DEFAULT = crews.workerd_python()
+WORKERD_COMMANDS = crews.workerd_commands()
 DRAMATIQ_DEFAULT = crews.dramatiq("2 processes, 8 threads", threads=8)
 DRAMATIQ_SMALL = crews.dramatiq("2 processes, 1 thread", threads=1)
 CELERY_DEFAULT = crews.celery("2 processes", multiplier=4)
@@ -384,14 +373,17 @@ WORKLOADS = (
         (RATE_OF_JOBS,),
         (
             many(WORKERD, "noop", 20_000, 500),
+            many(WORKERD_TWICE, "noop", 20_000, 500),
             many(DRAMATIQ, "noop", 20_000, 500),
             many(CELERY, "noop", 20_000, 500),
             throughput(PIKA, "noop", 20_000, 500),
         ),
         (
-            Aim("rate", "workerd", 1.2, "dramatiq"),
-            Aim("rate", "workerd", 5.0, "celery"),
-            Aim("rate", "workerd", 0.75, "pika"),
+            *(
+                Aim("rate", who, factor, against)
+                for who in (WORKERD[0].name, WORKERD_TWICE[0].name)
+                for factor, against in ((1.2, "dramatiq"), (5.0, "celery"), (0.75, "pika"))
+            ),
         ),
     ),
     Workload(
@@ -400,12 +392,16 @@ WORKLOADS = (
         (RATE_OF_JOBS,),
         (
             many(COMMAND, "read", 3_000, 100),
+            many(COMMAND_TWICE, "read", 3_000, 100),
             throughput(crews.amqp_consume("4 processes, -p 1"), "read", 3_000, 100),
             spawned(3_000),
         ),
         (
-            Aim("rate", "workerd", 1.15, "amqp-consume"),
-            Aim("rate", "workerd", 0.85, "posix_spawn"),
+            *(
+                Aim("rate", who, factor, against)
+                for who in (COMMAND[0].name, COMMAND_TWICE[0].name)
+                for factor, against in ((1.15, "amqp-consume"), (0.85, "posix_spawn"))
+            ),
         ),
     ),
     Workload(
