@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import time
 import traceback
@@ -41,7 +40,7 @@ class Attempts:
         """Give the job to its handler, if there is one that may have it, and log what it made."""
         worker, job = self._worker, run.job
         came = time.monotonic()
-        progress = self.progress[run] = Progress(asyncio.get_running_loop().create_future())
+        progress = self.progress[run] = Progress(worker.loop.create_future())
         if run.withdrawn or worker.drain.interrupt.done():
             progress.end()
 

@@ -77,9 +77,19 @@ def _key(message: Message, queue: str, spent: int) -> bytes:
     sender sets anew for each message, so that fewer twins look alike, the mark of a copy,
     and that of a dead letter, which RabbitMQ's own tools move back as it is.
     """
-    marks = tuple(message.headers.get(mark) for mark in (REPLAY, LAST_FAILURE, COPY))
-    facts = (queue, message.message_id, spent, *marks, message.type, message.timestamp)
-    digest = hashlib.blake2b(repr((*facts, message.correlation_id)).encode(), digest_size=16)
+    mark = message.headers.get
+    facts = (
+        queue,
+        message.message_id,
+        spent,
+        mark(REPLAY),
+        mark(LAST_FAILURE),
+        mark(COPY),
+        message.type,
+        message.timestamp,
+        message.correlation_id,
+    )
+    digest = hashlib.blake2b(repr(facts).encode(), digest_size=16)
     digest.update(message.body)
     return digest.digest()
 

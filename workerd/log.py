@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 LEVELS = {"debug": 7, "info": 6, "warning": 4, "error": 3}
 Level = Literal["debug", "info", "warning", "error"]
@@ -211,20 +211,21 @@ def _json_line(record: Record) -> str:
     # Put together by hand, which takes half as long as having the whole encoded.
     when, level, name, fields = record
     facts = [
-        f', "{key}": {_json_value(value)}' for key, value in fields.items() if value is not None
+        f', "{key}": {_JSON.get(type(value), _json_other)(value)}'
+        for key, value in fields.items()
+        if value is not None
     ]
     start = f'{{"time": "{_stamp(when)}", "level": "{level}", "event": {_json_string(name)}'
     return f"{start}{''.join(facts)}}}"
 
 
-def _json_value(value: object) -> str:
-    if isinstance(value, str):
-        return _json_string(value)
-    return str(value) if type(value) is int else _json_other(value)
-
-
 _json_string = json.encoder.encode_basestring_ascii
 _json_other = json.JSONEncoder(default=str).encode
+_JSON: dict[type, Callable[[Any], str]] = {
+    str: _json_string,
+    int: int.__repr__,
+    bool: {False: "false", True: "true"}.__getitem__,
+}
 
 
 def console(fd: int) -> Write:

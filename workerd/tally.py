@@ -85,9 +85,10 @@ class Tally:
 
     def _advance(self, now: float) -> None:
         step = int(now // STEP)
-        missing = min(step - self._step, KEPT + 1)
-        self._steps.extend([0, 0] for _ in range(missing))
-        self._step = max(step, self._step)
+        if step > self._step:
+            missing = min(step - self._step, KEPT + 1)
+            self._steps.extend([0, 0] for _ in range(missing))
+            self._step = step
 
 
 def _last_line(text: str) -> str:

@@ -68,6 +68,8 @@ class Worker:
         self._retiring: set[Channel] = set()
         #: Set whenever something happened that somebody may be waiting for.
         self._happened = asyncio.Event()
+        #: Asking for it takes a system call (Python up to 3.11), at several steps of each job.
+        self.loop = asyncio.get_running_loop()
         self._performing: set[asyncio.Task[None]] = set()
         self._starting: asyncio.Handle | None = None
 
@@ -230,7 +232,7 @@ class Worker:
         configured = self.settings.queues.get(queue)
         default = configured.default_handler if configured else None
         job = decode(incoming.message, queue, incoming.redelivered, default, time.time())
-        now = asyncio.get_running_loop().time()
+        now = self.loop.time()
         delivery = Delivery(channel.serial, incoming.tag, now, job, delayed=source.due)
         self._act(self.ledger.delivered(delivery))
         self.changed()
@@ -259,7 +261,7 @@ class Worker:
     def retired(self, channel: Channel) -> None:
         self.attempts.withdraw(channel.serial)
         # A delivery so old was taken back by the broker: never settle it here again.
-        stale_before = asyncio.get_running_loop().time() - 0.95 * self.consumer.ack_timeout
+        stale_before = self.loop.time() - 0.95 * self.consumer.ack_timeout
         self._leave(channel, self.ledger.retired(channel.serial, stale_before))
 
     def detached(self, channel: Channel) -> None:
@@ -293,20 +295,22 @@ class Worker:
             await self._happened.wait()
 
     def _begin(self, run: Run) -> None:
-        # Not in the group, which takes as long to keep a task as the loop to run it.
-        task = asyncio.get_running_loop().create_task(self.perform(run))
-        self._performing.add(task)
-        task.add_done_callback(self._performed)
+        async def guarded() -> None:
+            try:
+                await self.perform(run)
+            except Exception as bug:  # noqa: BLE001 - of workerd: it is to end the daemon
+                self._tasks.create_task(_raise(bug), name="bug")
+            finally:
+                self._performing.discard(task)
 
-    def _performed(self, task: asyncio.Task[None]) -> None:
-        self._performing.discard(task)
-        if not task.cancelled() and (bug := task.exception()):
-            self._tasks.create_task(_raise(bug), name="bug")
+        # Not in the group, which takes as long to keep a task as the loop to run it.
+        task = self.loop.create_task(guarded())
+        self._performing.add(task)
 
     def _start_more(self) -> None:
         """Start what may start now: once for all that ends in this turn of the loop."""
         if self._starting is None:
-            self._starting = asyncio.get_running_loop().call_soon(self._start_all)
+            self._starting = self.loop.call_soon(self._start_all)
 
     def _start_all(self) -> None:
         self._starting = None
@@ -337,7 +341,7 @@ class Worker:
         while True:
             await self.until(lambda: bool(self.ledger.held))
             await asyncio.sleep(LOOK_INTERVAL)
-            for decision in self.ledger.look_again(asyncio.get_running_loop().time()):
+            for decision in self.ledger.look_again(self.loop.time()):
                 self._act(decision)
 
     async def _watch_memory(self) -> None:

@@ -11,6 +11,9 @@ from workerd.job import Outcome, Report
 #: Of what a process says of itself or of a job, in characters.
 _LONGEST_TEXT = 16 * 1024
 
+#: What most jobs have to say.
+_DONE = Report(Outcome.DONE)
+
 #: What becomes of the job of a process that was told to end.
 _CAUSES = {
     "drain": (Outcome.INTERRUPTED, "drain"),
@@ -20,6 +23,8 @@ _CAUSES = {
 
 def answered(answer: Answer, cause: str) -> Report:
     """A job that was told to end, for this ``cause``, and is done all the same, is done."""
+    if answer.outcome is Outcome.DONE and not (answer.output or answer.error or answer.note):
+        return _DONE
     if answer.outcome is not Outcome.DONE and cause in _CAUSES:
         outcome, reason = _CAUSES[cause]
     elif answer.outcome is Outcome.FAILED:
