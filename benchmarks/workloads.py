@@ -505,6 +505,6 @@ WORKLOADS = (
         ),
         (backlog(WORKERD[-1]),),
         (Aim("speed", "workerd", 0.9), Aim("growth", "workerd", 1.1)),
-        rounds_at_most=1,
+        rounds_at_most=3,
     ),
 )
