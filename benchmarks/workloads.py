@@ -378,12 +378,10 @@ WORKLOADS = (
             many(CELERY, "noop", 20_000, 500),
             throughput(PIKA, "noop", 20_000, 500),
         ),
-        (
-            *(
-                Aim("rate", who, factor, against)
-                for who in (WORKERD[0].name, WORKERD_TWICE[0].name)
-                for factor, against in ((1.2, "dramatiq"), (5.0, "celery"), (0.75, "pika"))
-            ),
+        tuple(
+            Aim("rate", who, factor, against)
+            for who in (WORKERD[0].name, WORKERD_TWICE[0].name)
+            for factor, against in ((1.2, "dramatiq"), (5.0, "celery"), (0.75, "pika"))
         ),
     ),
     Workload(
@@ -396,12 +394,10 @@ WORKLOADS = (
             throughput(crews.amqp_consume("4 processes, -p 1"), "read", 3_000, 100),
             spawned(3_000),
         ),
-        (
-            *(
-                Aim("rate", who, factor, against)
-                for who in (COMMAND[0].name, COMMAND_TWICE[0].name)
-                for factor, against in ((1.15, "amqp-consume"), (0.85, "posix_spawn"))
-            ),
+        tuple(
+            Aim("rate", who, factor, against)
+            for who in (COMMAND[0].name, COMMAND_TWICE[0].name)
+            for factor, against in ((1.15, "amqp-consume"), (0.85, "posix_spawn"))
         ),
     ),
     Workload(

@@ -39,7 +39,7 @@ class Subject:
 
     def __init__(self, daemon: Start, broker: Broker, folder: Path) -> None:
         self._daemon = daemon
-        self._url = broker.url
+        self.broker = broker
         self.folder = folder
         (folder / "app.py").write_text(APP)
 
@@ -51,7 +51,7 @@ class Subject:
         **handlers: dict[str, Any],
     ) -> str:
         tables: dict[str, dict[str, Any]] = {
-            "broker": {"urls": [self._url], "reconnect_max": "500ms"},
+            "broker": {"urls": [self.broker.url], "reconnect_max": "500ms"},
             "worker": worker or {},
             "log": {"level": "debug", "format": "json"},
             "queues.default": {"concurrency": 4, **(queue or {})},
@@ -269,6 +269,7 @@ def with_jobs_ahead(subject: Subject, client: Client, gate: Path, count: int = 8
     for number in range(count):
         client.publish("default", b"0", type="function", message_id=str(number))
     worker.wait_event("output", stream="stdout", job_id="long")
+    subject.broker.await_depth("default", unacked=1 + count)
     return worker
 
 
@@ -284,7 +285,6 @@ def test_what_lies_in_the_pipe_of_a_process_goes_back_in_a_drain_at_once_and_in_
 ) -> None:
     gate = tmp_path / "gate"
     worker = with_jobs_ahead(Subject(daemon, broker, tmp_path), client, gate, 20)
-    broker.await_depth("default", unacked=21)
     worker.signal(signal.SIGTERM)
     client.await_ready("default", 20)
     gate.touch()
@@ -301,7 +301,6 @@ def test_what_lies_in_the_pipe_of_a_process_when_the_daemon_is_killed_has_spent_
     gate = tmp_path / "gate"
     subject = Subject(daemon, broker, tmp_path)
     worker = with_jobs_ahead(subject, client, gate)
-    broker.await_depth("default", unacked=9)
     worker.kill()
     gate.touch()
     again = subject.start(**AHEAD)
@@ -341,7 +340,6 @@ def test_a_lost_connection_gives_what_lies_in_the_pipe_to_whoever_gets_it_next(
 ) -> None:
     gate = tmp_path / "gate"
     worker = with_jobs_ahead(Subject(daemon, broker, tmp_path), client, gate)
-    broker.await_depth("default", unacked=9)
     broker.close_all_connections()
     worker.wait_event("interrupted", reason="not begun")
     worker.wait_event("rejoined", job_id="long")
@@ -355,7 +353,6 @@ def test_a_consumer_that_the_broker_cancels_begins_nothing_of_what_lies_in_the_p
 ) -> None:
     gate = tmp_path / "gate"
     worker = with_jobs_ahead(Subject(daemon, broker, tmp_path), client, gate)
-    broker.await_depth("default", unacked=9)
     client.channel.queue_delete("default")
     worker.wait_event("interrupted", reason="not begun")
     gate.touch()
@@ -369,7 +366,6 @@ def test_an_operators_pause_gives_back_what_lies_in_the_pipe(
 ) -> None:
     gate = tmp_path / "gate"
     worker = with_jobs_ahead(Subject(daemon, broker, tmp_path), client, gate)
-    broker.await_depth("default", unacked=9)
     call(worker, "pause")
     client.await_ready("default", 8)
     gate.touch()
@@ -443,7 +439,6 @@ def test_no_more_jobs_of_a_queue_run_at_once_when_its_handler_has_those_of_anoth
         worker.wait_event("output", stream="stdout", job_id=f"long {queue}")
     for number in range(8):
         client.publish("default", b"0", type="function", message_id=str(number))
-    broker.await_depth("default", unacked=9)
     gates["other"].touch()
     worker.wait_event("done", job_id="long other")
     # Whatever it had in its pipe would come before this one.
