@@ -15,7 +15,8 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
-from workerd import __version__, cli  # noqa: E402
+from workerd import __version__  # noqa: E402
+from workerd.cli import main as commands  # noqa: E402
 
 PAGES = (
     *("workerd.8", "submit.1", "workerd.toml.5"),
@@ -24,7 +25,7 @@ PAGES = (
 
 
 def main(folder: Path) -> None:
-    daemon, submit = cli.parser(), cli.submit_parser()
+    daemon, submit = commands.parser(), commands.submit_parser()
     docs, units = CHECKOUT / "docs", CHECKOUT / "packaging/systemd"
     for page, about, body in (
         ("workerd.8", "a worker daemon for RabbitMQ", of_commands(daemon)),

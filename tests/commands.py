@@ -24,12 +24,12 @@ from typing import Any, TypeVar
 from tests.harness import processes
 from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import TIMEOUT, until
-from workerd import log
-from workerd.decoding import decode
+from workerd import log, log_formats
+from workerd.config.model import Handler
+from workerd.core.decode import decode
+from workerd.core.job import BadJob, Job, Message, Outcome, Report
 from workerd.handlers.command import CommandHandler
 from workerd.handlers.guardian import Guardian
-from workerd.job import BadJob, Job, Message, Outcome, Report
-from workerd.settings import Handler
 
 T = TypeVar("T")
 
@@ -136,7 +136,7 @@ def logged() -> Iterator[list[dict[str, Any]]]:
     """The events that are logged meanwhile."""
     events: list[dict[str, Any]] = []
 
-    def keep(*records: log.Record) -> Sequence[log.Record]:
+    def keep(*records: log_formats.Record) -> Sequence[log_formats.Record]:
         for _when, level, name, fields in records:
             events.append({"event": name, "level": level, **fields})
         return ()

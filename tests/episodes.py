@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import product
 
-from workerd.copies import Place, another_go, dead_letter
-from workerd.decoding import decode
-from workerd.job import ATTEMPT, COPY, REPLAY, Delivery, Message, Outcome, Report, Run
-from workerd.ledger import Ledger, Rejoined, Settle
-from workerd.retry import Verdict
+from workerd.core.decode import decode
+from workerd.core.job import ATTEMPT, COPY, REPLAY, Delivery, Message, Outcome, Report, Run
+from workerd.core.ledger import Ledger, Rejoined, Settle
+from workerd.core.republish import Place, another_go, dead_letter
+from workerd.core.retry import Verdict
 
 CONCURRENCY = {"narrow": 1, "wide": 2}
 PREFETCH = 3

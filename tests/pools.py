@@ -20,10 +20,10 @@ from tests import commands
 from tests.commands import ENVIRONMENT, Ran, in_loop, job, unguarded
 from tests.harness import processes
 from tests.harness.waiting import TIMEOUT
-from workerd import log
-from workerd.handlers.warm import WarmHandler
-from workerd.job import Job, Report
-from workerd.options import Handler
+from workerd import log, log_formats
+from workerd.config.model import Handler
+from workerd.core.job import Job, Report
+from workerd.handlers.warm.pool import WarmHandler
 
 __all__ = ["Warm", "do", "do_all", "in_loop", "job", "logged", "pool", "python", "sh"]
 
@@ -74,7 +74,7 @@ class Warm(WarmHandler):
 @contextlib.contextmanager
 def logged() -> Iterator[list[dict[str, Any]]]:
     """The events that are logged meanwhile, however unimportant."""
-    threshold, log._log.threshold = log._log.threshold, log.LEVELS["debug"]
+    threshold, log._log.threshold = log._log.threshold, log_formats.LEVELS["debug"]
     try:
         with commands.logged() as events:
             yield events
@@ -88,7 +88,7 @@ async def pool(
     *,
     environ: Mapping[str, str] = ENVIRONMENT,
     output_lines: int = 1000,
-    level: log.Level = "debug",
+    level: log_formats.Level = "debug",
     depth: int = 1,
 ) -> AsyncIterator[Warm]:
     warm = Warm(settings, environ, output_lines, unguarded, level, depth)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from workerd.copies import Place
-from workerd.job import Message, Outcome, Report
+from workerd.core.job import Message, Outcome, Report
+from workerd.core.republish import Place
 
 MESSAGE = Message(
     b"body",

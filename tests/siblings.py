@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from workerd.decoding import decode
-from workerd.job import Delivery, Message, Run
-from workerd.journal import HostMemory
-from workerd.ledger import PATIENCE, Ledger, Rejoined, Settle
-from workerd.retry import Verdict
+from workerd.core.decode import decode
+from workerd.core.job import Delivery, Message, Run
+from workerd.core.ledger import PATIENCE, Ledger, Rejoined, Settle
+from workerd.core.retry import Verdict
+from workerd.runlog.writer import HostMemory
 
 CONCURRENCY = 2
 PREFETCH = 3

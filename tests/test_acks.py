@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
 from tests.harness.waiting import TIMEOUT
-from workerd import options
-from workerd.broker import Channel, Incoming, Link
 from workerd.broker.acks import Acks
-from workerd.url import BrokerURL
+from workerd.broker.channel import Channel
+from workerd.broker.codec import Incoming
+from workerd.broker.connection import Link
+from workerd.config import model
+from workerd.config.url import BrokerURL
 
 pytestmark = pytest.mark.pika
 
@@ -107,7 +109,7 @@ def settling(broker: Broker, queue: str, count: int, order: Iterable[tuple[str, 
     happened: list[str] = []
 
     async def settle() -> None:
-        link = await Link.open(BrokerURL.parse(broker.url), options.Broker(), "test", {})
+        link = await Link.open(BrokerURL.parse(broker.url), model.Broker(), "test", {})
         channel = await link.channel()
         channel.before_acks = lambda: happened.append("before")
         came: list[int] = []

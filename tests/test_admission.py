@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from workerd.admission import admit
-from workerd.decoding import decode
-from workerd.job import ATTEMPT, DELIVERY_COUNT, EXPIRES, MAX_ATTEMPTS, BadJob, Job, Message
-from workerd.options import Handler, Queue, Retry, Settings
+from workerd.config.model import Handler, Queue, Retry, Settings
+from workerd.core.admission import admit
+from workerd.core.decode import decode
+from workerd.core.job import ATTEMPT, DELIVERY_COUNT, EXPIRES, MAX_ATTEMPTS, BadJob, Job, Message
 
 NOW = 1_800_000_000.0
 RESIZE = Handler("resize", ("true",), max_body=4, retry=Retry(attempts=3, max_attempts=6))

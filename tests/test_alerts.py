@@ -14,7 +14,7 @@ import pytest
 from tests.harness.processes import MissingTool
 from tests.harness.trixie import CHECKOUT
 from tests.test_figures import state
-from workerd import exposition
+from workerd.cli import prometheus
 
 ALERTS = CHECKOUT / "docs/alerts.yml"
 METRICS = CHECKOUT / "docs/metrics.md"
@@ -31,7 +31,7 @@ def promtool(*arguments: str | Path, stdin: bytes = b"") -> tuple[int, str]:
 
 def names() -> set[str]:
     """Every metric that there is, by its name in the text."""
-    text = exposition.text(lambda: [state(), everything()]).decode()
+    text = prometheus.text(lambda: [state(), everything()]).decode()
     return set(re.findall(r"^# TYPE (\S+) ", text, re.MULTILINE))
 
 
@@ -60,7 +60,7 @@ def test_no_query_asks_for_a_metric_that_is_not_there(page: Path) -> None:
 
 
 def test_prometheus_finds_no_fault_in_the_text() -> None:
-    text = exposition.text(lambda: [state(), everything()])
+    text = prometheus.text(lambda: [state(), everything()])
     assert promtool("check", "metrics", stdin=text) == (0, "")
 
 

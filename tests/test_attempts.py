@@ -11,12 +11,12 @@ import pytest
 from tests.commands import in_loop
 from tests.pools import logged
 from tests.samples import MESSAGE, PLACE
-from workerd.decoding import decode
-from workerd.handling import MayBegin, Started
-from workerd.job import Delivery, Job, Outcome, Report, Run
-from workerd.options import Handler, Queue, Settings
-from workerd.options import Worker as Options
-from workerd.worker import Worker
+from workerd.config.model import Handler, Queue, Settings
+from workerd.config.model import Worker as Options
+from workerd.core.decode import decode
+from workerd.core.handler import MayBegin, Started
+from workerd.core.job import Delivery, Job, Outcome, Report, Run
+from workerd.worker.worker import Worker
 
 pytestmark = pytest.mark.pure
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from workerd.cancellations import KEPT, MOST, SKEW, Cancellations
-from workerd.decoding import decode
+from workerd.core.cancellations import KEPT, MOST, SKEW, Cancellations
+from workerd.core.decode import decode
+from workerd.core.job import COPY, REPLAY, SUBMITTER, BadJob, Job, Message
 from workerd.ids import made_at, new_id
-from workerd.job import COPY, REPLAY, SUBMITTER, BadJob, Job, Message
 
 #: When the job is cancelled, in seconds since 1970.
 THEN = 1_700_000_000.0

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
-from workerd import check as module
-from workerd.check import check, drop_to_service_user, find_program, untrusted_programs
-from workerd.options import Broker, Control, Handler, Settings
+from workerd.check import programs
+from workerd.check.offline import check
+from workerd.check.programs import find_program, untrusted_programs
+from workerd.config import permissions
+from workerd.config.model import Broker, Control, Handler, Settings
+from workerd.config.permissions import drop_to_service_user
 
 PATH = {"PATH": os.defpath}
 
@@ -145,7 +148,7 @@ def test_the_group_of_operators_has_to_exist() -> None:
 @pytest.fixture
 def application(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # Whoever owns the interpreter that runs the tests, it will do.
-    monkeypatch.setattr(module, "writable_by_others", lambda path: None)
+    monkeypatch.setattr(programs, "writable_by_others", lambda path: None)
     (tmp_path / "jobs.py").write_text(
         "import os, sys\n"
         "class Photo:\n"
@@ -199,7 +202,7 @@ def test_an_import_that_never_ends_is_cut_short(
     application: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (application / "hangs.py").write_text("import threading\nthreading.Event().wait()\n")
-    monkeypatch.setattr(module, "IMPORT_TIMEOUT", 0.2)
+    monkeypatch.setattr(programs, "IMPORT_TIMEOUT", 0.2)
     (problem,) = function(application, "hangs:f")
     assert "took longer than 200ms" in problem
 
@@ -216,7 +219,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(os, "getgrouplist", lambda name, group: [group, 7])
     monkeypatch.setenv("HOME", "/root")
     account = pwd.struct_passwd(("workerd", "x", 990, 991, "", "/var/lib/workerd", "/bin/false"))
-    monkeypatch.setattr(module, "service_account", lambda: account)
+    monkeypatch.setattr(permissions, "service_account", lambda: account)
     return made
 
 
@@ -241,6 +244,6 @@ def test_root_stays_root_on_a_host_without_the_service_user(
     calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(module, "service_account", lambda: None)
+    monkeypatch.setattr(permissions, "service_account", lambda: None)
     drop_to_service_user()
     assert calls == []

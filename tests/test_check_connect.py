@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.harness.broker import Broker
-from workerd.connect import check_broker
-from workerd.settings import Settings, load
+from workerd.check.broker import check_broker
+from workerd.config.load import load
+from workerd.config.model import Settings
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import pytest
 from tests.commands import Ran, open_descriptors
 from tests.harness.trixie import CHECKOUT
 from tests.pools import do, do_all, job, python
+from workerd.core.job import Outcome
 from workerd.handlers import child
-from workerd.handlers.warm import CHILD
-from workerd.job import Outcome
+from workerd.handlers.warm.pool import CHILD
 
 BASE = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from tests.harness.octets import array, field, long_string, packed, table
 from workerd.broker.codec import Timestamp, message_of, properties_of
-from workerd.copies import portable_headers
-from workerd.job import UNREADABLE, Message
+from workerd.core.job import UNREADABLE, Message
+from workerd.core.republish import portable_headers
 
 pytestmark = pytest.mark.pika
 

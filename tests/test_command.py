@@ -22,7 +22,7 @@ from tests.commands import (
     run,
     run_one,
 )
-from workerd.job import Job, Outcome, Report
+from workerd.core.job import Job, Outcome, Report
 
 
 def arguments(*templates: str, job: Job, **options: Any) -> list[bytes]:

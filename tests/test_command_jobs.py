@@ -21,7 +21,7 @@ from tests.harness.amqp import Client
 from tests.harness.broker import Broker
 from tests.harness.daemon import Daemon
 from tests.harness.waiting import until
-from workerd import log
+from workerd import log_formats
 
 Start = Callable[..., Daemon]
 
@@ -355,8 +355,13 @@ def digest(*texts: str) -> str:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_id_can_forge_a_field_or_a_line_in_any_format(text: str, tmp_path: Path) -> None:
     record = (0.0, "warning", "failed", {"job_id": text, "job_type": text, "error": text})
-    output = (0.0, "info", "output", {"job_id": text, "stream": "stdout", "text": log.safe(text)})
-    for write in (log.console, log.prefixed, log.json_lines):
+    output = (
+        0.0,
+        "info",
+        "output",
+        {"job_id": text, "stream": "stdout", "text": log_formats.safe(text)},
+    )
+    for write in (log_formats.console, log_formats.prefixed, log_formats.json_lines):
         for entry in (record, output):
             (tmp_path / "log").write_bytes(b"")
             with (tmp_path / "log").open("wb") as file:
@@ -367,11 +372,11 @@ def test_no_id_can_forge_a_field_or_a_line_in_any_format(text: str, tmp_path: Pa
             assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", written)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journald:
         journald.bind(str(tmp_path / "journald"))
-        log.journal(str(tmp_path / "journald"), log.console(2))(record)
+        log_formats.journal(str(tmp_path / "journald"), log_formats.console(2))(record)
         fields = parse_journal(journald.recv(1 << 20))
     assert fields == {
-        "MESSAGE": log._plain(record),
-        "MESSAGE_ID": log.message_id("failed"),
+        "MESSAGE": log_formats._plain(record),
+        "MESSAGE_ID": log_formats.message_id("failed"),
         "PRIORITY": "4",
         "SYSLOG_IDENTIFIER": "workerd",
         "WORKERD_EVENT": "failed",

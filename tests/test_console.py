@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from workerd import log
+from workerd import log_formats
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from workerd import log
 )
 def test_a_field_is_escaped_once(value: str, shown: str) -> None:
     reader, writer = os.pipe()
-    log.console(writer)((0.0, "info", "failed", {"error": value}))
+    log_formats.console(writer)((0.0, "info", "failed", {"error": value}))
     line = os.read(reader, 4096).decode()
     os.close(reader)
     os.close(writer)

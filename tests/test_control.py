@@ -25,7 +25,7 @@ from tests.harness.programs import Program, run
 from tests.harness.tables import config
 from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import SCALE, until
-from workerd.client import IDLE
+from workerd.control.session import IDLE
 
 StartDaemon = Callable[..., Daemon]
 KEPT = 65536

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from tests.samples import FAILED, MESSAGE, NOW, PLACE
 from workerd.broker.codec import properties_of
-from workerd.copies import Place, another_go, dead_letter, portable_headers
-from workerd.decoding import decode
-from workerd.job import (
+from workerd.core.decode import decode
+from workerd.core.job import (
     ATTEMPT,
     COPY,
     EXPIRES,
@@ -28,6 +27,7 @@ from workerd.job import (
     Outcome,
     Report,
 )
+from workerd.core.republish import Place, another_go, dead_letter, portable_headers
 
 # Headers that may be published again.
 

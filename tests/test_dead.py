@@ -25,11 +25,11 @@ from tests.harness.daemon import Daemon
 from tests.harness.tables import config
 from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import TIMEOUT, until
-from workerd.dead import opened
-from workerd.job import UNREADABLE, Message
-from workerd.letters import Filter, Irreplaceable, Letter, renewed, replayed, stamp
-from workerd.settings import load
-from workerd.sheets import everything, row, sheet
+from workerd.config.load import load
+from workerd.core.job import UNREADABLE, Message
+from workerd.deadletters.letter import Filter, Irreplaceable, Letter, renewed, replayed, stamp
+from workerd.deadletters.operations import opened
+from workerd.deadletters.render import everything, row, sheet
 
 NOW = 1_800_000_000.0
 OWN = {"x_queue_type": "quorum", "x_delivery_limit": 1_000_000}

@@ -12,8 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.harness.trixie import CHECKOUT
-from workerd.options import Queue
-from workerd.topology import (
+from workerd.config.model import Queue
+from workerd.core.topology import (
     DUE,
     MAX_DELAY,
     UNROUTABLE,

@@ -12,7 +12,7 @@ from tests.harness.broker import Broker
 from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
 from tests.harness.tables import config
-from workerd.job import COPY
+from workerd.core.job import COPY
 
 Start = Callable[..., Daemon]
 

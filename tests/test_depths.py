@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import pytest
 
-from workerd import depths
-from workerd.depths import Depths
 from workerd.errors import Kind, Trouble
+from workerd.worker import queue_depths
+from workerd.worker.queue_depths import Depths
 
 
 class Broker:
@@ -49,7 +49,7 @@ def looks(broker: Broker) -> Depths:
 
 @pytest.fixture
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(depths, "PATIENCE", 0.01)
+    monkeypatch.setattr(queue_depths, "PATIENCE", 0.01)
 
 
 def test_many_who_ask_at_once_cost_one_question() -> None:
@@ -66,7 +66,7 @@ def test_many_who_ask_at_once_cost_one_question() -> None:
 
 def test_a_queue_that_is_missing_is_asked_for_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        monkeypatch.setattr(depths, "FRESH", -1.0)
+        monkeypatch.setattr(queue_depths, "FRESH", -1.0)
         broker = Broker(jobs=3, jobs_due=0)
         looking = looks(broker)
         for _ in range(3):

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.harness.trixie import CHECKOUT
-from workerd.log import message_id
-from workerd.options import TLS, Broker, Control, Handler, Log, Queue, Retry, Worker
-from workerd.schema import Pairs, Section, kinds
+from workerd.config.fields import Pairs, Section, kinds
+from workerd.config.model import TLS, Broker, Control, Handler, Log, Queue, Retry, Worker
+from workerd.log_formats import message_id
 
 DOCS = CHECKOUT / "docs"
 PAGES = [CHECKOUT / "README.md", CHECKOUT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]

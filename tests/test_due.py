@@ -18,7 +18,7 @@ from tests.harness.oracle import Oracle
 from tests.harness.tables import config
 from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import SCALE, SEEDS, TIMEOUT, until
-from workerd.topology import delayed
+from workerd.core.topology import delayed
 
 Start = Callable[..., Daemon]
 

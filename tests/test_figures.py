@@ -9,11 +9,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.samples import MESSAGE, NOW
-from workerd import exposition
-from workerd.decoding import decode
-from workerd.figures import RUN_BOUNDS, UNKNOWN, WAIT_BOUNDS, Figures, Histogram
-from workerd.job import ATTEMPT, REPLAY, Delivery, Job, Message, Run
-from workerd.retry import Verdict
+from workerd.cli import prometheus
+from workerd.core.counters import RUN_BOUNDS, UNKNOWN, WAIT_BOUNDS, Figures, Histogram
+from workerd.core.decode import decode
+from workerd.core.job import ATTEMPT, REPLAY, Delivery, Job, Message, Run
+from workerd.core.retry import Verdict
 
 
 def job(message: Message = MESSAGE, queue: str = "photos") -> Job:
@@ -143,7 +143,7 @@ def state(instance: str = "1", **changes: Any) -> dict[str, Any]:
 
 def samples(*states: dict[str, Any]) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """Every sample of the text, by name and labels."""
-    text = exposition.text(lambda: states).decode()
+    text = prometheus.text(lambda: states).decode()
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.harness.trixie import CHECKOUT
-from workerd import cli, exits
+from workerd import errors
+from workerd.cli import main
 
 DEAD = ("list", "show", "requeue", "drop", "export")
 STEER = ("status", "health", "metrics", "queues", "logs", "cancel", "pause", "resume")
@@ -29,7 +30,7 @@ def shown(
     monkeypatch.setenv("COLUMNS", "80")
     words = request.param.split()
     with pytest.raises(SystemExit) as ended:
-        cli.main([*words, "--help"])
+        main.main([*words, "--help"])
     assert ended.value.code == 0
     return capsys.readouterr().out
 
@@ -49,9 +50,9 @@ def test_every_option_is_explained(shown: str) -> None:
 
 @pytest.mark.parametrize("shown", ["submit"], indirect=True)
 def test_the_help_of_submit_lists_every_exit_status(shown: str) -> None:
-    statuses = {value for name, value in vars(exits).items() if name.startswith("EX_")}
+    statuses = {value for name, value in vars(errors).items() if name.startswith("EX_")}
     # No such letter, a bug, and a daemon of another version, which is not asked a second time.
-    statuses -= {exits.EX_NOINPUT, exits.EX_SOFTWARE, exits.EX_PROTOCOL}
+    statuses -= {errors.EX_NOINPUT, errors.EX_SOFTWARE, errors.EX_PROTOCOL}
     listed = set(map(int, re.findall(r"^  (\d+) ", shown, re.MULTILINE)))
     assert listed == statuses
 
@@ -67,4 +68,4 @@ def test_a_timeout_without_a_unit_counts_seconds(tmp_path: Path) -> None:
 
     well = run("30")
     assert (well.returncode, well.stdout) == (0, "one\n")
-    assert run("soon").returncode == exits.EX_USAGE
+    assert run("soon").returncode == errors.EX_USAGE

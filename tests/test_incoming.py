@@ -17,12 +17,13 @@ from tests.harness.amqp import Client
 from tests.harness.broker import Broker
 from tests.harness.octets import field
 from tests.harness.waiting import TIMEOUT
-from workerd import options
-from workerd.broker import Channel, Incoming, Link
-from workerd.broker.codec import message_of
-from workerd.broker.deliveries import arrival_at
-from workerd.job import UNREADABLE
-from workerd.url import BrokerURL
+from workerd.broker.channel import Channel
+from workerd.broker.codec import Incoming, message_of
+from workerd.broker.connection import Link
+from workerd.broker.frames import arrival_at
+from workerd.config import model
+from workerd.config.url import BrokerURL
+from workerd.core.job import UNREADABLE
 
 pytestmark = pytest.mark.pika
 
@@ -138,7 +139,7 @@ def test_messages_of_all_sizes_come_whole_and_in_order(client: Client, broker: B
         client.publish("mixed", body, message_id=str(number))
 
     async def receive() -> list[tuple[int, object, bytes]]:
-        link = await Link.open(BrokerURL.parse(broker.url), options.Broker(), "test", {})
+        link = await Link.open(BrokerURL.parse(broker.url), model.Broker(), "test", {})
         channel = await link.channel()
         came: list[tuple[int, object, bytes]] = []
         all_came = asyncio.Event()

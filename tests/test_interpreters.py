@@ -11,9 +11,9 @@ import pytest
 
 from tests.harness import pythons
 from tests.pools import do, do_all, job, python
-from workerd.check import check
-from workerd.job import Outcome
-from workerd.options import Settings
+from workerd.check.offline import check
+from workerd.config.model import Settings
+from workerd.core.job import Outcome
 
 CODE = """
 import asyncio, logging, sys
@@ -71,7 +71,7 @@ def test_check_imports_with_the_same_interpreter(
     interpreter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Whoever owns the folders that lead to it.
-    monkeypatch.setattr("workerd.check.writable_by_others", lambda path: None)
+    monkeypatch.setattr("workerd.check.programs.writable_by_others", lambda path: None)
     well = python(tmp_path, CODE, interpreter=interpreter)
     assert check(Settings(handlers={"test": well})) == []
     (problem,) = check(

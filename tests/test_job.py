@@ -11,10 +11,19 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.samples import FAILED, MESSAGE, NOW, PLACE
-from workerd.copies import dead_letter
-from workerd.decoding import decode
+from workerd.core.decode import decode
+from workerd.core.job import (
+    ATTEMPT,
+    COPY,
+    EXPIRES,
+    LAST_FAILURE,
+    REPLAY,
+    UNREADABLE,
+    Message,
+    count,
+)
+from workerd.core.republish import dead_letter
 from workerd.ids import new_id
-from workerd.job import ATTEMPT, COPY, EXPIRES, LAST_FAILURE, REPLAY, UNREADABLE, Message, count
 
 # Decoding.
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.harness.trixie import CHECKOUT
-from workerd.history import END, RECORD, START, History, decode, encode
-from workerd.journal import HostMemory
-from workerd.memory import ALL_CLOSED, GONE, NEVER_SENT, Elsewhere
+from workerd.core.dedup import ALL_CLOSED, GONE, NEVER_SENT, Elsewhere
+from workerd.runlog.reader import History
+from workerd.runlog.records import END, RECORD, START, decode, encode
+from workerd.runlog.writer import HostMemory
 
 HOUR = 3600.0
 SLEEP = bytes(range(16))
@@ -415,7 +416,7 @@ def test_what_another_instance_has_finished_takes_little_memory(
 
 def test_the_lock_of_an_instance_ends_with_its_process(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from workerd.journal import HostMemory;"
+        "import sys; from pathlib import Path; from workerd.runlog.writer import HostMemory;"
         "memory = HostMemory(Path(sys.argv[1]), '1', 3600.0, print);"
         "memory.started(bytes(16), 1); memory.lost(1);"
         "print('ready', flush=True); sys.stdin.read()"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workerd.keys import SIZE, Keys
+from workerd.core.keyset import SIZE, Keys
 
 pytestmark = pytest.mark.pure
 

@@ -52,11 +52,11 @@ def within(name: str, package: str) -> bool:
     ("library", "place"),
     [
         ("pika", "workerd.broker"),
-        ("sdnotify", "workerd.service"),
-        ("daemon", "workerd.service"),
-        ("tomli", "workerd.settings"),
-        ("rich", "workerd.screen"),
-        ("prometheus_client", "workerd.exposition"),
+        ("sdnotify", "workerd.daemon.systemd"),
+        ("daemon", "workerd.daemon.detach"),
+        ("tomli", "workerd.config.load"),
+        ("rich", "workerd.cli.watch"),
+        ("prometheus_client", "workerd.cli.prometheus"),
     ],
 )
 def test_a_library_is_imported_in_one_place(library: str, place: str) -> None:
@@ -85,7 +85,7 @@ def test_imports_go_down_only() -> None:
 
 
 def test_broker_handlers_and_service_know_nothing_of_each_other() -> None:
-    parts = {"workerd.broker", "workerd.handlers", "workerd.service"}
+    parts = {"workerd.broker", "workerd.handlers", "workerd.daemon.systemd"}
     for name in GRAPH:
         for part in parts:
             if within(name, part):
@@ -94,9 +94,11 @@ def test_broker_handlers_and_service_know_nothing_of_each_other() -> None:
 
 
 def test_the_worker_is_given_its_handlers_and_its_host() -> None:
-    used = below("workerd.worker")
-    assert not {n for n in used if within(n, "workerd.handlers") or within(n, "workerd.service")}
+    used = below("workerd.worker.worker")
+    assert not {
+        n for n in used if within(n, "workerd.handlers") or within(n, "workerd.daemon.systemd")
+    }
 
 
 def test_the_daemon_does_without_the_library_for_metrics() -> None:
-    assert "prometheus_client" not in below("workerd.daemon")
+    assert "prometheus_client" not in below("workerd.daemon.main")

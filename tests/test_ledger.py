@@ -11,11 +11,11 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from tests.episodes import STEPS, Episode
-from workerd.decoding import decode
-from workerd.job import ATTEMPT, COPY, REPLAY, Delivery, Message, Run
-from workerd.ledger import Ledger, Rejoined, Settle
-from workerd.memory import Elsewhere, Memory
-from workerd.retry import Verdict
+from workerd.core.decode import decode
+from workerd.core.dedup import Elsewhere, Memory
+from workerd.core.job import ATTEMPT, COPY, REPLAY, Delivery, Message, Run
+from workerd.core.ledger import Ledger, Rejoined, Settle
+from workerd.core.retry import Verdict
 
 NAMED = Message(b"body", message_id="id")
 NAMELESS = Message(b"body")

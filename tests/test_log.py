@@ -22,8 +22,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.harness.waiting import TIMEOUT, until
-from workerd import log
-from workerd.log import Log, Record, Write
+from workerd import log, log_formats
+from workerd.log import Log
+from workerd.log_formats import Record, Write
 
 ToJournal = Callable[..., Write]
 Written = Callable[..., list[str]]
@@ -74,7 +75,7 @@ def a_log() -> Iterator[Begin]:
     """A log whose thread has ended what it writes at the end of the test."""
     logs: list[Log] = []
 
-    def begin(write: Write, level: log.Level = "info") -> Log:
+    def begin(write: Write, level: log_formats.Level = "info") -> Log:
         new = Log()
         new.begin(write, level, "1")
         logs.append(new)
@@ -91,36 +92,36 @@ def a_log() -> Iterator[Begin]:
 @given(st.text())
 @example(EVIL)
 def test_safe_text_is_one_line_without_any_control_character(text: str) -> None:
-    safe = log.safe(text)
+    safe = log_formats.safe(text)
     assert len(safe.splitlines()) <= 1
     assert not re.search("[\0-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", safe)
     safe.encode()
 
 
 def test_safe_text_shows_what_was_there() -> None:
-    assert log.safe("tab\tünïcödé 🎉") == "tab\tünïcödé 🎉"
-    assert log.safe("\x1b[0m\n\r\0\x85\u2028\u202e\udc80") == (
+    assert log_formats.safe("tab\tünïcödé 🎉") == "tab\tünïcödé 🎉"
+    assert log_formats.safe("\x1b[0m\n\r\0\x85\u2028\u202e\udc80") == (
         "\\x1b[0m\\n\\r\\x00\\x85\\u2028\\u202e\\udc80"
     )
 
 
 @given(st.binary())
 def test_any_bytes_become_safe_text(data: bytes) -> None:
-    assert log.text_of(data) == log.safe(log.text_of(data))
-    for line in log.text_lines(data).split("\n"):
-        assert line == log.safe(line)
+    assert log_formats.text_of(data) == log_formats.safe(log_formats.text_of(data))
+    for line in log_formats.text_lines(data).split("\n"):
+        assert line == log_formats.safe(line)
 
 
 def test_bytes_that_are_not_utf8_are_shown() -> None:
-    assert log.text_of(b"a\xff\xc3\xa9\n") == "a\\xff\xe9\\n"
-    assert log.text_lines(b"one\n\x1btwo\n\n") == "one\n\\x1btwo"
+    assert log_formats.text_of(b"a\xff\xc3\xa9\n") == "a\\xff\xe9\\n"
+    assert log_formats.text_lines(b"one\n\x1btwo\n\n") == "one\n\\x1btwo"
 
 
 # The writers.
 
 
 def test_json_is_one_object_a_line(written: Written) -> None:
-    (line,) = written(log.json_lines, record(job_id="a", attempt=2, signal=None))
+    (line,) = written(log_formats.json_lines, record(job_id="a", attempt=2, signal=None))
     assert list(json.loads(line).items()) == [
         ("time", "2026-01-02T03:04:05.678Z"),
         ("level", "info"),
@@ -131,7 +132,7 @@ def test_json_is_one_object_a_line(written: Written) -> None:
 
 
 def test_json_carries_any_text_on_one_line(written: Written) -> None:
-    lines = written(log.json_lines, record(job_id=EVIL), record(path=Path("/x")))
+    lines = written(log_formats.json_lines, record(job_id=EVIL), record(path=Path("/x")))
     assert len(lines) == 2
     assert json.loads(lines[0])["job_id"] == EVIL
     assert json.loads(lines[1])["path"] == "/x"
@@ -140,23 +141,23 @@ def test_json_carries_any_text_on_one_line(written: Written) -> None:
 def test_the_console_shows_time_event_and_fields(written: Written) -> None:
     clock = time.strftime("%H:%M:%S", time.localtime(WHEN)) + ".678"
     assert written(
-        log.console,
+        log_formats.console,
         record(job_id="a", attempt=2, reason="", signal=None, instance="1"),
         record(level="warning", text="no such queue"),
     ) == [f"{clock} done job_id=a attempt=2", f'{clock} warning: done text="no such queue"']
 
 
 def test_a_line_for_stderr_begins_with_its_priority(written: Written) -> None:
-    records = [record(level=level) for level in log.LEVELS]
-    assert written(log.prefixed, *records) == ["<7>done", "<6>done", "<4>done", "<3>done"]
+    records = [record(level=level) for level in log_formats.LEVELS]
+    assert written(log_formats.prefixed, *records) == ["<7>done", "<6>done", "<4>done", "<3>done"]
 
 
 def test_a_jobs_own_output_is_shown_as_it_was_printed(written: Written) -> None:
     output = record("output", job_id="a", stream="stderr", text='he said "hi" x=1', queue="q")
-    assert written(log.prefixed, output) == ['<6>a stderr: he said "hi" x=1']
+    assert written(log_formats.prefixed, output) == ['<6>a stderr: he said "hi" x=1']
 
 
-@pytest.mark.parametrize("writer", [log.console, log.prefixed])
+@pytest.mark.parametrize("writer", [log_formats.console, log_formats.prefixed])
 @pytest.mark.parametrize("value", [EVIL, "a b=c", "a\tb=c", "a\u00a0b=c", 'a" b="c', 'a"', "a=b"])
 def test_a_value_cannot_forge_a_field_or_a_line(writer: Any, value: str, written: Written) -> None:
     (line,) = written(writer, record(job_id=value, queue="q"))
@@ -168,7 +169,9 @@ def test_an_id_cannot_make_a_line_of_output_look_like_an_event(
     written: Written,
 ) -> None:
     forged = "done outcome=done job_id=other"
-    (line,) = written(log.prefixed, record("output", job_id=forged, stream="stdout", text="x"))
+    (line,) = written(
+        log_formats.prefixed, record("output", job_id=forged, stream="stdout", text="x")
+    )
     assert line == f'<6>"{forged}" stdout: x'
 
 
@@ -176,7 +179,7 @@ def test_a_writer_survives_a_descriptor_that_somebody_made_non_blocking() -> Non
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     text = "x" * 300_000
-    thread = threading.Thread(target=log.json_lines(writing), args=(record(text=text),))
+    thread = threading.Thread(target=log_formats.json_lines(writing), args=(record(text=text),))
     thread.start()
     with os.fdopen(reading, "rb") as file:
         assert json.loads(file.readline())["text"] == text
@@ -228,7 +231,7 @@ def to_journal(tmp_path: Path) -> Iterator[ToJournal]:
 
     def make(lost: list[Record] | None = None, timeout: float = TIMEOUT) -> Write:
         undelivered: list[Record] = [] if lost is None else lost
-        write = log.journal(str(tmp_path / "journal"), kept_in(undelivered))
+        write = log_formats.journal(str(tmp_path / "journal"), kept_in(undelivered))
         sockets.append(socket_of(write))
         sockets[-1].settimeout(timeout)
         return write
@@ -249,7 +252,7 @@ def test_a_journal_entry_has_a_field_for_each_fact(journal: Journal, to_journal:
     to_journal()(record("done", "warning", job_id="a", attempt=2, signal=None, instance="1"))
     assert journal.receive() == {
         "MESSAGE": "done job_id=a attempt=2",
-        "MESSAGE_ID": log.message_id("done"),
+        "MESSAGE_ID": log_formats.message_id("done"),
         "PRIORITY": "4",
         "SYSLOG_IDENTIFIER": "workerd",
         "WORKERD_EVENT": "done",
@@ -268,11 +271,11 @@ def test_no_value_can_forge_a_field_of_the_journal(
     to_journal()(record(job_id=text, text=text, queue="q"))
     entry = journal.receive()
     assert entry.pop("MESSAGE").splitlines() == [
-        log._plain(record(job_id=text, text=text, queue="q"))
+        log_formats._plain(record(job_id=text, text=text, queue="q"))
     ]
     shown = text.encode("utf-8", "backslashreplace").decode()
     assert entry == {
-        "MESSAGE_ID": log.message_id("done"),
+        "MESSAGE_ID": log_formats.message_id("done"),
         "PRIORITY": "6",
         "SYSLOG_IDENTIFIER": "workerd",
         "WORKERD_EVENT": "done",
@@ -344,7 +347,7 @@ def test_an_event_that_comes_while_a_batch_is_gathered_does_not_end_the_writing(
 def test_the_level_decides_what_is_written(a_log: Begin) -> None:
     records: list[Record] = []
     new = a_log(kept_in(records), level="warning")
-    for level in log.LEVELS:
+    for level in log_formats.LEVELS:
         new.put(level, level, {})  # type: ignore[arg-type]
     new.flush(TIMEOUT)
     assert [name for _, _, name, _ in records] == ["warning", "error"]
@@ -378,7 +381,7 @@ def test_a_reader_that_is_stuck_holds_up_nobody_and_what_it_misses_is_counted(
 ) -> None:
     monkeypatch.setattr(log, "BACKLOG", 100)
     reading, writing = pipe
-    new = a_log(log.json_lines(writing))
+    new = a_log(log_formats.json_lines(writing))
     new.put("long", "info", {"text": "x" * 1_000_000})
     assert select.select([reading], [], [], TIMEOUT)[0]
     for _ in range(1000):
@@ -395,7 +398,7 @@ def test_a_reader_that_is_stuck_holds_up_nobody_and_what_it_misses_is_counted(
 def test_a_reader_that_went_away_ends_nothing(pipe: tuple[int, int], a_log: Begin) -> None:
     reading, writing = pipe
     os.close(reading)
-    new = a_log(log.json_lines(writing))
+    new = a_log(log_formats.json_lines(writing))
     for _ in range(3):
         new.put("event", "info", {})
     new.flush(TIMEOUT)
@@ -466,7 +469,7 @@ def stderr(tmp_path: Path) -> Iterator[TextIO]:
 
 def test_a_file_or_pipe_gets_json(stderr: TextIO, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", stderr)
-    log.writer("auto")(record())
+    log_formats.writer("auto")(record())
     assert json.loads(Path(stderr.name).read_text())["event"] == "done"
 
 
@@ -474,7 +477,7 @@ def test_a_terminal_gets_the_console_format(monkeypatch: pytest.MonkeyPatch) -> 
     ours, theirs = os.openpty()
     with os.fdopen(ours, "rb") as reading, os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        log.writer("auto")(record(job_id="a"))
+        log_formats.writer("auto")(record(job_id="a"))
         assert reading.readline().endswith(b".678 done job_id=a\r\n")
 
 
@@ -483,7 +486,7 @@ def test_the_style_that_is_asked_for_is_taken(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", stderr)
     for style in ("json", "console"):
-        log.writer(style)(record())
+        log_formats.writer(style)(record())
     one, two = Path(stderr.name).read_text().splitlines()
     assert json.loads(one)["event"] == "done"
     assert two.endswith(".678 done")
@@ -495,8 +498,8 @@ def test_a_stderr_that_is_the_journal_gets_its_own_protocol(
     monkeypatch.setattr(sys, "stderr", stderr)
     status = os.fstat(stderr.fileno())
     monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
-    monkeypatch.setattr(log, "JOURNAL_SOCKET", journal.path)
-    write = log.writer("auto")
+    monkeypatch.setattr(log_formats, "JOURNAL_SOCKET", journal.path)
+    write = log_formats.writer("auto")
     with socket_of(write):
         write(record())
         assert journal.receive()["MESSAGE"] == "done"
@@ -511,5 +514,5 @@ def test_somebody_elses_journal_is_not_taken_for_ours(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setenv("JOURNAL_STREAM", "1:1")
-    log.writer("auto")(record())
+    log_formats.writer("auto")(record())
     assert json.loads(Path(stderr.name).read_text())["event"] == "done"

@@ -26,7 +26,7 @@ from tests.harness.oracle import Oracle
 from tests.harness.programs import WORKERD, Program
 from tests.harness.tables import Table, config
 from tests.harness.waiting import SCALE, TIMEOUT, until
-from workerd.scrapes import MOST_CLIENTS
+from workerd.cli.metrics_http import MOST_CLIENTS
 
 Start = Callable[..., Daemon]
 Found = dict[tuple[str, frozenset[tuple[str, str]]], float]

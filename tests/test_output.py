@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workerd import log
+from workerd import log, log_formats
 from workerd.handlers.output import MAX_LINE, Output
 
 
 def logged(*pieces: bytes, lines: int = 1000) -> list[str]:
     """The log of a job that prints these pieces; `-5` stands for five lines left out."""
-    records: list[log.Record] = []
+    records: list[log_formats.Record] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "_log", log.Log())
         patch.setattr(log._log, "_write", records.append)
@@ -30,7 +30,7 @@ def logged(*pieces: bytes, lines: int = 1000) -> list[str]:
 
 
 def test_every_line_is_an_event_as_soon_as_it_is_complete() -> None:
-    records: list[log.Record] = []
+    records: list[log_formats.Record] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "_log", log.Log())
         patch.setattr(log._log, "_write", records.append)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workerd.pauses import FIRST_PAUSE, LONGEST_DELAY, LONGEST_PAUSE, Pauses
+from workerd.core.breaker import FIRST_PAUSE, LONGEST_DELAY, LONGEST_PAUSE, Pauses
 
 NOW = 1000.0
 

@@ -15,7 +15,7 @@ from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
 from tests.harness.processes import MissingTool
 from tests.harness.tables import config
-from workerd.pressure import Pressure, own_file
+from workerd.worker.memory_pressure import Pressure, own_file
 
 Start = Callable[..., Daemon]
 

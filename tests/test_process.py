@@ -30,8 +30,8 @@ from tests.commands import (
 )
 from tests.harness import processes
 from tests.harness.waiting import TIMEOUT
+from workerd.core.job import Outcome, Report
 from workerd.handlers.process import Process
-from workerd.job import Outcome, Report
 
 MiB = 1 << 20
 

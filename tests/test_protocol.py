@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from tests.harness.processes import MissingTool
 from tests.harness.trixie import CHECKOUT
 from tests.pools import do, in_loop, job, pool
-from workerd.handlers.protocol import Answer, Parser, Printed, Ready, Record, Unfit, frame
-from workerd.job import Outcome, Report
-from workerd.options import Handler
+from workerd.config.model import Handler
+from workerd.core.job import Outcome, Report
+from workerd.handlers.warm.protocol import Answer, Parser, Printed, Ready, Record, Unfit, frame
 
 TEXT = (CHECKOUT / "docs" / "protocol.md").read_text()
 

@@ -10,7 +10,7 @@ import select
 from collections.abc import Iterator
 
 from tests.commands import in_loop, open_descriptors
-from workerd.handlers.readiness import Readiness
+from workerd.handlers.poller import Readiness
 
 FULL = b"x"
 

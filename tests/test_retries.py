@@ -16,7 +16,7 @@ from tests.harness.oracle import Oracle
 from tests.harness.tables import config
 from tests.harness.waiting import TIMEOUT, until
 from tests.harness.wire import Wire
-from workerd.job import ATTEMPT, COPY, EXPIRES, MAX_ATTEMPTS
+from workerd.core.job import ATTEMPT, COPY, EXPIRES, MAX_ATTEMPTS
 
 Start = Callable[..., Daemon]
 

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workerd.decoding import decode
-from workerd.job import MAX_ATTEMPTS, Message, Outcome
-from workerd.options import Retry
-from workerd.retry import Verdict, backoff, delay, judge, limit
+from workerd.backoff import backoff
+from workerd.config.model import Retry
+from workerd.core.decode import decode
+from workerd.core.job import MAX_ATTEMPTS, Message, Outcome
+from workerd.core.retry import Verdict, delay, judge, limit
 
 
 @pytest.mark.parametrize(

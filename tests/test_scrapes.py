@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.harness.waiting import TIMEOUT, until
-from workerd.scrapes import MOST_CLIENTS, Server
+from workerd.cli.metrics_http import MOST_CLIENTS, Server
 
 REQUEST = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
 

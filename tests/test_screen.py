@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workerd.screen import Paint, screen, shared
+from workerd.cli.watch.layout import Paint, shared
+from workerd.cli.watch.sections import screen
 
 NOW = 1_800_000_000.0
 UUID = "01a2229d-491e-7ef0-810d-2d1a95ce15{:02x}"

@@ -12,20 +12,13 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from workerd.settings import (
-    Broker,
-    BrokerURL,
-    Handler,
-    Queue,
-    Retry,
-    Secret,
-    Settings,
-    SettingsError,
-    load,
-    password_for,
-)
-from workerd.show import show
-from workerd.wording import toml
+from workerd.config.dump import show
+from workerd.config.load import load
+from workerd.config.model import Broker, Handler, Queue, Retry, Settings
+from workerd.config.passwords import password_for
+from workerd.config.text import toml
+from workerd.config.url import BrokerURL, Secret
+from workerd.errors import SettingsError
 
 Write = Callable[..., Path]
 

@@ -17,8 +17,8 @@ from tests.harness.daemon import Daemon
 from tests.harness.tables import config
 from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import TIMEOUT
-from workerd.connect import check_broker
-from workerd.settings import load
+from workerd.check.broker import check_broker
+from workerd.config.load import load
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

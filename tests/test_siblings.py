@@ -12,11 +12,11 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from tests.siblings import STEPS, Host
-from workerd.decoding import decode
-from workerd.job import Delivery, Message, Run
-from workerd.journal import HostMemory
-from workerd.ledger import PATIENCE, Ledger, Rejoined, Settle
-from workerd.retry import Verdict
+from workerd.core.decode import decode
+from workerd.core.job import Delivery, Message, Run
+from workerd.core.ledger import PATIENCE, Ledger, Rejoined, Settle
+from workerd.core.retry import Verdict
+from workerd.runlog.writer import HostMemory
 
 EXAMPLES = max(300, 50 * int(os.environ.get("WORKERD_TEST_SEEDS", "0")))
 

@@ -149,7 +149,7 @@ def test_health_of_a_daemon_that_is_stuck_is_1(broker: Broker, daemon: StartDaem
 def test_health_is_quick_because_it_imports_little(broker: Broker, daemon: StartDaemon) -> None:
     workerd = daemon(config(broker.url, ["true"]))
     workerd.wait_event("consuming", queue="jobs.due")
-    assert not imported(workerd, "health") & {"asyncio", "pika", "tomli", "workerd.settings"}
+    assert not imported(workerd, "health") & {"asyncio", "pika", "tomli", "workerd.config.load"}
 
 
 def imported(daemon: Daemon, *words: str) -> set[str]:

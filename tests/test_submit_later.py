@@ -19,9 +19,9 @@ from tests.harness.peer import Peer
 from tests.harness.programs import SUBMIT, WORKERD, Program, Result, run
 from tests.harness.tables import private
 from tests.harness.waiting import TIMEOUT, until
-from workerd.job import Message
-from workerd.order import Order
-from workerd.topology import MAX_DELAY, delayed, level_name
+from workerd.core.job import Message
+from workerd.core.submission import Order
+from workerd.core.topology import MAX_DELAY, delayed, level_name
 
 # What a start of Python and of its modules takes at most, on a busy machine.
 START = TIMEOUT / 4

@@ -244,6 +244,6 @@ def test_it_imports_neither_a_broker_client_nor_an_event_loop(workerd: Daemon) -
     result = run(program, env={"RUNTIME_DIRECTORY": str(workerd.runtime)})
     assert result.status == 0, result
     names = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "workerd.ask" in names
+    assert "workerd.control.client" in names
     loaded = names | {name.split(".")[0] for name in names}
-    assert not loaded & {"asyncio", "pika", "ssl", "tomli", "dataclasses", "workerd.settings"}
+    assert not loaded & {"asyncio", "pika", "ssl", "tomli", "dataclasses", "workerd.config.load"}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from workerd.decoding import decode
-from workerd.job import Job, Message, Outcome, Report
-from workerd.retry import Verdict
-from workerd.tally import FAILURES, KEPT, STEP, Tally
+from workerd.core.decode import decode
+from workerd.core.job import Job, Message, Outcome, Report
+from workerd.core.recent import FAILURES, KEPT, STEP, Tally
+from workerd.core.retry import Verdict
 
 JOB: Job = decode(Message(type="t", message_id="a"), "jobs")
 FAILED = Report(Outcome.FAILED, "exit-status", error="first\nlast words\n")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workerd.template import Placeholder, Template
+from workerd.config.template import Placeholder, Template
 
 
 def test_an_argument_is_cut_into_text_and_placeholders() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from workerd.times import instant, seconds_until, utc
+from workerd.core.times import instant, seconds_until, utc
 
 # As POSIX writes them, so that no time zone needs to be installed. Put forward from 2:00 to 3:00
 # on 29 March 2026, and back from 3:00 to 2:00 on 25 October.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from workerd.trust import objection, readable_by_all, trusted_ids, writable_by_others
+from workerd.config.permissions import objection, readable_by_all, trusted_ids, writable_by_others
 
 ME, MY_GROUP, SERVICE, STRANGER = 1000, 1000, 990, 4242
 FILE, DIRECTORY, LINK = stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK

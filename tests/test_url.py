@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workerd.url import BrokerURL, Secret, redact
+from workerd.config.url import BrokerURL, Secret, redact
 
 
 def test_what_a_url_leaves_out_has_the_defaults_of_rabbitmq() -> None:

@@ -19,11 +19,11 @@ from tests.commands import ENVIRONMENT, alone, as_nobody, open_descriptors, ungu
 from tests.harness import processes
 from tests.harness.waiting import TIMEOUT, until
 from tests.pools import Warm, do, do_all, in_loop, job, logged, outcome, pool, python, sh
-from workerd.handlers import starts
-from workerd.handlers.register import Handlers
-from workerd.handlers.warm import LOOK_AHEAD, NOT_BEGUN
-from workerd.job import Job, Outcome, Report
-from workerd.options import Handler
+from workerd.config.model import Handler
+from workerd.core.job import Job, Outcome, Report
+from workerd.handlers.registry import Handlers
+from workerd.handlers.warm import respawn
+from workerd.handlers.warm.pool import LOOK_AHEAD, NOT_BEGUN
 
 MiB = 1 << 20
 
@@ -328,7 +328,7 @@ def test_what_jobs_print_by_themselves_is_never_anothers_however_many_lie_in_the
 def test_after_a_job_a_process_may_start_though_one_has_just_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(starts, "FIRST_PAUSE", 600.0)
+    monkeypatch.setattr(respawn, "FIRST_PAUSE", 600.0)
     # The second process ends as soon as it is ready; the first does a job and dies of the next.
     script = f"""
     if mkdir {tmp_path}/first 2>/dev/null; then
@@ -531,8 +531,8 @@ def test_a_job_that_nobody_waits_for_any_more_is_ended(tmp_path: Path) -> None:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses between two starts are short."""
-    monkeypatch.setattr(starts, "FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(starts, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(respawn, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(respawn, "LONGEST_PAUSE", 0.05)
 
 
 def test_a_job_does_not_wait_for_an_interpreter_that_is_missing(
@@ -605,7 +605,7 @@ def test_a_process_that_does_not_come_up_is_no_jobs_fault(script: str, error: st
 def test_a_process_that_hangs_at_its_start_is_given_up_and_started_again_after_pauses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(starts, "FIRST_PAUSE", 0.8)
+    monkeypatch.setattr(respawn, "FIRST_PAUSE", 0.8)
     settings = python(
         tmp_path,
         "import time\ntime.sleep(600)",
@@ -690,9 +690,9 @@ def test_the_last_process_that_is_to_be_had_is_replaced_once_it_has_ended() -> N
     said = as_nobody(
         """
         from tests.pools import *
-        from workerd.handlers import starts
+        from workerd.handlers.warm import respawn
 
-        starts.FIRST_PAUSE = 600.0
+        respawn.FIRST_PAUSE = 600.0
 
         async def scenario():
             # Without any process of its own.

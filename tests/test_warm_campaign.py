@@ -30,9 +30,9 @@ from tests.harness.tables import toml
 from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import SEEDS, TIMEOUT
 from tests.pools import Warm, in_loop, job, logged, pool, python
-from workerd.handlers import starts
-from workerd.job import ATTEMPT, Outcome
-from workerd.options import Handler
+from workerd.config.model import Handler
+from workerd.core.job import ATTEMPT, Outcome
+from workerd.handlers.warm import respawn
 
 JOBS = 1_000 if SEEDS <= 2 else 10_000
 
@@ -74,8 +74,8 @@ def test_a_killed_process_costs_its_job_one_attempt_and_no_job_is_lost_or_done_t
     make: object, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert callable(make)
-    monkeypatch.setattr(starts, "FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(starts, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(respawn, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(respawn, "LONGEST_PAUSE", 0.05)
     chance = random.Random(seed)
     depth = 1 if seed % 2 else 4
     crashes: Counter[str] = Counter()

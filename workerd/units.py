@@ -44,3 +44,13 @@ def format_size(size: int) -> str:
     """The shortest text that `parse_size` reads back as the same number of bytes."""
     unit = next(unit for unit, factor in _BYTES.items() if size % factor == 0) if size else "B"
     return f"{size // _BYTES[unit]}{unit}"
+
+
+def age(seconds: float | None) -> str:
+    """Two digits or so: 45s, 12m, 3h, 20d; "" when nobody knows."""
+    if seconds is None:
+        return ""
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length:.0f}{unit}"
+    return f"{seconds:.0f}s"

@@ -22,7 +22,7 @@ from .trixie import CHECKOUT
 from .waiting import TIMEOUT
 
 # What the installed script of that name does.
-SUBMIT = [sys.executable, "-c", "from workerd.cli import submit_main; submit_main()"]
+SUBMIT = [sys.executable, "-c", "from workerd.cli.main import submit_main; submit_main()"]
 WORKERD = [sys.executable, "-m", "workerd"]
 
 

@@ -14,14 +14,13 @@ import pika.spec
 
 from workerd.broker.acks import Acks
 from workerd.broker.codec import Incoming, message_of, properties_of
-from workerd.broker.faults import diagnose
-from workerd.broker.timeouts import ANSWER_TIMEOUT
+from workerd.broker.errors import ANSWER_TIMEOUT, diagnose
+from workerd.core.job import Message
+from workerd.core.topology import BindExchange, BindQueue, DeclareExchange, DeclareQueue, Step
 from workerd.errors import Kind, Trouble, Unencodable, Unroutable
-from workerd.job import Message
-from workerd.topology import BindExchange, BindQueue, DeclareExchange, DeclareQueue, Step
 
 if TYPE_CHECKING:
-    from workerd.broker.link import Link
+    from workerd.broker.connection import Link
 
 #: A basic.ack in its frame: type, channel, size; class, method, tag, multiple; end.
 _ACK = struct.Struct(">BHIHHQBB")

@@ -18,7 +18,7 @@ import pika
 import pika.data
 import pika.spec
 
-from workerd.job import UNREADABLE, Message
+from workerd.core.job import UNREADABLE, Message
 
 #: The field types of fixed size, read as RabbitMQ reads them
 #: (https://www.rabbitmq.com/amqp-0-9-1-errata).

@@ -7,7 +7,7 @@ On descriptor 5 come the numbers of the frames that it may begin, eight bytes ea
 a number first has the job: the daemon, which can read them as well, takes back what is to wait,
 or to go to another process. So jobs can lie in the pipe, and none is bound to this process.
 
-The application's own interpreter runs this file, Python 3.8 or later, by its path (`start.py`):
+The application's own interpreter runs this file, Python 3.8 or later, by its path (child_boot.py):
 there is nothing but the standard library, and nothing of workerd can be imported.
 """
 

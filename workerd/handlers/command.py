@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import os
 import re
 from collections.abc import Mapping
 
-from workerd import log
-from workerd.handlers import wishes
+from workerd import log_formats
+from workerd.config.model import Handler
+from workerd.config.template import Placeholder, Template
+from workerd.core.handler import Started
+from workerd.core.job import BadJob, Job, Outcome, Report
+from workerd.core.retry import limit
+from workerd.handlers import report_file
+from workerd.handlers.arguments import HEADER_VALUE_LIMIT, HEADERS_LIMIT, Values, text_of
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.output import ERROR_LIMIT, Output
-from workerd.handlers.process import Process
+from workerd.handlers.poller import Readiness
+from workerd.handlers.process import Process, ending
 from workerd.handlers.program import Program
-from workerd.handlers.readiness import Readiness
-from workerd.handlers.reports import ending
-from workerd.handling import Started
-from workerd.job import BadJob, Job, Outcome, Report
-from workerd.retry import limit
-from workerd.settings import Handler
-from workerd.template import Placeholder, Template
-
-_HEADER_VALUE_LIMIT = 4096
-_HEADERS_LIMIT = 32 * 1024
 
 
 class CommandHandler:
@@ -56,7 +52,7 @@ class CommandHandler:
         Raises BadJob when there can be no such process.
         """
         try:
-            report = wishes.create()
+            report = report_file.create()
         except OSError as error:
             return self._spawn_failed(error)
         try:
@@ -99,7 +95,7 @@ class CommandHandler:
             stop.remove_done_callback(interrupt)
         stdout.close()
         stderr.close()
-        wished = wishes.read(report)
+        wished = report_file.read(report)
         outcome, reason = self._judge(status, process.cause)
         exit_status, signal = ending(status)
         return Report(
@@ -107,7 +103,7 @@ class CommandHandler:
             reason,
             exit_status=exit_status,
             signal=signal,
-            error=log.text_lines(stderr.tail) if outcome is not Outcome.DONE else "",
+            error=log_formats.text_lines(stderr.tail) if outcome is not Outcome.DONE else "",
             output=stdout.tail,
             retry_after=wished.retry_after,
             note=wished.note,
@@ -137,7 +133,7 @@ class CommandHandler:
     def _arguments(self, job: Job) -> list[bytes]:
         arguments = [self._program.path]
         options_end = False
-        values = _Values(job)
+        values = Values(job)
         for template in self._templates[1:]:
             argument = b"".join(
                 part.encode() if isinstance(part, str) else values.of(part)
@@ -160,82 +156,26 @@ class CommandHandler:
             b"WORKERD_QUEUE": job.queue.encode(),
             b"WORKERD_ATTEMPT": b"%d" % job.attempt,
             b"WORKERD_MAX_ATTEMPTS": b"%d" % limit(job, self._settings.retry),
-            b"WORKERD_REPORT": wishes.PATH.encode(),
+            b"WORKERD_REPORT": report_file.PATH.encode(),
             b"WORKERD_REDELIVERED": b"1" if job.redelivered else b"0",
             b"WORKERD_CONTENT_TYPE": str(message.content_type or "").encode(),
             b"WORKERD_CONTENT_ENCODING": str(message.content_encoding or "").encode(),
         }
         if not message.headers:
             return environment
-        room = _HEADERS_LIMIT
+        room = HEADERS_LIMIT
         for name, value in message.headers.items():
-            text = _text_of(value)
+            text = text_of(value)
             size = len(name) + len(text)
             if (
                 isinstance(name, str)
                 and b"\0" not in text
-                and size <= min(_HEADER_VALUE_LIMIT, room)
+                and size <= min(HEADER_VALUE_LIMIT, room)
             ):
                 room -= size
                 variable = "WORKERD_HEADER_" + re.sub("[^A-Z0-9_]", "_", name.upper())
                 environment[variable.encode()] = text
         parent = job.header("traceparent")
-        if isinstance(parent, str) and "\0" not in parent and len(parent) <= _HEADER_VALUE_LIMIT:
+        if isinstance(parent, str) and "\0" not in parent and len(parent) <= HEADER_VALUE_LIMIT:
             environment[b"TRACEPARENT"] = parent.encode()
         return environment
-
-
-def _text_of(value: object) -> bytes:
-    """A value as programs get it: text and bytes as they are, anything else as JSON."""
-    if isinstance(value, bytes):
-        return value
-    # A name in a header's table that is not UTF-8 is bytes, which JSON cannot have.
-    text = value if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True)
-    return text.encode()
-
-
-class _Values:
-    """The values of placeholders for one job; its body is parsed as JSON at most once."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._object: dict[str, object] | None = None
-
-    def of(self, placeholder: Placeholder) -> bytes:
-        job = self._job
-        match placeholder.kind:
-            case "body":
-                return job.body
-            case "body.key":
-                return _found(self._json(), placeholder.name, "bad-body", "the body has no key")
-            case "header":
-                headers = job.message.headers
-                return _found(headers, placeholder.name, "bad-header", "there is no header")
-            case "id":
-                return job.id.encode()
-            case "type":
-                return (job.type or "").encode()
-            case "queue":
-                return job.queue.encode()
-            case "attempt":
-                return str(job.attempt).encode()
-
-    def _json(self) -> dict[str, object]:
-        if self._object is None:
-            try:
-                value = json.loads(self._job.body)
-            except (ValueError, RecursionError) as error:
-                raise BadJob("bad-body", f"the body is not JSON: {error}") from None
-            if not isinstance(value, dict):
-                raise BadJob("bad-body", "the body is not a JSON object")
-            self._object = value
-        return self._object
-
-
-def _found(values: Mapping[str, object], name: str, reason: str, missing: str) -> bytes:
-    if name not in values:
-        raise BadJob(reason, f"{missing} {name!r}")
-    try:
-        return _text_of(values[name])
-    except UnicodeEncodeError:
-        raise BadJob(reason, f"the value of {name!r} is half a surrogate pair") from None

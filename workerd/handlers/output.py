@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextvars
 from collections import deque
 
-from workerd import log
-from workerd.handlers.protocol import Record
+from workerd import log, log_formats
+from workerd.handlers.warm.protocol import Record
 
 #: The end of stderr that a dead letter carries, in bytes.
 ERROR_LIMIT = 8192
@@ -24,7 +24,7 @@ class Output:
     bytes. Takes any amount in constant memory.
     """
 
-    def __init__(self, stream: str, level: log.Level, lines: int, keep: int) -> None:
+    def __init__(self, stream: str, level: log_formats.Level, lines: int, keep: int) -> None:
         self._stream = stream
         self._level = level
         self._head = lines - lines // 2
@@ -73,7 +73,7 @@ class Output:
             self._log(line)
 
     def _log(self, line: bytes | bytearray) -> None:
-        text = log.text_of(bytes(line[:MAX_LINE].removesuffix(b"\r")))
+        text = log_formats.text_of(bytes(line[:MAX_LINE].removesuffix(b"\r")))
         log.event(
             "output",
             self._level,
@@ -87,10 +87,10 @@ class Records:
 
     def __init__(self, lines: int) -> None:
         self._head = lines - lines // 2
-        self._last: deque[tuple[log.Level, str, str]] = deque(maxlen=lines // 2)
+        self._last: deque[tuple[log_formats.Level, str, str]] = deque(maxlen=lines // 2)
         self._rest_lines = 0
 
-    def add(self, level: log.Level, logger: str, text: str) -> None:
+    def add(self, level: log_formats.Level, logger: str, text: str) -> None:
         """A record; each of its lines is a line of the log."""
         for line in text.split("\n"):
             if self._head > 0:
@@ -109,9 +109,9 @@ class Records:
             self._log(*entry)
 
     @staticmethod
-    def _log(level: log.Level, logger: str, line: str) -> None:
-        text = log.safe(line[:MAX_LINE])
-        log.event("output", level, stream="log", logger=log.safe(logger[:200]), text=text)
+    def _log(level: log_formats.Level, logger: str, line: str) -> None:
+        text = log_formats.safe(line[:MAX_LINE])
+        log.event("output", level, stream="log", logger=log_formats.safe(logger[:200]), text=text)
 
 
 class Transcript:
@@ -139,7 +139,7 @@ class Transcript:
     def stderr(self) -> str:
         """The end of what was written to standard error."""
         output = self._outputs.get("stderr")
-        return log.text_lines(output.tail) if output else ""
+        return log_formats.text_lines(output.tail) if output else ""
 
     def close(self) -> None:
         """All of it is in the log then; what comes after it is a new one."""

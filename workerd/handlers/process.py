@@ -15,7 +15,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from workerd.handlers.guardian import Guardian
-from workerd.handlers.readiness import Readiness
+from workerd.handlers.poller import Readiness
 
 #: As much as a pipe takes.
 _CHUNK = 65536
@@ -273,3 +273,13 @@ def _read_rest(fd: int, on_data: Callable[[bytes], None]) -> None:
             data = os.read(fd, _CHUNK)
             total += len(data)
             on_data(data)
+
+
+def ending(status: int) -> tuple[int | None, str | None]:
+    """What `Process.wait` returns, as an exit status or the name of a signal."""
+    if status >= 0:
+        return status, None
+    try:
+        return None, signal.Signals(-status).name
+    except ValueError:
+        return None, f"signal {-status}"

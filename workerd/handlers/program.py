@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping
 
-from workerd.settings import Handler
+from workerd.config.model import Handler
 
 #: What the kernel's own words do not tell.
 _HINTS = {errno.EAGAIN: ": no process is left (TasksMax=, ulimit -u)"}

@@ -1,0 +1,113 @@
+"""What goes wrong at the broker: errors of pika, of RabbitMQ and of the network as `Trouble`."""
+
+from __future__ import annotations
+
+import re
+import socket
+import ssl
+
+import pika.exceptions
+
+from workerd.errors import Kind, Trouble
+
+_KINDS = {
+    200: Kind.AWAY,
+    320: Kind.AWAY,
+    403: Kind.REFUSED,
+    404: Kind.MISSING,
+    405: Kind.LOCKED,
+    530: Kind.REFUSED,
+}
+
+_CLOSED_BY_US = (pika.exceptions.ConnectionClosedByClient, pika.exceptions.ChannelClosedByClient)
+
+
+def diagnose(error: BaseException) -> Trouble:
+    """What an error of pika, of the broker or of the network means. The one place that knows."""
+    if isinstance(error, Trouble):
+        return error
+    code = getattr(error, "reply_code", None)
+    if isinstance(error, _CLOSED_BY_US):
+        return Trouble(Kind.CLOSED, "closed by workerd")
+    if code is not None:
+        return _by_code(code, str(error.reply_text))  # type: ignore[attr-defined]
+    inner = _inner(error)
+    if inner is not None:
+        return diagnose(inner)
+    text = str(error) or type(error).__name__
+    # pika turns a refused login or virtual host into an error that holds only the repr of
+    # the broker's close: "ConnectionClosedByBroker: (403) 'ACCESS_REFUSED - …'".
+    quoted = re.search(r"ConnectionClosedByBroker: \((\d+)\) ['\"](.*)['\"]", text)
+    if quoted:
+        return _by_code(int(quoted[1]), quoted[2])
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return Trouble(Kind.REFUSED, f"TLS: {error.verify_message}")
+    # The peer's opinion of our certificate comes when the handshake is over for us, and pika
+    # keeps only the repr: "SSLError(1, '[SSL: TLSV1_ALERT_UNKNOWN_CA] tlsv1 alert unknown ca (…".
+    alert = re.search(r"SSLError\(\d+, '\[SSL: \w+\] \w+ alert (.*?) \(_ssl", text)
+    if alert:
+        return Trouble(Kind.REFUSED, f"TLS: the broker says: {alert[1]}")
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return Trouble(Kind.AWAY, f"TLS: {error.reason.replace('_', ' ').lower()}")
+    if isinstance(error, pika.exceptions.ProbableAuthenticationError):
+        return Trouble(Kind.AWAY, "the broker hung up during the login")
+    if isinstance(error, socket.gaierror):
+        return Trouble(Kind.AWAY, f"host name: {error.strerror}")
+    if isinstance(error, OSError) and error.strerror:
+        return Trouble(Kind.AWAY, error.strerror.lower())
+    return Trouble(Kind.AWAY, _plain(error, text))
+
+
+def is_noise(error: BaseException | None) -> bool:
+    """Whether an error in a callback is pika's own, and of no consequence.
+
+    When a connection is given up while it opens, pika (1.2.0 to 1.4.4) hands a class instead
+    of an exception to itself, and fails an assertion after all is done.
+    """
+    return isinstance(error, AssertionError) and "from workflow, but got" in str(error)
+
+
+def _by_code(code: int, text: str) -> Trouble:
+    kind = _KINDS.get(code, Kind.AWAY)
+    if code == 406 and "inequivalent arg" in text:
+        kind = Kind.CONFLICT
+    elif code == 406 and "larger than configured max size" in text:
+        kind = Kind.TOO_LARGE
+    elif code == 406 and "delivery acknowledgement" in text and "timed out" in text:
+        kind = Kind.ACK_TIMEOUT
+    return Trouble(kind, text, code)
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    """The cause that pika has wrapped, or None."""
+    wrapped = getattr(error, "exceptions", None) or error.args
+    candidates: list[object] = [getattr(error, "exception", None), *reversed(tuple(wrapped))]
+    return next((c for c in candidates if isinstance(c, BaseException)), None)
+
+
+def _plain(error: BaseException, text: str) -> str:
+    if isinstance(error, pika.exceptions.AMQPHeartbeatTimeout):
+        return "no heartbeat from the broker"
+    if isinstance(error, pika.exceptions.StreamLostError):
+        return "connection lost: " + text.removeprefix("Stream connection lost: ")
+    if "StackTimeout" in repr(error):
+        return f"no AMQP answer within {CONNECT_TIMEOUT:.0f} s"
+    return text
+
+
+#: The text in which RabbitMQ (up to 4.2) tells its ack timeout when it closes a channel.
+_ACK_TIMEOUT_TEXT = re.compile(r"Timeout value used: (\d+) ms")
+
+
+def ack_timeout_in(trouble: Trouble) -> float | None:
+    """The broker's acknowledgement timeout in seconds, where its message tells it."""
+    found = _ACK_TIMEOUT_TEXT.search(str(trouble))
+    return int(found[1]) / 1000 if found else None
+
+
+#: For TCP, TLS, login and opening, all together.
+CONNECT_TIMEOUT = 10.0
+#: For the answer to one request; then the connection counts as dead.
+ANSWER_TIMEOUT = 15.0
+#: For a publish to be confirmed while the broker is not blocking us.
+CONFIRM_TIMEOUT = 60.0

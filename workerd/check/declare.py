@@ -1,0 +1,123 @@
+"""`workerd setup`: every queue and exchange of the configuration, declared by an administrator."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from workerd.aio import complete
+from workerd.broker.connection import Link
+from workerd.config.model import Settings
+from workerd.core import topology
+from workerd.core.topology import BindExchange, BindQueue, DeclareExchange, DeclareQueue, Step
+from workerd.errors import EX_NOPERM, EX_OK, Kind, Trouble
+
+State = Literal["declared", "there", "bound", "differs", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one step; ``text`` has the broker's words where it objected."""
+
+    step: Step
+    state: State
+    text: str = ""
+
+    @property
+    def name(self) -> str:
+        """What a human calls the step's object."""
+        match self.step:
+            case DeclareQueue(name):
+                return f"queue {name}"
+            case DeclareExchange(name):
+                return f"exchange {name}"
+            case BindQueue(queue, exchange):
+                return f"binding of queue {queue} to {exchange}"
+            case BindExchange(destination, source):
+                return f"binding of exchange {destination} to {source}"
+
+
+def parts(settings: Settings) -> Iterator[tuple[str, topology.Steps]]:
+    """All that the configured queues need, part by part, in the order in which it can be made."""
+    yield "delay levels", topology.delay_levels()
+    for queue in settings.queues.values():
+        # First what its messages go to.
+        yield f"dead letters of {queue.name}", topology.dead_letters(queue)
+        if queue.declare != "wait":
+            yield f"queue {queue.name}", [topology.work_queue(queue)]
+        yield f"due jobs of {queue.name}", topology.due_jobs(queue)
+
+
+async def take(link: Link, steps: topology.Steps) -> list[Result]:
+    """Take each step, whatever becomes of the others. Raises Trouble without the broker."""
+    return [await _take(link, step) for step in steps]
+
+
+async def _take(link: Link, step: Step) -> Result:
+    try:
+        was_there = await _exists(link, step)
+        channel = await link.channel()
+        await channel.declare(step)
+        await channel.close()
+    except Trouble as trouble:
+        if trouble.kind is Kind.AWAY:
+            raise
+        return Result(step, "differs" if trouble.kind is Kind.CONFLICT else "failed", str(trouble))
+    if isinstance(step, BindQueue | BindExchange):
+        return Result(step, "bound")
+    return Result(step, "there" if was_there else "declared")
+
+
+async def _exists(link: Link, step: Step) -> bool:
+    """Whether a queue or an exchange is there. Of a binding nobody can tell."""
+    if isinstance(step, BindQueue | BindExchange):
+        return False
+    channel = await link.channel()
+    try:
+        await channel.find(step)
+    except Trouble as trouble:
+        if trouble.kind is Kind.MISSING:
+            return False
+        raise
+    await channel.close()
+    return True
+
+
+def setup(settings: Settings, environ: Mapping[str, str], as_json: bool) -> int:
+    """Declare everything, tell what became of it; returns the exit status. Raises Trouble."""
+    return complete(_setup(settings, environ, as_json))
+
+
+async def _setup(settings: Settings, environ: Mapping[str, str], as_json: bool) -> int:
+    # Any of them: they are of one cluster.
+    link = await Link.to_any(settings.broker, "workerd setup", environ)
+    failed = False
+    try:
+        for part, steps in parts(settings):
+            results = await take(link, steps)
+            failed = failed or any(result.state == "failed" for result in results)
+            _tell(part, results, as_json)
+    finally:
+        await link.close(timeout=2.0)
+    return EX_NOPERM if failed else EX_OK
+
+
+def _tell(part: str, results: list[Result], as_json: bool) -> None:
+    if as_json:
+        for result in results:
+            line = {"part": part, "object": result.name, "state": result.state}
+            sys.stdout.write(json.dumps({**line, "text": result.text or None}) + "\n")
+        return
+    states = Counter(result.state for result in results)
+    counts = [
+        f"{states[state]} {state}" for state in ("declared", "there", "bound") if states[state]
+    ]
+    if counts:
+        sys.stdout.write(f"{part}: {', '.join(counts)}\n")
+    for result in results:
+        if result.text:
+            sys.stdout.write(f"{part}: {result.state}: {result.name}: {result.text}\n")

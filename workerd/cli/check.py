@@ -1,0 +1,66 @@
+"""`workerd check`: its options, and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from workerd.cli.options import add_common
+from workerd.errors import EX_CONFIG
+
+CHECK = "Find everything that is wrong with the configuration, one line for each problem."
+
+CHECK_EPILOG = """\
+--connect takes the steps of a starting daemon at every broker: it declares the
+queues that are missing, where it may, and neither takes nor leaves a message.
+
+exit status:
+  0   nothing is wrong
+  64  usage
+  78  the problems on stderr
+
+examples:
+  workerd check                     before every start and restart
+  workerd check --connect           after a change of user, password or queues
+  workerd check --show              which file sets what
+"""
+
+
+def add_check(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = CHECK, CHECK_EPILOG
+    add_common(parser)
+    parser.add_argument(
+        "--connect",
+        action="store_true",
+        help="also try login, permissions and queues at the broker",
+    )
+    parser.add_argument(
+        "--show",
+        action="store_true",
+        help="print every value in force, and the file it comes from",
+    )
+    parser.set_defaults(carry_out=_check)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from workerd.check import offline
+    from workerd.config import dump, load
+    from workerd.config.permissions import drop_to_service_user
+
+    loaded = load.load(args.config, args.instance)
+    if args.show:
+        sys.stdout.write(dump.show(loaded))
+    problems = []
+    if args.connect:
+        from workerd.check.broker import check_broker
+
+        problems += check_broker(loaded)
+    # Last, for it gives up the right to read root's files: the application's code is
+    # imported with the rights that its jobs will have.
+    drop_to_service_user()
+    problems += offline.check(loaded)
+    for problem in problems:
+        sys.stderr.write(f"workerd: {problem}\n")
+    if not problems and not args.show:
+        sys.stdout.write("configuration is fine\n")
+    return EX_CONFIG if problems else 0

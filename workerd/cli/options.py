@@ -1,0 +1,118 @@
+"""Options that commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from workerd.errors import (
+    EX_USAGE,
+    Refused,
+)
+
+
+def unmeasured(prog: str) -> argparse.HelpFormatter:
+    """A formatter that does not import shutil to learn how wide the terminal is."""
+    return argparse.HelpFormatter(prog, width=80)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with the usage error of sysexits.h and an epilog that stays as it is."""
+
+    def __init__(self, **options: Any) -> None:
+        # argparse makes a formatter for each option that is added, to see if it could be shown.
+        super().__init__(formatter_class=unmeasured, **options)
+
+    def format_help(self) -> str:
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        return super().format_help()
+
+    def format_usage(self) -> str:
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        return super().format_usage()
+
+    def error(self, message: str) -> object:  # type: ignore[override]
+        self.print_usage(sys.stderr)
+        self.exit(EX_USAGE, f"{self.prog}: {message}\n")
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="read this file instead of those in /etc/workerd",
+    )
+    parser.add_argument(
+        "--instance", default="1", metavar="NAME", help="the instance's name (default: 1)"
+    )
+    # Who speaks in its errors.
+    parser.set_defaults(name="workerd")
+
+
+def seconds(text: str) -> float:
+    from workerd.units import parse_duration
+
+    try:
+        # A bare number counts seconds, here as in the configuration.
+        return parse_duration(text if text[-1:].isalpha() else f"{text}s")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+Add = Callable[[argparse.ArgumentParser], None]
+
+
+def add_instance(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the options that every command has. These commands read no configuration."""
+    parser.add_argument(
+        "--config", metavar="FILE", help="of no effect: what is asked is the running instance"
+    )
+    parser.add_argument(
+        "--instance", metavar="NAME", help=f"the instance's name (default: {default})"
+    )
+    parser.set_defaults(name="workerd")
+
+
+def _told(state: dict[str, Any]) -> dict[str, Any]:
+    """An answer without what says nothing of the instance."""
+    return {name: value for name, value in state.items() if name not in ("version", "ok")}
+
+
+def add_url(parser: argparse.ArgumentParser) -> None:
+    """Add --url; `environ` looks at it."""
+    parser.add_argument(
+        "--url", metavar="URL", help="the broker, without a password; @FILE: what is in FILE"
+    )
+
+
+def environ(args: argparse.Namespace) -> dict[str, str]:
+    """The environment, with --url in it. Raises Refused."""
+    variables = dict(os.environ)
+    if args.url:
+        variables["WORKERD_BROKER_URL"] = _url(args.url)
+    return variables
+
+
+def _url(text: str) -> str:
+    from workerd.config.url import BrokerURL
+
+    if text.startswith("@"):
+        try:
+            return Path(text[1:]).read_text(errors="replace").strip()
+        except OSError as error:
+            raise Refused(EX_USAGE, f"--url {text}: {error.strerror}") from None
+    try:
+        url = BrokerURL.parse(text)
+    except ValueError as error:
+        raise Refused(EX_USAGE, f"--url: {error}") from None
+    if url.password is not None:
+        raise Refused(
+            EX_USAGE,
+            "--url: a password shows in ps; use --url @FILE or the variable WORKERD_BROKER_URL",
+        )
+    return text

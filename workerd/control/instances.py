@@ -1,0 +1,76 @@
+"""The instances of this host: what each says of itself, or why it says nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from workerd.control import client, protocol
+from workerd.errors import Refused
+
+#: In an instance's runtime folder: why its last start, or its run, has failed.
+FAILURE = "failure"
+_MAX_FAILURE = 4096
+#: Instances that are asked at the same time.
+_AT_ONCE = 16
+
+
+def states(name: str | None, request: str = "status") -> Iterator[protocol.Answer]:
+    """The state of this instance, or of every one of the host; docs/control.md has the keys.
+
+    One that answers does so to this ``request``: `status`, or `metrics`. Raises NoAnswer when
+    nothing is known of this instance.
+    """
+    # The daemon, which imports this module, has no use for it.
+    from concurrent.futures import ThreadPoolExecutor
+
+    found = client.folders() if name is None else {name: client.folder_of(name)}
+    # At once: one that is stuck holds up nobody else.
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        yield from pool.map(partial(state, request=request), found.keys(), found.values())
+
+
+def state(
+    instance: str, folder: Path, request: str = "status", depths: bool = False
+) -> protocol.Answer:
+    """The answer of an instance to this request; ``depths`` is for `status`."""
+    try:
+        return client.ask(folder, {"request": request, "depths": depths})
+    except Refused as refused:
+        return _silent(instance, "unknown", str(refused))
+    except protocol.NoAnswer as silent:
+        if silent.listens:
+            return _silent(instance, "stuck", "it listens, and does not answer")
+    held = _is_held(folder / "lock")
+    if held:
+        return _silent(instance, "silent", "it runs, and has no socket: it starts, or ends")
+    with contextlib.suppress(OSError):
+        why = (folder / FAILURE).read_text(errors="replace")[:_MAX_FAILURE].strip()
+        return _silent(instance, "failed", why)
+    if os.path.lexists(folder / protocol.SOCKET):
+        return _silent(instance, "died", "it was killed, or the host went down")
+    return _silent(instance, "stopped", None)
+
+
+def _silent(instance: str, state: str, why: str | None) -> protocol.Answer:
+    return {"instance": instance, "state": state, "healthy": False, "why": why}
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process holds this lock, as far as we may know."""
+    try:
+        file = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(file)

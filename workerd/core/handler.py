@@ -1,0 +1,88 @@
+"""What the worker and its handlers agree on: how a job is run, and who says what about it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+from workerd.config.model import Settings
+from workerd.core.job import Job, Report
+
+
+class Started(Protocol):
+    """Told that a job has begun, and in which process."""
+
+    def __call__(self, pid: int, /) -> None: ...
+
+
+class MayBegin(Protocol):
+    """Says whether a job may begin now, or ``behind`` one of this queue: once that has ended."""
+
+    def __call__(self, behind: str | None = None) -> bool: ...
+
+
+class Degraded(NamedTuple):
+    """Why a handler runs no jobs (``paused``), or fewer at once than it should."""
+
+    paused: bool
+    error: str
+
+    def __str__(self) -> str:
+        # The last line of an error: a traceback's says most.
+        summary = self.error.rpartition("\n")[2]
+        return f"{'paused' if self.paused else 'short of processes'}: {summary}"
+
+
+class Handler(Protocol):
+    """What runs jobs of one type."""
+
+    #: Whether each job begins at once; elsewhere it may have to wait for a free process.
+    immediate: bool
+
+    @property
+    def capacity(self) -> int:
+        """For how many jobs it has room, slots or not; 0: it needs no more than have slots."""
+
+    @property
+    def degraded(self) -> Degraded | None:
+        """What keeps it from having its processes, None when nothing does."""
+
+    async def run(
+        self,
+        job: Job,
+        stop: asyncio.Future[None],
+        started: Started,
+        may_begin: MayBegin,
+        /,
+    ) -> Report:
+        """Run the job; when ``stop`` is done, interrupt it.
+
+        ``started`` is called when it has really begun. Raises BadJob before, when it never can.
+        One that is not ``immediate`` begins only what ``may_begin``; see `Slots.may_begin`.
+        """
+
+
+class Register(Protocol):
+    """What makes the handlers of a configuration, and ends them."""
+
+    def of(self, settings: Settings, changed: Callable[[str], None]) -> Mapping[str, Handler]:
+        """The handlers of these settings, by name; those of earlier ones finish what they have.
+
+        ``changed`` is called soon after one has become degraded, or is no longer, with its name.
+        """
+
+    def hand_out(self) -> None:
+        """Jobs may begin that could not before."""
+
+    def recall(self) -> None:
+        """Jobs may not begin that could before."""
+
+    def hold(self) -> None:
+        """No job begins any more; those that wait for a process go on waiting."""
+
+    def drain(self) -> None:
+        """The jobs that wait for a process are interrupted; processes without a job leave."""
+
+    async def close(self) -> None:
+        """Wait until every process is gone, once no job runs any more."""

@@ -1,0 +1,326 @@
+"""The ledger: which jobs run, which delivery each will settle, what a redelivery means.
+
+The pure core of workerd: no I/O, no clock, no tasks. The shell reports five things
+(`delivered`, `ended`, `finished`, `lost` or `retired`, `drain`) and does what is returned.
+Being in one of the collections *is* the state of a job:
+
+    waiting     delivered, not started: a slot of its queue must become free first
+    held        redelivered, while another instance of this host may be running it
+    running     a handler works on it, or a copy of it is being published
+    finished    remembered by its key, to settle what the broker sends again
+
+The rules, in the order in which `delivered` applies them to a delivery:
+
+1.  A redelivery with the key of a run whose own delivery was lost *rejoins* that run:
+    when it ends, this delivery is settled. No run ever has two deliveries to settle, so
+    of two equal messages each needs a run of its own, and none is dropped.
+2.  A redelivery of a *named* job (one with a message id) whose key is in the memory of
+    finished jobs is settled at once, if the channel on which that verdict was sent is
+    gone; otherwise the earlier settlement stands and this is another message. Anonymous
+    jobs are never settled from memory: equal ones cannot be told apart.
+3.  Likewise when another instance of this host has finished it. While that instance runs
+    it, the redelivery is held, without a slot: `look_again` settles it when the run has its
+    verdict, and lets it run when that instance dies, or does not lose the channel it got
+    the job on within PATIENCE seconds: then theirs is another message.
+4.  A job that workerd itself has published is *unique*: another message with its key, while
+    it is in hand or once it is finished, is the same copy published twice for want of a
+    confirm, and is settled at once. So 1 to 3 need no regard for twins there.
+5.  While draining it waits, to be given back.
+6.  It starts when its queue has a free slot, and waits otherwise; jobs that come due before
+    those that were never delayed. A handler with warm processes may have more than that: they
+    are *ahead*, and begin when a slot becomes free, or when the job before them in the same
+    process ends and its slot is theirs.
+7.  One whose last start ended with the daemon, or that was ahead then, starts *alone*, when no
+    handler runs, and none starts until it has ended: if it brings the daemon down again,
+    nobody else is blamed.
+
+A delivery that goes back to the broker unfinished will come again flagged as
+redelivered. An equal job may be finished before it does, and that memory must not settle
+it, or it would be gone without ever having run. So the ledger counts what went back: so
+many redeliveries of that key run before one is settled from memory.
+
+The lines and slots of 6 and 7 are kept in `slots`, the runs that 1 may find in `orphans`, what
+2 to 4 ask in `memory`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+from workerd.core.dedup import ALL_CLOSED, GONE, NEVER_SENT, Elsewhere, Memory
+from workerd.core.job import Delivery, Job, Run, value
+from workerd.core.orphans import Orphans
+from workerd.core.retry import Verdict
+from workerd.core.slots import Slots
+
+#: Seconds that another instance has to notice the loss of a channel whose job came to us.
+PATIENCE = 5.0
+
+
+@value
+class Rejoined:
+    """A redelivery belongs to ``run``, which is still going on here."""
+
+    run: Run
+
+
+@value
+class Settle:
+    """An order to settle ``delivery``, now, on the channel it came on."""
+
+    delivery: Delivery
+    verdict: Verdict
+
+
+class Ledger:
+    """The state of every job that this process holds. See the rules above."""
+
+    def __init__(
+        self,
+        concurrency: Mapping[str, int],
+        memory: Memory | None = None,
+        begins_at_once: Callable[[Job], bool] = lambda _job: True,
+        capacity: Callable[[Job], int] = lambda _job: 0,
+    ) -> None:
+        """A job ``begins_at_once`` if only a slot keeps it from that; ``capacity``: see `Slots`."""
+        self._begins_at_once = begins_at_once
+        self.slots = Slots(concurrency, capacity)
+        self.memory = Memory() if memory is None else memory
+        self.running: set[Run] = set()
+        #: Redeliveries of what another instance may be running; see rule 3.
+        self.held: list[Delivery] = []
+        self._orphans = Orphans()
+        #: Channels that consume.
+        self._live: set[int] = set()
+        #: Channels closed in order: what was sent on them was read. But a broker that is
+        #: killed forgets that, so they count only until the next channel is lost.
+        self._closed: set[int] = {ALL_CLOSED}
+
+    def opened(self, channel: int) -> None:
+        """A channel begins to consume; deliveries may name it from now on."""
+        self._live.add(channel)
+
+    def delivered(self, delivery: Delivery) -> Run | Settle | Rejoined | None:
+        """What to do with a delivery: run it, settle it, or nothing (it rejoined, or waits).
+
+        Call `look_again` now and then while some are `held`.
+        """
+        job = delivery.job
+        assert delivery.channel in self._live, "a delivery came on a channel that is gone"
+        if job.redelivered:
+            self.memory.look()
+            orphan = self._orphans.adopt(delivery)
+            if orphan is not None:
+                return Rejoined(orphan)
+            if job.unique and self._in_hand(job.key):
+                return Settle(delivery, Verdict.DONE)
+            if job.named and (job.unique or not self.memory.recall(job.key)):
+                if self._remembers(job):
+                    return self._settle_again(delivery)
+                return self._consult(delivery, 0.0)
+        elif job.unique:
+            self.memory.look()
+            if self._in_hand(job.key):
+                return Settle(delivery, Verdict.DONE)
+            known = Elsewhere.FINISHED if self._remembers(job) else self.memory.elsewhere(job.key)
+            if known is Elsewhere.FINISHED:
+                return self._settle_again(delivery)
+            if known is not Elsewhere.UNKNOWN:
+                return Settle(delivery, Verdict.DONE)
+        return self._line_up(delivery)
+
+    def _in_hand(self, key: bytes) -> bool:
+        jobs = [run.job for run in self.running]
+        jobs += [each.job for each in self._unstarted()]
+        return any(job.key == key for job in jobs)
+
+    def _line_up(self, delivery: Delivery) -> Run | None:
+        """Let it wait for its turn; returns the run of the job whose turn it is, if any."""
+        job = delivery.job
+        lost_starts = self.memory.cut_off(job.key) if job.redelivered else None
+        if lost_starts is not None:
+            delivery = replace(delivery, job=job.after_lost_starts(lost_starts))
+        self.slots.line_up(delivery, suspect=lost_starts is not None)
+        run = self.next()
+        if job.named and (run is None or run.delivery is not delivery):
+            self.memory.waits(job.key)
+        return run
+
+    def look_again(self, now: float) -> list[Run | Settle]:
+        """What has become of the deliveries that are held; ``now`` is monotonic."""
+        decisions = []
+        self.memory.look()
+        for delivery in self.held.copy():
+            self.held.remove(delivery)
+            decision = self._consult(delivery, now - delivery.received)
+            if decision:
+                decisions.append(decision)
+        return decisions
+
+    def _consult(self, delivery: Delivery, waited: float) -> Run | Settle | None:
+        """Rule 3, for a delivery that has been held for so many seconds."""
+        elsewhere = self.memory.elsewhere(delivery.job.key)
+        if elsewhere is Elsewhere.FINISHED:
+            return self._settle_again(delivery)
+        if elsewhere is Elsewhere.ORPHANED or (
+            elsewhere is Elsewhere.ATTACHED and waited < PATIENCE
+        ):
+            self.held.append(delivery)
+            return None
+        if waited:
+            self.memory.recall(delivery.job.key)  # if its run there went back, here it is
+        return self._line_up(delivery)
+
+    def _settle_again(self, delivery: Delivery) -> Settle:
+        self.memory.settled(delivery.job.key, delivery.channel)
+        return Settle(delivery, Verdict.DONE)
+
+    def next(self) -> Run | None:
+        """A job that may start now, started; None when there is none."""
+        run = self.slots.next()
+        if run is not None:
+            assert run.delivery
+            run.begun = not run.ahead and self._begins_at_once(run.job)
+            self.running.add(run)
+            self.memory.started(run.job.key, run.delivery.channel, run.begun)
+        return run
+
+    def begins(self, run: Run) -> None:
+        """The handler of a run is about to give it to a process: from now on it is an attempt."""
+        if run.ahead:
+            self.slots.begins(run)
+        if not run.begun:
+            run.begun = True
+            self.memory.begun(run.job.key)
+
+    def ended(self, run: Run) -> None:
+        """The handler of a run has ended; its verdict is still to be carried out."""
+        self.slots.ended(run)
+
+    def finished(self, run: Run, verdict: Verdict) -> Settle | None:
+        """A run has its verdict: the delivery to settle now, or None when that was lost."""
+        self.begins(run)  # or no longer: what has ended is told of those that have
+        self.slots.released(run)
+        self.running.remove(run)
+        self._orphans.discard(run)
+        if not verdict.remembered:
+            self.memory.returned(run.job.key, ran=True)
+            if verdict is Verdict.SPEND:
+                self.memory.spent(run.job.key)
+        elif run.job.named:
+            self.memory.settled(run.job.key, self._sent_on(run.delivery))
+        else:
+            self.memory.forgotten(run.job.key)
+        return Settle(run.delivery, verdict) if run.delivery else None
+
+    def lost(self, channel: int) -> None:
+        """A channel is gone, and every delivery that came on it: its runs go on as orphans.
+
+        Must be called the moment it is known, before any other report: a job that ends in
+        between would be settled on a dead channel and forgotten.
+        """
+        self._closed.clear()
+        self.retired(channel, stale_before=math.inf)
+
+    def closed(self, channel: int) -> None:
+        """We have closed a channel, with nothing left to settle on it, and the broker agreed."""
+        assert not self.holds(channel)
+        if channel not in self._live:
+            self.lost(channel)  # retired: the broker may have taken back what was settled here
+            return
+        self._live.discard(channel)
+        self._closed.add(channel)
+        self.memory.closed(channel)
+
+    def retired(self, channel: int, stale_before: float) -> list[Delivery]:
+        """The broker cancelled the consumer of a channel that itself stays open.
+
+        Its runs may still be settled there, except for deliveries received before
+        ``stale_before``: those have timed out and were taken back. All may be rejoined by
+        a redelivery on another channel. Returns the waiting ones, to be given back.
+        """
+        self._live.discard(channel)
+        self.memory.lost(channel)
+        for run in self.running:
+            if run.delivery and run.delivery.channel == channel:
+                self._orphans.add(run)
+                if run.delivery.received < stale_before:
+                    run.delivery = None
+        return [
+            delivery for delivery in self.detached(channel) if delivery.received >= stale_before
+        ]
+
+    def detached(self, channel: int) -> list[Delivery]:
+        """We have cancelled the consumer of a channel; its runs are still settled there.
+
+        Returns the deliveries that have not started, to be given back.
+        """
+        back = [delivery for delivery in self.held if delivery.channel == channel]
+        self.held = [delivery for delivery in self.held if delivery.channel != channel]
+        for delivery in self.slots.take_out(channel):
+            if delivery.job.named:
+                self.memory.returned(delivery.job.key, ran=False)
+            back.append(delivery)
+        return back
+
+    def holds(self, channel: int) -> bool:
+        """Whether a run still has to be settled on this channel."""
+        return any(run.delivery and run.delivery.channel == channel for run in self.running)
+
+    def idle(self, channel: int) -> bool:
+        """Whether nothing that came on this channel is in hand, started or not."""
+        return not self.holds(channel) and all(
+            each.channel != channel for each in self._unstarted()
+        )
+
+    def drain(self) -> None:
+        """Start nothing from now on; what still arrives is held, for `unstarted` to return."""
+        self.slots.draining = True
+
+    @property
+    def draining(self) -> bool:
+        return self.slots.draining
+
+    def unstarted(self) -> list[Delivery]:
+        """Take out everything that waits, in the order in which it came, to be given back."""
+        channels = {delivery.channel for delivery in self._unstarted()}
+        back = [delivery for channel in channels for delivery in self.detached(channel)]
+        return sorted(back, key=lambda delivery: (delivery.channel, delivery.tag))
+
+    def _unstarted(self) -> Iterator[Delivery]:
+        return itertools.chain(self.held, self.slots.in_line)
+
+    @property
+    def unbegun(self) -> list[Run]:
+        """The runs that no process has come to yet."""
+        return [run for run in self.running if not run.begun]
+
+    def owes(self) -> bool:
+        """Whether a redelivery would let something be settled that cannot be settled now."""
+        return self.memory.unsent or any(run.delivery is None for run in self.running)
+
+    def age(self) -> None:
+        """Let the memory grow older by a third of the time that jobs are remembered."""
+        self.memory.age()
+
+    def _remembers(self, job: Job) -> bool:
+        """Whether a redelivery is one of a finished job; that memory is used up by it."""
+        if job.unique:
+            return self.memory.take(job.key)
+        # One whose verdict was never sent is sure to come again.
+        return self.memory.take(job.key, lambda sent_on: sent_on == NEVER_SENT) or (
+            self.memory.take(job.key, self._may_be_lost)
+        )
+
+    def _sent_on(self, delivery: Delivery | None) -> int:
+        """The channel of a verdict over this delivery, as it is remembered."""
+        if delivery is None:
+            return NEVER_SENT
+        return delivery.channel if delivery.channel in self._live else GONE
+
+    def _may_be_lost(self, sent_on: int) -> bool:
+        """Whether a verdict sent on this channel may not have arrived."""
+        return sent_on not in self._live and sent_on not in self._closed

@@ -1,0 +1,168 @@
+"""What is to be submitted: the message, and where it goes at which moment."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import NamedTuple
+
+from workerd.config.model import Handler, Settings
+from workerd.config.text import did_you_mean
+from workerd.core import times, topology
+from workerd.core.job import COPY, EXPIRES, MAX_ATTEMPTS, Message
+from workerd.core.jobspec import JobSpec
+from workerd.core.republish import is_reserved, portable_headers
+from workerd.errors import EX_DATAERR, EX_USAGE, Kind, Refused, Trouble
+from workerd.ids import new_id
+
+#: AMQP's limit for the properties that are short strings, in bytes.
+_SHORT = 255
+#: The same for a queue whose name stands behind the bits of a delay in a routing key.
+_DELAYED = _SHORT - 2 * topology.LEVELS
+#: The largest body that any RabbitMQ can be made to take.
+_LARGEST_BODY = 512 << 20
+#: What a job may have at most, whatever its handler allows.
+_MOST_ATTEMPTS = 1000
+#: In seconds; a hundred years fit every header.
+_LONGEST_TTL = 36_500 * 86_400.0
+
+
+class Parcel(NamedTuple):
+    """A message with its address: the exchange of a delay level, or "" and the queue itself."""
+
+    exchange: str
+    key: str
+    message: Message
+
+
+class Order(NamedTuple):
+    """What is to be submitted: where to, and the message that each body is put into.
+
+    ``due`` is in seconds since 1970, None when nothing is to be delayed; ``ttl`` in seconds.
+    """
+
+    queue: str
+    template: Message
+    max_body: int
+    due: float | None
+    ttl: float | None
+
+    def message(self, body: bytes) -> Message:
+        """The message with this body. Raises Refused where the handler here would not take it."""
+        if len(body) > self.max_body:
+            text = f"the body is larger than {self.max_body} bytes, the handler's max_body"
+            raise Refused(EX_DATAERR, text)
+        return replace(
+            self.template,
+            body=body,
+            message_id=self.template.message_id or new_id(),
+            timestamp=int(time.time()),
+        )
+
+    def parcel(self, message: Message, now: float) -> Parcel:
+        """The message as it must be published at this instant; later it may be another."""
+        delay = times.seconds_until(self.due, now) if self.due is not None else 0
+        # The clock may have been set back since the order was given.
+        delay = min(delay, topology.MAX_DELAY)
+        if self.ttl is not None:
+            # Not the property expiration: it would cut the delay short.
+            expires = int((now + delay + self.ttl) * 1000)
+            message = replace(message, headers={**message.headers, EXPIRES: expires})
+        exchange, key = topology.delayed(self.queue, delay) if delay else ("", self.queue)
+        return Parcel(exchange, key, message)
+
+
+def order(spec: JobSpec, settings: Settings) -> Order:
+    """The order for what is asked for, named as by the options of `submit`. Raises Refused."""
+    handler = settings.handlers.get(spec.type)
+    if handler is None and spec.queue is None and settings.handlers:
+        hint = did_you_mean(spec.type, settings.handlers)
+        raise Refused(
+            EX_USAGE, f"no handler is named {spec.type!r}{hint}; name a --queue to send it anyway"
+        )
+    for option, text in (("TYPE", spec.type), ("--id", spec.id), ("--queue", spec.queue)):
+        if text is not None and not is_short_text(text):
+            raise Refused(EX_USAGE, f"{option} must be 1 to {_SHORT} bytes of printable text")
+    if spec.priority is not None and not 0 <= spec.priority <= 255:
+        raise Refused(EX_USAGE, "--priority must be from 0 to 255")
+    if spec.ttl is not None and not 0 < spec.ttl <= _LONGEST_TTL:
+        raise Refused(EX_USAGE, "--ttl must be more than nothing, and at most a hundred years")
+    for name, value in spec.headers.items():
+        _check_header(name, value)
+    headers, too_large = portable_headers(spec.headers)
+    if too_large:
+        raise Refused(EX_DATAERR, f"--header {too_large[0]}: all headers together are too large")
+    if spec.attempts is not None:
+        headers[MAX_ATTEMPTS] = _attempts(spec.attempts, handler)
+    queue = spec.queue or (handler.queue if handler else "default")
+    due = _due(spec.due, time.time())
+    if due is not None and len(queue.encode()) > _DELAYED:
+        raise Refused(EX_USAGE, f"a delay needs a queue whose name has at most {_DELAYED} bytes")
+    return Order(
+        queue=queue,
+        template=Message(
+            type=spec.type,
+            message_id=spec.id,
+            content_type=spec.content_type,
+            priority=spec.priority,
+            headers=headers,
+        ),
+        max_body=handler.max_body if handler else _LARGEST_BODY,
+        due=due,
+        ttl=spec.ttl,
+    )
+
+
+def explained(trouble: Trouble, exchange: str, queue: str) -> Trouble:
+    """With what to do about it, if it was met on the way through ``exchange`` to ``queue``.
+
+    ``exchange`` is "" where nothing was delayed.
+    """
+    if not exchange or trouble.kind is not Kind.MISSING:
+        return trouble
+    remedy = f"start a worker of {queue!r} once, or have 'workerd setup' declare it"
+    return Trouble(Kind.MISSING, f"{trouble}; a delay needs it: {remedy}", trouble.code)
+
+
+def marked(message: Message, mark: str | None, timestamp: int) -> Message:
+    """The message as one of several copies of a job, which the daemons take for one.
+
+    All copies have the same ``mark`` and ``timestamp``, and nothing else has that mark.
+    """
+    headers = message.headers if mark is None else {**message.headers, COPY: mark}
+    return replace(message, headers=headers, timestamp=timestamp)
+
+
+def _due(due: float | None, now: float) -> float | None:
+    """When the jobs come due, None when that is now or past. Raises Refused."""
+    if due is not None and due - now > topology.MAX_DELAY:
+        days = topology.MAX_DELAY // 86_400
+        raise Refused(EX_USAGE, f"a job can be delayed by {days} days at most")
+    # Who sends a job late, such as a script that was held up, wants it all the more.
+    return due if due is not None and due > now else None
+
+
+def _attempts(wanted: int, handler: Handler | None) -> int:
+    if not 1 <= wanted <= _MOST_ATTEMPTS:
+        raise Refused(EX_USAGE, f"--attempts must be from 1 to {_MOST_ATTEMPTS}")
+    if handler and wanted > handler.retry.max_attempts:
+        limit = f"{handler.retry.max_attempts}, the retry.max_attempts of {handler.name!r}"
+        raise Refused(EX_USAGE, f"--attempts must be at most {limit}")
+    return wanted
+
+
+def _check_header(name: str, value: str) -> None:
+    """Raises Refused for what a submitter may not set."""
+    if not is_short_text(name):
+        raise Refused(EX_USAGE, f"--header {name!r}: expected NAME=VALUE, with a printable name")
+    if is_reserved(name.lower()):
+        raise Refused(EX_USAGE, f"--header {name}: only workerd or RabbitMQ may set this header")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Refused(EX_DATAERR, f"--header {name}: the value is not UTF-8") from None
+
+
+def is_short_text(text: str) -> bool:
+    """Whether it can be a property, and be shown to people."""
+    return text.isprintable() and 0 < len(text.encode()) <= _SHORT

@@ -1,0 +1,162 @@
+"""What waits for a warm process to read it: its jobs, and the permits to begin them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import itertools
+import os
+import socket
+import struct
+import termios
+from collections.abc import Callable
+
+from workerd.handlers.warm.assignment import Turn
+from workerd.handlers.warm.protocol import frame
+
+_CHUNK = 1 << 16
+#: How many frames are written at once.
+_MOST_FRAMES = 64
+#: The number of a frame, see `child`.
+_PERMIT = struct.Struct("=Q")
+
+
+class Permits:
+    """A socket with the numbers of the jobs that may begin: whoever reads one has the job.
+
+    Both ends stay open here, to take them back.
+    """
+
+    def __init__(self) -> None:
+        """Raises OSError."""
+        self._theirs, self._ours = socket.socketpair()
+        #: What is yet to be sent.
+        self._unsent = b""
+
+    def fileno(self) -> int:
+        """The descriptor for the process to read from."""
+        return self._theirs.fileno()
+
+    def add(self, number: int) -> None:
+        """It may begin this one, once `send` is called."""
+        self._unsent += _PERMIT.pack(number)
+
+    def send(self) -> None:
+        """Send as many as there is room for. With each answer of the process there may be more."""
+        if self._unsent:
+            with contextlib.suppress(BlockingIOError):
+                sent = self._ours.send(self._unsent, socket.MSG_DONTWAIT)
+                self._unsent = self._unsent[sent:]
+
+    def take_back(self) -> set[int]:
+        """Those that it has not read, and never will."""
+        taken, self._unsent = self._unsent, b""
+        with contextlib.suppress(BlockingIOError):
+            while data := self._theirs.recv(_CHUNK, socket.MSG_DONTWAIT):
+                taken += data
+        return {number for (number,) in _PERMIT.iter_unpack(taken)}
+
+    def close(self) -> None:
+        """Both ends: the process reads the end of the file."""
+        self._ours.close()
+        self._theirs.close()
+
+
+class Inbox:
+    """The pipe of one process, with its jobs.
+
+    With ``permits``, it begins a job only when it has read the permit for it, and those that it
+    has not begun can be taken back. ``before_sending`` is called before it is sent any.
+    """
+
+    def __init__(
+        self, pipe: int, permits: Permits | None, before_sending: Callable[[], object]
+    ) -> None:
+        """``pipe`` is the end to write to."""
+        os.set_blocking(pipe, False)
+        self._loop = asyncio.get_running_loop()
+        self._pipe = pipe
+        self._permits = permits
+        self._before_sending = before_sending
+        #: Counts the frames.
+        self._number = 0
+        #: What is yet to be sent of each frame, by number, in order.
+        self._unsent: dict[int, bytes | memoryview] = {}
+        #: Whether the pipe has no room at present.
+        self._is_full = False
+
+    def put(self, turn: Turn, max_attempts: int) -> None:
+        """One more job; `send` sends all that were put since the last time."""
+        self._number = turn.number = self._number + 1
+        data = self._unsent[turn.number] = frame(turn.number, turn.job, max_attempts)
+        turn.size = len(data)
+        if self._permits is not None:
+            self._permits.add(turn.number)
+
+    def send(self) -> None:
+        """Write as far as the pipe takes it; a process that does not read holds nobody up."""
+        if self._pipe < 0:
+            return
+        self._before_sending()
+        if self._permits is not None:
+            self._permits.send()
+        try:
+            while self._unsent:
+                pieces = list(itertools.islice(self._unsent.items(), _MOST_FRAMES))
+                sent = os.writev(self._pipe, [piece for _, piece in pieces])
+                for number, piece in pieces:
+                    if sent < len(piece):
+                        self._unsent[number] = memoryview(piece)[sent:]
+                        break
+                    sent -= len(piece)
+                    del self._unsent[number]
+        except BlockingIOError:
+            self._loop.add_writer(self._pipe, self.send)
+            self._is_full = True
+            return
+        except BrokenPipeError:
+            pass  # it has ended, which will be told soon
+        if self._is_full:
+            self._is_full = False
+            self._loop.remove_writer(self._pipe)
+
+    def send_permits(self) -> None:
+        """Those that there was no room for, once it has read others."""
+        if self._permits is not None:
+            self._permits.send()
+
+    def take_back(self, turns: list[Turn]) -> list[Turn]:
+        """Those of these that it has not begun, and never will: always the last."""
+        if self._permits is None:
+            return []
+        unread = self._permits.take_back()
+        back = [turn for turn in turns if turn.number in unread]
+        for turn in back:
+            unread.remove(turn.number)
+            # Of a frame that is in the pipe in part, the rest has to follow.
+            if len(self._unsent.get(turn.number, b"")) == turn.size:
+                del self._unsent[turn.number]
+        if unread:
+            for number in sorted(unread):
+                self._permits.add(number)
+            self.send()
+        return back
+
+    def unread(self) -> int:
+        """How many bytes of what was put it has not read."""
+        count = fcntl.ioctl(self._pipe, termios.FIONREAD, struct.pack("i", 0))
+        return sum(map(len, self._unsent.values())) + int(struct.unpack("i", count)[0])
+
+    @property
+    def closed(self) -> bool:
+        return self._pipe < 0
+
+    def close(self) -> None:
+        """It reads the end of the file."""
+        if not self.closed:
+            self._loop.remove_writer(self._pipe)
+            os.close(self._pipe)
+            self._pipe = -1
+            if self._permits is not None:
+                self._permits.close()

@@ -1,0 +1,98 @@
+"""Whether a warm handler may start another process: after one that could not, not at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from workerd import log
+from workerd.backoff import backoff
+from workerd.core.handler import Degraded
+from workerd.core.job import Outcome, Report
+
+if TYPE_CHECKING:
+    from workerd.handlers.warm.child_process import Runner
+
+#: Seconds without an attempt to start a process after one that failed: at first, and at most.
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+#: Seconds after which one that was ready has not ended at once.
+TRIAL = 1.0
+
+
+class Starts:
+    """What has become of the attempts of one handler to start processes.
+
+    ``try_again`` is called when a pause is over, ``changed`` when the trouble has begun, has
+    another reason, or is over.
+    """
+
+    def __init__(
+        self, handler: str, try_again: Callable[[], object], changed: Callable[[], object]
+    ) -> None:
+        #: Why one could not start; None once one that came up later works.
+        self.trouble: Report | None = None
+        self._handler = handler
+        self._try_again = try_again
+        self._changed = changed
+        #: The processes that were ready before that: what they do proves nothing.
+        self._veterans: set[Runner] = set()
+        self._pauses: Iterator[float] = iter(())
+        self._pause: asyncio.TimerHandle | None = None
+
+    @property
+    def paused(self) -> bool:
+        """Whether none is to be started: one has just failed."""
+        return self._pause is not None
+
+    def degraded(self, runners: Iterable[Runner]) -> Degraded | None:
+        """See `handling.Handler`; these are the processes that there are."""
+        if self.trouble is None:
+            return None
+        return Degraded(not any(_is_ready(runner) for runner in runners), self.trouble.error)
+
+    def failed(self, reason: str, text: str, runners: Iterable[Runner]) -> None:
+        """One could not be started, or did not come up; these are those that there are."""
+        if self.trouble is None:
+            self._pauses = backoff(FIRST_PAUSE, LONGEST_PAUSE)
+        pause = next(self._pauses)
+        if self.trouble is None or self.trouble.error != text:
+            log.error("child failed", reason=reason, error=text[-2000:])
+        self.trouble = Report(Outcome.UNAVAILABLE, reason, error=text)
+        self._veterans = set(filter(_is_ready, runners))
+        self.end_pause()
+        self._pause = asyncio.get_running_loop().call_later(pause, self._pause_is_over)
+        self._changed()
+
+    def ready(self, runner: Runner) -> None:
+        """This one has come up. Whether it stays will be seen."""
+        self.end_pause()
+        if self.trouble:
+            asyncio.get_running_loop().call_later(TRIAL, self._stays, runner)
+
+    def works(self, runner: Runner) -> None:
+        """It has done a job, or could: if it came up since another did not, the trouble is over."""
+        if self.trouble is not None and runner not in self._veterans:
+            self.trouble = None
+            self._veterans.clear()
+            self.end_pause()
+            log.event("child recovered", handler=self._handler, child=runner.pid)
+            self._changed()
+
+    def end_pause(self) -> None:
+        """The next may be started now."""
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+
+    def _pause_is_over(self) -> None:
+        self._pause = None
+        self._try_again()
+
+    def _stays(self, runner: Runner) -> None:
+        if _is_ready(runner):
+            self.works(runner)
+
+
+def _is_ready(runner: Runner) -> bool:
+    return runner.state == "ready"

@@ -1,0 +1,354 @@
+"""What one host remembers of jobs: each instance writes a journal, the others read it.
+
+Records are appended without fsync: they survive the end of the process in any way, and the
+end of the host except for its last seconds. A new segment begins whenever the memory begins a
+new generation, and the segment of a forgotten generation is removed, so nothing is ever
+rewritten while jobs run. What a record says is in `history`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from workerd.core.dedup import ALL_CLOSED, GONE, NEVER_SENT, Elsewhere, Memory
+from workerd.runlog.reader import CutOff, History, Returns, outstanding, segments
+from workerd.runlog.records import (
+    BACK,
+    BEGIN,
+    CLOSED,
+    CUT_OFF,
+    END,
+    LOST,
+    OPEN,
+    OVER,
+    RECALLED,
+    RETURNED,
+    START,
+    TAKE,
+    WAIT,
+    encode,
+)
+
+_NO_KEY = bytes(16)
+
+#: Seconds that a start waits for the lock of a journal: for an instant a sibling has it that
+#: looks whether it is held, and the guardian of a killed process until it has killed the jobs.
+PATIENCE = 2.0
+#: Seconds for which it is remembered how often a job ended with its daemon: longer than a job
+#: takes that ends so again and again.
+CUT_OFF_KEPT = 7 * 86_400.0
+#: Seconds until a disk that refused to be written is tried again.
+RETRY = 60.0
+
+
+class HostMemory(Memory):
+    """The memory of an instance, on disk, and a look into those of its siblings.
+
+    ``on_trouble`` is told, once, when the disk cannot be written (the memory is then in this
+    process alone) and, with "", when it can be again. ``remember`` is in seconds, ``lock``
+    what `hold` has returned, where that was done before. ``soon`` has a function called before
+    the loop does anything else: then records are written together, but before a job begins.
+    """
+
+    def __init__(
+        self,
+        state: Path,
+        instance: str,
+        remember: float,
+        on_trouble: Callable[[str], None],
+        size: int = 100_000,
+        lock: int = -1,
+        soon: Callable[[Callable[[], None]], object] | None = None,
+    ) -> None:
+        super().__init__(size)
+        self.remember = remember
+        self._state = state
+        self._folder = state / instance
+        self._on_trouble = on_trouble
+        self._troubled = False
+        self._file = -1
+        self._soon = soon
+        #: What is not written yet.
+        self._pending: list[bytes] = []
+        #: The lock, once it is ours; and the same, once all has been read and we may write.
+        self._held = lock
+        self._lock = -1
+        self._retry_at = 0.0
+        self._segments: list[Path] = []
+        self._nonce = os.urandom(16)
+        #: Runs that have begun and not ended, to be carried into each new segment, and the
+        #: channels that brought them; NEVER_SENT for one that is lost.
+        self._running: dict[bytes, list[int]] = {}
+        #: How many of those have not begun.
+        self._unbegun: dict[bytes, int] = {}
+        self._returns: dict[bytes, Returns] = {}
+        #: The attempts that were cut off by the end of an earlier process.
+        self._cut_off: dict[bytes, CutOff] = {}
+        #: How many jobs of each key are in hand and have not started.
+        self._waiting: dict[bytes, int] = {}
+        #: When a channel was last lost, in seconds since 1970.
+        self._lost_at = 0.0
+        #: The other instances that have ever run on this host, by name.
+        self._siblings: dict[str, History] = {}
+        #: Those among them that could be read at the last look.
+        self._readable: list[History] = []
+        self._asked = False
+        self._open()
+
+    # What the ledger tells.
+
+    def waits(self, key: bytes) -> None:
+        self._waiting[key] = self._waiting.get(key, 0) + 1
+        self._append(WAIT, NEVER_SENT, key)
+
+    def started(self, key: bytes, channel: int, begun: bool = True) -> None:
+        self._end_wait(key)
+        self._running.setdefault(key, []).append(channel)
+        if not begun:
+            self._unbegun[key] = self._unbegun.get(key, 0) + 1
+        self._append(START if begun else TAKE, channel, key)
+        if begun:
+            self.flush()
+
+    def begun(self, key: bytes) -> None:
+        self._unbegun[key] -= 1
+        if not self._unbegun[key]:
+            del self._unbegun[key]
+        self._append(BEGIN, NEVER_SENT, key)
+
+    def settled(self, key: bytes, channel: int) -> None:
+        super().settled(key, channel)
+        self._end_run(key)
+        self._cut_off.pop(key, None)
+        self._append(END, channel, key)
+
+    def forgotten(self, key: bytes) -> None:
+        self._end_run(key)
+        self._cut_off.pop(key, None)
+        self._append(OVER, NEVER_SENT, key)
+
+    def returned(self, key: bytes, ran: bool) -> None:
+        self._returns.setdefault(key, []).append((time.time(), 1))
+        (self._end_run if ran else self._end_wait)(key)
+        self._append(BACK if ran else RETURNED, NEVER_SENT, key)
+
+    def spent(self, key: bytes) -> None:
+        before = self._cut_off[key].number if key in self._cut_off else 0
+        self._cut_off[key] = CutOff(before + 1, time.time())
+        self._append(CUT_OFF, before + 1, key)
+
+    def lost(self, channel: int) -> None:
+        self._lost_at = time.time()
+        for channels in self._running.values():
+            channels[:] = [NEVER_SENT if each == channel else each for each in channels]
+        self._append(LOST, channel, _NO_KEY)
+
+    def closed(self, channel: int) -> None:
+        self._append(CLOSED, channel, _NO_KEY)
+
+    def age(self) -> None:
+        super().age()
+        oldest = time.time() - self.remember
+        self._returns = {k: each for k, each in self._returns.items() if each[-1][0] >= oldest}
+        oldest = time.time() - CUT_OFF_KEPT
+        self._cut_off = {k: each for k, each in self._cut_off.items() if each.when >= oldest}
+        (self._open if self._lock < 0 else self._begin_segment)()
+        if not self._asked:
+            self._readable.clear()
+            self._siblings.clear()  # they take memory, and outages are rare
+        self._asked = False
+        while len(self._segments) > self.GENERATIONS:
+            with contextlib.suppress(OSError):
+                self._segments.pop(0).unlink()
+
+    # What the ledger asks. The answers are for redeliveries alone, which are rare.
+
+    def look(self) -> None:
+        self._asked = True
+        names: list[str] = []
+        with contextlib.suppress(OSError):
+            names = os.listdir(self._state)
+        self._readable.clear()
+        for name in names:
+            folder = self._state / name
+            if folder != self._folder:
+                history = self._siblings.setdefault(name, History(folder))
+                with contextlib.suppress(OSError):
+                    history.catch_up()
+                    self._readable.append(history)
+
+    def recall(self, key: bytes) -> bool:
+        known = [each.returns.get(key, ()) for each in self._readable]
+        if outstanding(itertools.chain(self._returns.get(key, ()), *known)) == 0:
+            return False
+        self._returns.setdefault(key, []).append((time.time(), -1))
+        self._append(RECALLED, NEVER_SENT, key)
+        return True
+
+    def elsewhere(self, key: bytes) -> Elsewhere:
+        oldest = time.time() - self.remember
+        best = Elsewhere.UNKNOWN
+        for sibling in self._readable:
+            answer = sibling.ask(key, oldest, self._lost_at)
+            if answer is Elsewhere.FINISHED:
+                return answer
+            best = max(best, answer, key=lambda each: each.value)
+        return best
+
+    def cut_off(self, key: bytes) -> int | None:
+        known = [each.cut_off for each in self._readable] + [self._cut_off]
+        numbers = [each[key].number for each in known if key in each]
+        return sum(numbers) if numbers else None
+
+    # The disk.
+
+    def _open(self) -> None:
+        """Remember what earlier processes of this instance knew, and begin to write."""
+        history = History(self._folder)
+        try:
+            if self._held < 0:
+                # Without patience: this may be the event loop.
+                self._held = hold(self._folder, 0.0)
+            self._segments = segments(self._folder)
+            history.catch_up()
+        except OSError as error:
+            self._fail(error)
+            return
+        self._lock = self._held
+        history.end_process()
+        records = list(self._take_over(history))
+        self._begin_segment()
+        if self._write(b"".join(records)):
+            # The new segment says all that the old ones said.
+            for segment in self._segments[:-1]:
+                with contextlib.suppress(OSError):
+                    segment.unlink()
+            del self._segments[:-1]
+
+    def _take_over(self, history: History) -> Iterable[bytes]:
+        """Remember what a history tells; returns the records for it."""
+        oldest = time.time() - self.remember
+        for key, sent in history.finished():
+            if sent.when >= oldest:
+                channel = GONE if history.is_gone(sent) else ALL_CLOSED
+                self._put(key, channel)
+                yield encode(END, channel, key, sent.when)
+        for key, returns in history.returns.items():
+            if returns[-1][0] >= oldest:
+                self._returns[key] = returns
+                for when, change in returns:
+                    yield encode(RETURNED if change > 0 else RECALLED, NEVER_SENT, key, when)
+        self._cut_off = history.cut_off  # written into each new segment
+
+    def _begin_segment(self) -> None:
+        self.close()
+        if self._lock < 0:
+            return  # somebody else's journal, or none
+        numbers = [int(segment.name) for segment in self._segments]
+        path = self._folder / f"{max(numbers, default=0) + 1:08d}"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            self._file = os.open(path, flags, 0o640)
+        except OSError as error:
+            self._fail(error)
+            return
+        self._segments.append(path)
+        self._append(OPEN, NEVER_SENT, self._nonce)
+        for key, channels in self._running.items():
+            unbegun = self._unbegun.get(key, 0)
+            for number, channel in enumerate(channels):
+                self._append(TAKE if number < unbegun else START, channel, key)
+        for key, cut_off in self._cut_off.items():
+            self._append(CUT_OFF, cut_off.number, key, cut_off.when)
+        for key, count in self._waiting.items():
+            for _ in range(count):
+                self._append(WAIT, NEVER_SENT, key)
+        self.flush()
+
+    def _append(self, kind: bytes, channel: int, key: bytes, when: float | None = None) -> None:
+        if self._file < 0:
+            if time.monotonic() < self._retry_at:
+                return
+            (self._open if self._lock < 0 else self._begin_segment)()
+            if kind in (START, TAKE, BEGIN, WAIT):
+                return  # the new segment begins with all that is in hand
+        if not self._pending and self._soon is not None:
+            self._soon(self.flush)
+        self._pending.append(encode(kind, channel, key, time.time() if when is None else when))
+        if self._soon is None:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is not written yet."""
+        records, self._pending = self._pending, []
+        if records:
+            self._write(b"".join(records))
+
+    def _write(self, records: bytes) -> bool:
+        if self._file < 0:
+            return False
+        try:
+            if os.write(self._file, records) != len(records):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._fail(error)
+            return False
+        if self._troubled:
+            self._troubled = False
+            self._on_trouble("")
+        return True
+
+    def close(self) -> None:
+        """Nothing more is written; the lock stays until the process ends."""
+        self.flush()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _fail(self, error: OSError) -> None:
+        # A record may be torn; whatever comes later goes into a segment of its own.
+        self.close()
+        self._retry_at = time.monotonic() + RETRY
+        if not self._troubled:
+            self._troubled = True
+            self._on_trouble(str(error))
+
+    def _end_wait(self, key: bytes) -> None:
+        count = self._waiting.pop(key, 0)
+        if count > 1:
+            self._waiting[key] = count - 1
+
+    def _end_run(self, key: bytes) -> None:
+        runs = self._running.get(key)
+        if runs:
+            runs.pop()
+            if not runs:
+                del self._running[key]
+
+
+def hold(folder: Path, patience: float = PATIENCE) -> int:
+    """Take the lock on a journal's folder; the descriptor holds it until it is closed.
+
+    Whoever inherits the descriptor holds the lock too. Raises OSError when the folder cannot
+    be made, and BlockingIOError when the lock is another's for longer than ``patience`` seconds.
+    """
+    deadline = time.monotonic() + patience
+    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                os.close(lock)
+                raise
+            time.sleep(0.01)
+        else:
+            return lock

@@ -1,0 +1,101 @@
+"""Confirmed publishing, on a connection of its own.
+
+Never on the consuming one: an alarm makes RabbitMQ stop reading from connections that
+publish, and acknowledgements would be stuck with the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from workerd import log
+from workerd.broker.channel import Channel
+from workerd.broker.connection import Link
+from workerd.broker.errors import CONFIRM_TIMEOUT
+from workerd.core.job import Message
+from workerd.errors import Kind, Trouble
+from workerd.worker.consumer import Connect
+
+
+class Lane:
+    """A confirming channel, while there is one."""
+
+    def __init__(self) -> None:
+        self.channel: Channel | None = None
+        self.open = asyncio.Event()
+
+    async def run(self, link: Link) -> None:
+        """Keep a channel open for as long as the connection lives."""
+        while not link.ended.done():
+            try:
+                channel = await link.channel()
+                await channel.confirm()
+            except Trouble:
+                link.abort("cannot open a channel")
+                break
+            self.channel = channel
+            self.open.set()
+            await asyncio.shield(channel.ended)
+            self.channel = None
+            self.open.clear()
+
+
+class Publisher:
+    """Publishes on whatever connection there is; reconnects by itself while `run` runs."""
+
+    def __init__(self) -> None:
+        #: One for the default exchange and one for all others: an exchange that is missing
+        #: or forbidden ends the channel, and nobody knows what became of its other messages.
+        self._default = Lane()
+        self._others = Lane()
+        self._link: Link | None = None
+        #: Whether the present outage has been logged.
+        self._down = False
+        #: How many connections were lost: those that we did not close ourselves.
+        self.losses = 0
+
+    @property
+    def blocked(self) -> str:
+        """The alarm that holds up publishing, "" when there is none."""
+        return self._link.blocked if self._link else ""
+
+    async def run(self, connect: Connect) -> None:
+        """Keep the channels open, for ever."""
+        async for link in connect("publish", self._failed, asyncio.Event()):
+            self._down = False
+            self._link = link
+            await asyncio.gather(self._default.run(link), self._others.run(link))
+            self._link = None
+            await asyncio.wait({link.ended})
+            self.losses += link.ended.result().kind is not Kind.CLOSED
+
+    def _failed(self, broker: str, trouble: Trouble, _delay: float) -> None:
+        # The consuming connection has warned already when the broker as a whole is away.
+        level = log.debug if self._down or trouble.kind in (Kind.AWAY, Kind.CLOSED) else log.warning
+        level("publisher disconnected", broker=broker, text=str(trouble))
+        self._down = True
+
+    async def publish(self, exchange: str, key: str, message: Message) -> None:
+        """Publish, and return when the broker has confirmed and routed the message.
+
+        Waits for a connection and for the end of an alarm. Raises Unroutable, or Trouble
+        when the message was refused or its fate is unknown: then publish it again.
+        """
+        lane = self._others if exchange else self._default
+        await lane.open.wait()
+        channel = lane.channel
+        if channel is None:
+            raise Trouble(Kind.AWAY, "the publishing connection was lost")
+        confirmed = channel.publish(exchange, key, message)
+        while True:
+            await asyncio.wait({confirmed}, timeout=CONFIRM_TIMEOUT)
+            if confirmed.done():
+                return confirmed.result()
+            if not channel.link.blocked:
+                # No majority of a quorum queue, or a broker that stopped answering.
+                raise Trouble(Kind.AWAY, f"not confirmed within {CONFIRM_TIMEOUT:.0f} s")
+
+    async def close(self, timeout: float) -> None:
+        """Close the connection, within ``timeout`` seconds."""
+        if self._link:
+            await self._link.close(timeout)
