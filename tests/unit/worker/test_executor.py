@@ -1,0 +1,69 @@
+"""What becomes of a job whose handler has a bug of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.harness.commands import in_loop
+from tests.harness.pools import logged
+from tests.harness.samples import MESSAGE, PLACE
+from workerd.config.model import Handler, Queue, Settings
+from workerd.config.model import Worker as Options
+from workerd.core.decode import decode
+from workerd.core.handler import MayBegin, Started
+from workerd.core.job import Delivery, Job, Outcome, Report, Run
+from workerd.worker.worker import Worker
+
+pytestmark = pytest.mark.pure
+
+SETTINGS = Settings(
+    worker=Options(queues=("q",)),
+    queues={"q": Queue("q")},
+    handlers={"resize": Handler("resize", ("true",))},
+)
+
+
+class Faulty:
+    """A handler that fails by itself, before or after it has begun with a job."""
+
+    immediate = True
+    capacity = 0
+    degraded = None
+
+    def __init__(self, begins: bool) -> None:
+        self._begins = begins
+
+    async def run(self, _job: Job, _stop: object, started: Started, _may_begin: MayBegin) -> Report:
+        if self._begins:
+            started(1)
+        raise RuntimeError("a bug of ours")
+
+    def of(self, _settings: Settings, _changed: Callable[[str], None]) -> Mapping[str, Any]:
+        """As the register of handlers."""
+        return {"resize": self}
+
+
+@pytest.mark.parametrize(("begins", "outcome"), [(False, "unavailable"), (True, "failed")])
+def test_a_bug_costs_an_attempt_only_where_one_had_begun(begins: bool, outcome: str) -> None:
+    async def scenario() -> Report:
+        register: Any = Faulty(begins)
+        notifier: Any = SimpleNamespace()
+        connect: Any = None
+        worker = Worker(SETTINGS, register, PLACE, connect, notifier)
+        worker.ledger.opened(1)
+        run = worker.ledger.delivered(Delivery(1, 1, 0.0, decode(MESSAGE, "q")))
+        assert isinstance(run, Run)
+        report = await worker.attempts.make(run)
+        assert not worker.attempts.progress
+        return report
+
+    with logged() as events:
+        report = in_loop(scenario())
+    assert (report.outcome, report.reason, report.ran) == (Outcome(outcome), "bug", begins)
+    assert report.error.endswith("RuntimeError: a bug of ours")
+    told = "failed" if begins else "handler paused"
+    assert [event["reason"] for event in events if event["event"] == told] == ["bug"]
