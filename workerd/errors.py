@@ -9,7 +9,7 @@ class WorkerdError(Exception):
     """The root of all errors that workerd raises on purpose."""
 
 
-class Refused(WorkerdError):
+class CommandError(WorkerdError):
     """The job, or the command line, is not acceptable; ``status`` is the exit status."""
 
     def __init__(self, status: int, text: str) -> None:
@@ -25,7 +25,7 @@ class SettingsError(WorkerdError):
         super().__init__("\n".join(problems))
 
 
-class Kind(enum.Enum):
+class ErrorKind(enum.Enum):
     """What sort of trouble the broker makes; decides who waits, and how long."""
 
     #: The network or the broker process is away: try again soon.
@@ -48,20 +48,20 @@ class Kind(enum.Enum):
     CLOSED = "closed"
 
 
-class Trouble(WorkerdError):
+class BrokerError(WorkerdError):
     """A connection, a channel or a request at the broker failed, with the broker's own words."""
 
-    def __init__(self, kind: Kind, text: str, code: int | None = None) -> None:
+    def __init__(self, kind: ErrorKind, text: str, code: int | None = None) -> None:
         super().__init__(text)
         self.kind = kind
         self.code = code
 
 
-class Unroutable(Trouble):
+class Unroutable(BrokerError):
     """The broker has no queue for a published message."""
 
     def __init__(self, queue: str) -> None:
-        super().__init__(Kind.MISSING, f"no queue {queue!r}", 312)
+        super().__init__(ErrorKind.MISSING, f"no queue {queue!r}", 312)
 
 
 class Unencodable(WorkerdError):
@@ -84,7 +84,7 @@ EX_CONFIG = 78
 
 def exit_status(error: WorkerdError) -> int:
     """The exit status that tells a script what went wrong."""
-    if isinstance(error, Refused):
+    if isinstance(error, CommandError):
         return error.status
     if isinstance(error, SettingsError):
         return EX_CONFIG
@@ -92,11 +92,11 @@ def exit_status(error: WorkerdError) -> int:
         return EX_DATAERR
     if isinstance(error, Unroutable):
         return EX_CANTCREAT
-    if isinstance(error, Trouble):
+    if isinstance(error, BrokerError):
         return {
-            Kind.TOO_LARGE: EX_DATAERR,
-            Kind.BUSY: EX_TEMPFAIL,
-            Kind.REFUSED: EX_NOPERM,
-            Kind.MISSING: EX_CANTCREAT,
+            ErrorKind.TOO_LARGE: EX_DATAERR,
+            ErrorKind.BUSY: EX_TEMPFAIL,
+            ErrorKind.REFUSED: EX_NOPERM,
+            ErrorKind.MISSING: EX_CANTCREAT,
         }.get(error.kind, EX_UNAVAILABLE)
     return EX_UNAVAILABLE

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from workerd.log_formats import LEVELS, Level, Record, Write, console
+from workerd.log_formats import LEVELS, Level, LogRecord, Write, console
 
 #: Records that may wait for the writer; beyond that, the newest are dropped.
 BACKLOG = 20_000
@@ -70,7 +70,7 @@ class Log:
         self.threshold = LEVELS["info"]
         self.instance = ""
         self._write: Write = console(sys.stderr.fileno())
-        self._records: deque[Record] = deque()
+        self._records: deque[LogRecord] = deque()
         #: Records that were never written, and how many of them the log has told of.
         self.dropped = 0
         self._told = 0
@@ -120,7 +120,7 @@ class Log:
                 self._wake.set()
             time.sleep(LINGER)
 
-    def _write_some(self, records: list[Record]) -> None:
+    def _write_some(self, records: list[LogRecord]) -> None:
         """Write the first of the backlog, which these are."""
         # A reader of the log that went away is no reason to stop working.
         lost = self._write(*records)

@@ -18,13 +18,13 @@ LEVELS = {"debug": 7, "info": 6, "warning": 4, "error": 3}
 
 Level = Literal["debug", "info", "warning", "error"]
 
-Record = tuple[float, str, str, Mapping[str, object]]
+LogRecord = tuple[float, str, str, Mapping[str, object]]
 
 
 class Write(Protocol):
     """Writes records; returns those of them that could not be written."""
 
-    def __call__(self, *records: Record) -> Sequence[Record]: ...
+    def __call__(self, *records: LogRecord) -> Sequence[LogRecord]: ...
 
 
 #: Seconds that the journal may keep the writer waiting.
@@ -85,7 +85,7 @@ def json_lines(fd: int) -> Write:
     return _lines(fd, _json_line)
 
 
-def _json_line(record: Record) -> str:
+def _json_line(record: LogRecord) -> str:
     # Put together by hand, which takes half as long as having the whole encoded.
     when, level, name, fields = record
     facts = [
@@ -111,7 +111,7 @@ _JSON: dict[type, Callable[[Any], str]] = {
 def console(fd: int) -> Write:
     """For eyes: time, event, fields."""
 
-    def line(record: Record) -> str:
+    def line(record: LogRecord) -> str:
         when, level, _name, _fields = record
         clock = time.strftime("%H:%M:%S", time.localtime(when)) + f".{int(when * 1000) % 1000:03d}"
         mark = "" if level in ("debug", "info") else f"{level}: "
@@ -125,8 +125,8 @@ def prefixed(fd: int) -> Write:
     return _lines(fd, lambda record: f"<{LEVELS[record[1]]}>{_plain(record)}")
 
 
-def _lines(fd: int, line: Callable[[Record], str]) -> Write:
-    def write(*records: Record) -> Sequence[Record]:
+def _lines(fd: int, line: Callable[[LogRecord], str]) -> Write:
+    def write(*records: LogRecord) -> Sequence[LogRecord]:
         text = "".join(line(record) + "\n" for record in records)
         try:
             _write_all(fd, text.encode("utf-8", "backslashreplace"))
@@ -149,8 +149,8 @@ def journal(path: str, fallback: Write) -> Write:
     patience = struct.pack("@ll", JOURNAL_PATIENCE, 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
 
-    def write(*records: Record) -> Sequence[Record]:
-        lost: list[Record] = []
+    def write(*records: LogRecord) -> Sequence[LogRecord]:
+        lost: list[LogRecord] = []
         for record in records:
             try:
                 sock.sendto(_datagram(record), path)
@@ -163,7 +163,7 @@ def journal(path: str, fallback: Write) -> Write:
     return write
 
 
-def _datagram(record: Record) -> bytes:
+def _datagram(record: LogRecord) -> bytes:
     _when, level, name, fields = record
     lines, blocks = [_head(name, level)], b""
     for key, value in (("", _plain(record)), *fields.items()):
@@ -200,7 +200,7 @@ def message_id(event: str) -> str:
     return uuid.uuid5(uuid.UUID("6f1c5b1e-7d0f-4b55-9d86-3f1a0c6e2b47"), event).hex
 
 
-def _plain(record: Record) -> str:
+def _plain(record: LogRecord) -> str:
     """An event as one safe line. A job's own output is shown as it was printed."""
     _when, _level, name, fields = record
     if name == "output":

@@ -27,8 +27,8 @@ from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import TIMEOUT, until
 from workerd.config.load import load
 from workerd.core.job import UNREADABLE, Message
-from workerd.deadletters.letter import Filter, Irreplaceable, Letter, renewed, replayed, stamp
-from workerd.deadletters.operations import opened
+from workerd.deadletters.letter import DeadLetter, Filter, Irreplaceable, renewed, replayed, stamp
+from workerd.deadletters.operations import browse
 from workerd.deadletters.render import everything, row, sheet
 
 NOW = 1_800_000_000.0
@@ -65,8 +65,8 @@ EXPIRED: dict[str, object] = {
 }
 
 
-def letter(headers: dict[str, object] | None = None, **properties: Any) -> Letter:
-    return Letter(Message(headers=headers or {}, **properties))
+def letter(headers: dict[str, object] | None = None, **properties: Any) -> DeadLetter:
+    return DeadLetter(Message(headers=headers or {}, **properties))
 
 
 # The pure parts
@@ -248,7 +248,7 @@ async def look(file: Path, queue: str, times: int) -> list[list[str]]:
     broker = load(file, environ={}).broker
     looks = []
     for _ in range(times):
-        async with opened(broker, queue, Filter()) as box:
+        async with browse(broker, queue, Filter()) as box:
             looks.append([letter.id async for letter in box.letters()])
     return looks
 

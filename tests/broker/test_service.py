@@ -32,7 +32,7 @@ def said(worker: Daemon) -> list[str]:
     return [text for _, text in worker.notifications]
 
 
-# Readiness and status
+# Poller and status
 
 
 def test_ready_is_told_only_when_something_is_consumed(

@@ -20,7 +20,7 @@ from tests.harness.programs import SUBMIT, WORKERD, Program, Result, run
 from tests.harness.tables import private
 from tests.harness.waiting import TIMEOUT, until
 from workerd.core.job import Message
-from workerd.core.submission import Order
+from workerd.core.submission import Submission
 from workerd.core.topology import MAX_DELAY, delayed, level_name
 
 # What a start of Python and of its modules takes at most, on a busy machine.
@@ -230,9 +230,9 @@ def test_a_dry_run_tells_when_the_job_would_come_due(nowhere: list[str]) -> None
 
 def test_a_clock_that_is_set_back_meanwhile_delays_no_further_than_the_levels_can() -> None:
     now = time.time()
-    order = Order("default", Message(), max_body=0, due=now + MAX_DELAY, ttl=None)
-    parcel = order.parcel(order.message(b""), now - HOUR)
-    assert (parcel.exchange, parcel.key) == delayed(order.queue, MAX_DELAY)
+    submission = Submission("default", Message(), max_body=0, due=now + MAX_DELAY, ttl=None)
+    publish = submission.publish_at(submission.message(b""), now - HOUR)
+    assert (publish.exchange, publish.key) == delayed(submission.queue, MAX_DELAY)
 
 
 # What can be asked for

@@ -136,7 +136,7 @@ def logged() -> Iterator[list[dict[str, Any]]]:
     """The events that are logged meanwhile."""
     events: list[dict[str, Any]] = []
 
-    def keep(*records: log_formats.Record) -> Sequence[log_formats.Record]:
+    def keep(*records: log_formats.LogRecord) -> Sequence[log_formats.LogRecord]:
         for _when, level, name, fields in records:
             events.append({"event": name, "level": level, **fields})
         return ()

@@ -15,7 +15,7 @@ from .processes import MissingTool
 from .programs import SUBMIT, WORKERD, Result, run
 from .waiting import TIMEOUT
 
-Answer = dict[str, Any]
+Reply = dict[str, Any]
 
 
 class Caller:
@@ -56,14 +56,14 @@ class Caller:
         finally:
             self._socket.settimeout(TIMEOUT)
 
-    def ask(self, request: str, body: bytes = b"", **keys: Any) -> Answer:
+    def ask(self, request: str, body: bytes = b"", **keys: Any) -> Reply:
         """A request as it should be, and the answer."""
         length = {"length": len(body)} if body else {}
         message = {"version": 1, "request": request, **length, **keys}
         self.send(json.dumps(message).encode() + b"\n" + body)
         return self.answer()
 
-    def answer(self) -> Answer:
+    def answer(self) -> Reply:
         """The next answer."""
         while b"\n" not in self._rest:
             data = self._socket.recv(65536)
@@ -87,7 +87,7 @@ def folder(daemon: Daemon) -> Path:
     return daemon.runtime / daemon.instance
 
 
-def call(daemon: Daemon, request: str, body: bytes = b"", **keys: Any) -> Answer:
+def call(daemon: Daemon, request: str, body: bytes = b"", **keys: Any) -> Reply:
     """One request on a connection of its own."""
     with Caller(folder(daemon)) as caller:
         return caller.ask(request, body, **keys)

@@ -15,7 +15,7 @@ from itertools import product
 from workerd.core.decode import decode
 from workerd.core.job import ATTEMPT, COPY, REPLAY, Delivery, Message, Outcome, Report, Run
 from workerd.core.ledger import Ledger, Rejoined, Settle
-from workerd.core.republish import Place, another_go, dead_letter
+from workerd.core.republish import Origin, dead_letter, next_attempt
 from workerd.core.retry import Verdict
 
 CONCURRENCY = {"narrow": 1, "wide": 2}
@@ -124,7 +124,7 @@ class Episode:
             CONCURRENCY, None, lambda _job: not self.capacity, lambda _job: self.capacity
         )
         #: The runs that have no slot yet.
-        self.ahead: set[Run] = set()
+        self.dispatched: set[Run] = set()
         #: What each run has to settle, None when that was lost; in the order of starting.
         self.runs: dict[Run, Delivery | None] = {}
         self.alike: dict[Run, str] = {}
@@ -167,7 +167,7 @@ class Episode:
             case "moved dead letter":  # by the broker's own tools, which set no mark
                 job = decode(self._latest(), queue)
                 report = Report(Outcome.FAILED, "exit-status", exit_status=1)
-                message, _ = dead_letter(job, report, Place("host", "1"), number)
+                message, _ = dead_letter(job, report, Origin("host", "1"), number)
             case _:
                 assert kind == "copy"
                 message = self._latest()
@@ -301,13 +301,13 @@ class Episode:
         if self.ledger.draining or any(run.job.lost_starts for run in self.runs):
             return []
         if self.waiting[ALONE]:
-            return self.waiting[ALONE][:1] if self.ahead.issuperset(self.runs) else []
+            return self.waiting[ALONE][:1] if self.dispatched.issuperset(self.runs) else []
         room = len(self.runs) < self.capacity
         free = [queue for queue in CONCURRENCY if room or self._has_slot(queue)]
         return [delivery for queue in free for delivery in self.waiting[queue][:1]]
 
     def _busy(self, queue: str) -> int:
-        return sum(run.job.queue == queue for run in self.runs if run not in self.ahead)
+        return sum(run.job.queue == queue for run in self.runs if run not in self.dispatched)
 
     def _has_slot(self, queue: str) -> bool:
         return self._busy(queue) < CONCURRENCY[queue]
@@ -328,9 +328,9 @@ class Episode:
                 waiting.remove(delivery)
         sent = self.wires[delivery.channel].unsettled[delivery.tag]
         self.story.append(f"  {sent} started")
-        assert run.ahead != self._has_slot(delivery.job.queue) or run.job.lost_starts
-        if run.ahead:
-            self.ahead.add(run)
+        assert run.dispatched != self._has_slot(delivery.job.queue) or run.job.lost_starts
+        if run.dispatched:
+            self.dispatched.add(run)
         self.runs[run] = run.delivery
         self.alike[run] = sent.alike
         self.starts[sent.alike] += 1
@@ -341,9 +341,9 @@ class Episode:
 
     def begin(self, which: int, behind: bool) -> None:
         """A process could do with another job, or comes to one that lies behind its last."""
-        if not self.ahead:
+        if not self.dispatched:
             return
-        run = [run for run in self.runs if run in self.ahead][which % len(self.ahead)]
+        run = [run for run in self.runs if run in self.dispatched][which % len(self.dispatched)]
         closed = self.ledger.draining or any(each.job.lost_starts for each in self.runs)
         closed = closed or bool(self.waiting[ALONE])
         may_begin = not closed and (behind or self._has_slot(run.job.queue))
@@ -351,7 +351,7 @@ class Episode:
         if may_begin:
             self.story.append("a run begins")
             self.ledger.begins(run)
-            self.ahead.remove(run)
+            self.dispatched.remove(run)
 
     def finish(self, which: int, verdict: Verdict, copies: int = 1) -> None:
         """A run ends; for want of a confirm, its copy may have been published twice."""
@@ -359,12 +359,12 @@ class Episode:
             return
         run = list(self.runs)[which % len(self.runs)]
         delivery = self.runs.pop(run)
-        self.ahead.discard(run)
+        self.dispatched.discard(run)
         alike = self.alike[run]
         self.story.append(f"a run ends: {verdict.value}")
         if verdict in (Verdict.RETRY, Verdict.POSTPONE):
             spent = run.job.attempt - (verdict is Verdict.POSTPONE)
-            message, _ = another_go(run.job, spent, f"copy {len(self.sent)}", 0.0)
+            message, _ = next_attempt(run.job, spent, f"copy {len(self.sent)}", 0.0)
             for _ in range(copies):
                 self._publish(run.job.queue, message, verdict.value)
         if verdict.remembered:
@@ -392,7 +392,7 @@ class Episode:
         self.story.append("drain")
         self.ledger.drain()
 
-    def give_back(self) -> None:
+    def requeue(self) -> None:
         """In a drain, the consumers are cancelled, and what waits is given back."""
         if not self.ledger.draining:
             return
@@ -555,8 +555,8 @@ class Episode:
         ledger = self.ledger
         assert ledger.running == set(self.runs)
         for queue in CONCURRENCY:
-            ahead = sum(run.job.queue == queue for run in self.ahead)
-            assert ledger.slots.waiting(queue) == len(self.waiting[queue]) + ahead
+            dispatched = sum(run.job.queue == queue for run in self.dispatched)
+            assert ledger.slots.waiting(queue) == len(self.waiting[queue]) + dispatched
             assert ledger.slots.busy(queue) == self._busy(queue)
         unsent = any(delivery is None for delivery in self.runs.values())
         unsent |= any(NEVER_SENT in sent_on for sent_on in self.verdicts.values())
@@ -622,6 +622,6 @@ STEPS = [
     *_each(Episode.pass_by, CONCURRENCY),
     *_each(Episode.take_away, CONCURRENCY),
     *_each(Episode.drain),
-    *_each(Episode.give_back, weight=2),
+    *_each(Episode.requeue, weight=2),
     *_each(Episode.restart),
 ]

@@ -46,7 +46,7 @@ SETTLEMENTS = (pika.spec.Basic.Ack, pika.spec.Basic.Nack, pika.spec.Basic.Reject
 
 
 @dataclass
-class Letter:
+class DeadLetter:
     """A message in a queue."""
 
     id: str
@@ -58,7 +58,7 @@ class Letter:
 class Unacked:
     """A message on its way: when it was sent, and whether it was taken back since."""
 
-    letter: Letter
+    letter: DeadLetter
     sent: float
     timed_out: bool = False
 
@@ -122,7 +122,7 @@ class Peer:
         # The serial numbers of the certificates by which clients proved who they are.
         self.client_certificates: list[str] = []
         self._paused = False
-        self.ready: dict[str, deque[Letter]] = defaultdict(deque)
+        self.ready: dict[str, deque[DeadLetter]] = defaultdict(deque)
         self.channels: list[Channel] = []
         self._serials = 0
         self._tls = tls
@@ -157,7 +157,7 @@ class Peer:
     def publish(self, queue: str, *ids: str) -> list[str]:
         """Put messages into a queue; whoever consumes it gets them."""
         with self._moved:
-            self.ready[queue].extend(map(Letter, ids))
+            self.ready[queue].extend(map(DeadLetter, ids))
             self._deliver()
         return list(ids)
 

@@ -65,9 +65,9 @@ class Warm(WarmHandler):
 
     async def await_ready(self, count: int = 1) -> list[int]:
         """Wait until so many processes are ready; returns their ids."""
-        while sum(runner.state == "ready" for runner in self._runners) < count:
+        while sum(runner.state == "ready" for runner in self._children) < count:
             await asyncio.sleep(0.01)
-        return [runner.pid for runner in self._runners]
+        return [runner.pid for runner in self._children]
 
 
 @contextlib.contextmanager
@@ -97,7 +97,7 @@ async def pool(
         try:
             await asyncio.wait_for(warm.close(), TIMEOUT / 2)
         finally:
-            processes.kill_trees([runner.pid for runner in (*warm._runners, *warm._leaving)])
+            processes.kill_trees([runner.pid for runner in (*warm._children, *warm._leaving)])
 
 
 def do_all(settings: Handler, *jobs: Job, **options: Any) -> Ran:

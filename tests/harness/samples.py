@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from workerd.core.job import Message, Outcome, Report
-from workerd.core.republish import Place
+from workerd.core.republish import Origin
 
 MESSAGE = Message(
     b"body",
@@ -18,6 +18,6 @@ MESSAGE = Message(
     headers={"traceparent": "00-1"},
 )
 FAILED = Report(Outcome.FAILED, "exit-status", exit_status=3, error="no such photo")
-PLACE = Place("host1", "2")
+PLACE = Origin("host1", "2")
 # 2026-01-02 03:04:05.678 UTC
 NOW = 1767323045.678

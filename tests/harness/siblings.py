@@ -19,7 +19,7 @@ from workerd.core.decode import decode
 from workerd.core.job import Delivery, Message, Run
 from workerd.core.ledger import PATIENCE, Ledger, Rejoined, Settle
 from workerd.core.retry import Verdict
-from workerd.runlog.writer import HostMemory
+from workerd.runlog.writer import RunLog
 
 CONCURRENCY = 2
 PREFETCH = 3
@@ -50,8 +50,8 @@ class Instance:
 
     def start(self) -> None:
         self.alive = True
-        self.memory = HostMemory(self.state, self.name, 3600.0, pytest.fail)
-        self.ledger = Ledger({"queue": CONCURRENCY}, self.memory)
+        self.run_log = RunLog(self.state, self.name, 3600.0, pytest.fail)
+        self.ledger = Ledger({"queue": CONCURRENCY}, self.run_log)
         self.wires: dict[int, Wire] = {}
         self.consuming: Wire | None = None
         self.serials = 0
@@ -61,8 +61,8 @@ class Instance:
     def end(self) -> None:
         """What the kernel does when a process ends."""
         self.alive = False
-        self.memory.close()
-        os.close(self.memory._lock)
+        self.run_log.close()
+        os.close(self.run_log._lock)
 
 
 class Host:

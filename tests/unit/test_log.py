@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from tests.harness.waiting import TIMEOUT, until
 from workerd import log, log_formats
 from workerd.log import Log
-from workerd.log_formats import Record, Write
+from workerd.log_formats import LogRecord, Write
 
 ToJournal = Callable[..., Write]
 Written = Callable[..., list[str]]
@@ -34,7 +34,7 @@ WHEN = 1767323045.678
 EVIL = 'a\nb\r\x1b[31m\0"=\x85\u2028\u202e\udc80 c\\ \t'
 
 
-def record(name: str = "done", level: str = "info", **fields: object) -> Record:
+def record(name: str = "done", level: str = "info", **fields: object) -> LogRecord:
     return (WHEN, level, name, fields)
 
 
@@ -43,7 +43,7 @@ def written() -> Iterator[Written]:
     """What a writer makes of records, line by line."""
     ends: list[int] = []
 
-    def write(writer: Callable[[int], Write], *records: Record) -> list[str]:
+    def write(writer: Callable[[int], Write], *records: LogRecord) -> list[str]:
         reading, writing = os.pipe()
         ends.append(reading)
         try:
@@ -62,8 +62,8 @@ def written() -> Iterator[Written]:
         os.close(end)
 
 
-def kept_in(kept: list[Record]) -> Write:
-    def write(*records: Record) -> Sequence[Record]:
+def kept_in(kept: list[LogRecord]) -> Write:
+    def write(*records: LogRecord) -> Sequence[LogRecord]:
         kept.extend(records)
         return ()
 
@@ -229,8 +229,8 @@ def to_journal(tmp_path: Path) -> Iterator[ToJournal]:
     """Makes a writer to the socket `journal`; takes the list of what cannot be sent there."""
     sockets: list[socket.socket] = []
 
-    def make(lost: list[Record] | None = None, timeout: float = TIMEOUT) -> Write:
-        undelivered: list[Record] = [] if lost is None else lost
+    def make(lost: list[LogRecord] | None = None, timeout: float = TIMEOUT) -> Write:
+        undelivered: list[LogRecord] = [] if lost is None else lost
         write = log_formats.journal(str(tmp_path / "journal"), kept_in(undelivered))
         sockets.append(socket_of(write))
         sockets[-1].settimeout(timeout)
@@ -288,7 +288,7 @@ def test_no_value_can_forge_a_field_of_the_journal(
 def test_where_there_is_no_journal_the_fallback_is_used(
     tmp_path: Path, to_journal: ToJournal
 ) -> None:
-    lost: list[Record] = []
+    lost: list[LogRecord] = []
     write = to_journal(lost)
     write(record("one"))
     journal = Journal(tmp_path / "journal")
@@ -309,10 +309,10 @@ def test_where_there_is_no_journal_the_fallback_is_used(
 
 
 def test_events_are_written_in_order_by_another_thread(a_log: Begin) -> None:
-    records: list[Record] = []
+    records: list[LogRecord] = []
     threads: set[int] = set()
 
-    def write(*some: Record) -> Sequence[Record]:
+    def write(*some: LogRecord) -> Sequence[LogRecord]:
         threads.add(threading.get_ident())
         records.extend(some)
         return ()
@@ -328,15 +328,15 @@ def test_events_are_written_in_order_by_another_thread(a_log: Begin) -> None:
 def test_an_event_that_comes_while_a_batch_is_gathered_does_not_end_the_writing(
     a_log: Begin,
 ) -> None:
-    class Busy(deque[Record]):
+    class Busy(deque[LogRecord]):
         """Another thread adds something between the first look at it and the next."""
 
-        def __iter__(self) -> Iterator[Record]:
+        def __iter__(self) -> Iterator[LogRecord]:
             each = super().__iter__()
             self.append((time.time(), "info", "meanwhile", {}))
             return each
 
-    records: list[Record] = []
+    records: list[LogRecord] = []
     new = a_log(kept_in(records))
     new._records = Busy()
     new.put("event", "info", {})
@@ -345,7 +345,7 @@ def test_an_event_that_comes_while_a_batch_is_gathered_does_not_end_the_writing(
 
 
 def test_the_level_decides_what_is_written(a_log: Begin) -> None:
-    records: list[Record] = []
+    records: list[LogRecord] = []
     new = a_log(kept_in(records), level="warning")
     for level in log_formats.LEVELS:
         new.put(level, level, {})  # type: ignore[arg-type]
@@ -354,7 +354,7 @@ def test_the_level_decides_what_is_written(a_log: Begin) -> None:
 
 
 def test_the_fields_of_a_job_are_in_its_events_and_in_no_others(a_log: Begin) -> None:
-    records: list[Record] = []
+    records: list[LogRecord] = []
     new = a_log(kept_in(records))
     with log.job_fields(job_id="a", queue="q"):
         new.put("inner", "info", {"queue": "other"})
@@ -402,7 +402,7 @@ def test_a_reader_that_went_away_ends_nothing(pipe: tuple[int, int], a_log: Begi
     for _ in range(3):
         new.put("event", "info", {})
     new.flush(TIMEOUT)
-    records: list[Record] = []
+    records: list[LogRecord] = []
     new.begin(kept_in(records), "info", "1")
     new.put("later", "info", {})
     until(lambda: len(records) == 2, "both events")
@@ -450,7 +450,7 @@ def test_an_entry_that_no_datagram_can_hold_is_counted_too(
 
 def test_before_it_begins_an_event_is_written_at_once() -> None:
     new = Log()
-    records: list[Record] = []
+    records: list[LogRecord] = []
     new._write = kept_in(records)
     new.put("event", "error", {"text": "x"})
     ((_, level, name, fields),) = records

@@ -17,10 +17,10 @@ from workerd.broker.codec import Incoming, message_of, properties_of
 from workerd.broker.errors import ANSWER_TIMEOUT, diagnose
 from workerd.core.job import Message
 from workerd.core.topology import BindExchange, BindQueue, DeclareExchange, DeclareQueue, Step
-from workerd.errors import Kind, Trouble, Unencodable, Unroutable
+from workerd.errors import BrokerError, ErrorKind, Unencodable, Unroutable
 
 if TYPE_CHECKING:
-    from workerd.broker.connection import Link
+    from workerd.broker.connection import Connection
 
 #: A basic.ack in its frame: type, channel, size; class, method, tag, multiple; end.
 _ACK = struct.Struct(">BHIHHQBB")
@@ -36,14 +36,14 @@ _serials = itertools.count(1)
 class Channel:
     """One channel. ``serial`` is unique in this process, ``ended`` says why it ended.
 
-    Every request raises Trouble when the broker refuses it (which ends the channel) or
+    Every request raises BrokerError when the broker refuses it (which ends the channel) or
     does not answer in time (which ends the connection).
     """
 
-    def __init__(self, link: Link, channel: Any) -> None:
-        self.link = link
+    def __init__(self, connection: Connection, channel: Any) -> None:
+        self.connection = connection
         self.serial = next(_serials)
-        self.ended: asyncio.Future[Trouble] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[BrokerError] = asyncio.get_running_loop().create_future()
         #: Whether it was we who closed it, the broker agreed, and what was settled here is settled.
         self.ended_in_order = False
         #: Set when the broker itself cancelled the consumer: queue deleted, or (RabbitMQ
@@ -102,7 +102,7 @@ class Channel:
                 )
 
     async def find(self, step: DeclareQueue | DeclareExchange) -> None:
-        """Raises Trouble(MISSING) unless a queue or exchange of this name is there."""
+        """Raises BrokerError(MISSING) unless a queue or exchange of this name is there."""
         if isinstance(step, DeclareQueue):
             await self.count(step.name)
         else:
@@ -121,7 +121,7 @@ class Channel:
     def probe(self) -> asyncio.Future[Any]:
         """Ask for what is answered at once and changes nothing.
 
-        However long it takes, the connection stays; the future raises Trouble when it ends.
+        However long it takes, the connection stays; the future raises BrokerError when it ends.
         """
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._requests.add(answer)
@@ -141,7 +141,7 @@ class Channel:
         return answer
 
     async def ask_to_read(self, queue: str) -> None:
-        """Ends the channel. Raises Trouble unless this user may read the queue."""
+        """Ends the channel. Raises BrokerError unless this user may read the queue."""
         # The broker looks at the rights before it finds that this is no priority: so no
         # message comes, whatever is in the queue.
         nonsense = {"x-priority": "none"}
@@ -152,7 +152,7 @@ class Channel:
                 on_message_callback=lambda *_: None,
                 arguments=nonsense,
             )
-        except Trouble as trouble:
+        except BrokerError as trouble:
             if trouble.code != 406:
                 raise
 
@@ -219,7 +219,7 @@ class Channel:
             acks = (_ACK.pack(1, number, 13, 60, 80, *ack, 0xCE) for ack in self._acks.take())
             self._channel.connection.send(b"".join(acks))
 
-    def give_back(self, tag: int) -> None:
+    def requeue(self, tag: int) -> None:
         """Back to its queue."""
         # nack, not reject: RabbitMQ 4.3 counts a reject as a failed delivery.
         if self.open:
@@ -241,8 +241,8 @@ class Channel:
     def publish(self, exchange: str, key: str, message: Message) -> asyncio.Future[None]:
         """Publish, persistent and mandatory; the future is done when the broker confirms.
 
-        It raises Unroutable, Trouble(BUSY) when the broker refuses the message, or the
-        Trouble that ended the channel: then nobody knows whether the message arrived.
+        It raises Unroutable, BrokerError(BUSY) when the broker refuses the message, or the
+        BrokerError that ended the channel: then nobody knows whether the message arrived.
         Raises Unencodable at once for what AMQP cannot carry.
         """
         try:
@@ -297,14 +297,14 @@ class Channel:
         finally:
             self._requests.discard(answer)
 
-    def _unanswered(self) -> Trouble:
+    def _unanswered(self) -> BrokerError:
         text = f"no answer within {ANSWER_TIMEOUT:.0f} s"
-        self.link.abort(text)
-        return Trouble(Kind.AWAY, text)
+        self.connection.abort(text)
+        return BrokerError(ErrorKind.AWAY, text)
 
     def _closed(self, _channel: Any, reason: BaseException) -> None:
         trouble = diagnose(reason)
-        self.ended_in_order = trouble.kind is Kind.CLOSED and not self._may_have_forgotten()
+        self.ended_in_order = trouble.kind is ErrorKind.CLOSED and not self._may_have_forgotten()
         self._forget_consumer()
         if self._on_lost:
             self._on_lost(self)
@@ -347,7 +347,9 @@ class Channel:
             if future is None or future.done():
                 continue
             if isinstance(method, pika.spec.Basic.Nack):
-                future.set_exception(Trouble(Kind.BUSY, f"the broker refused it: {place} is full"))
+                future.set_exception(
+                    BrokerError(ErrorKind.BUSY, f"the broker refused it: {place} is full")
+                )
             elif returned:
                 future.set_exception(Unroutable(place))
             else:

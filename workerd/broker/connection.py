@@ -17,33 +17,33 @@ from workerd.backoff import backoff
 from workerd.broker.channel import Channel
 from workerd.broker.errors import ANSWER_TIMEOUT, CONNECT_TIMEOUT, diagnose, is_noise
 from workerd.broker.parameters import parameters
-from workerd.broker.pika_patches import Connection
+from workerd.broker.pika_patches import PikaConnection
 from workerd.config.model import Broker
 from workerd.config.url import BrokerURL
 from workerd.core.topology import Step
-from workerd.errors import Kind, Trouble
+from workerd.errors import BrokerError, ErrorKind
 
 #: The first pause before a new attempt to connect, in seconds.
 FIRST_PAUSE = 0.2
 
 
-class Link:
+class Connection:
     """One AMQP connection; ``ended`` says why it is over.
 
     ``blocked`` is the broker's reason while an alarm keeps it from reading what we publish.
     """
 
-    def __init__(self, connection: AsyncioConnection, url: BrokerURL) -> None:
+    def __init__(self, amqp: AsyncioConnection, url: BrokerURL) -> None:
         self.url = url
         self.blocked = ""
-        self.ended: asyncio.Future[Trouble] = asyncio.get_running_loop().create_future()
-        self._connection = connection
+        self.ended: asyncio.Future[BrokerError] = asyncio.get_running_loop().create_future()
+        self._amqp = amqp
 
     @classmethod
     async def open(
         cls, url: BrokerURL, broker: Broker, name: str, environ: Mapping[str, str]
-    ) -> Link:
-        """Connect, log in and open, within CONNECT_TIMEOUT. Raises Trouble.
+    ) -> Connection:
+        """Connect, log in and open, within CONNECT_TIMEOUT. Raises BrokerError.
 
         The password and the certificates are read anew each time. ``name`` is what
         ``rabbitmqctl list_connections`` shows.
@@ -52,43 +52,43 @@ class Link:
         if loop.get_exception_handler() is None:
             loop.set_exception_handler(_show_unless_noise)
         opened: asyncio.Future[None] = loop.create_future()
-        connection = Connection(
+        amqp = PikaConnection(
             parameters(url, broker, name, environ),
             on_open_callback=lambda _c: _resolve(opened, None),
             on_open_error_callback=lambda _c, error: _fail(opened, diagnose(error)),
             custom_ioloop=loop,
         )
-        link = cls(connection, url)
-        connection.add_on_close_callback(lambda _c, error: link._closed(error))
-        connection.add_on_connection_blocked_callback(
-            lambda _c, frame: setattr(link, "blocked", str(frame.method.reason) or "alarm")
+        connection = cls(amqp, url)
+        amqp.add_on_close_callback(lambda _c, error: connection._closed(error))
+        amqp.add_on_connection_blocked_callback(
+            lambda _c, frame: setattr(connection, "blocked", str(frame.method.reason) or "alarm")
         )
-        connection.add_on_connection_unblocked_callback(
-            lambda _c, _frame: setattr(link, "blocked", "")
+        amqp.add_on_connection_unblocked_callback(
+            lambda _c, _frame: setattr(connection, "blocked", "")
         )
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 await opened
         except (TimeoutError, asyncio.CancelledError) as error:
-            if not (connection.is_closing or connection.is_closed):
-                connection.close()  # while opening this only drops the socket
+            if not (amqp.is_closing or amqp.is_closed):
+                amqp.close()  # while opening this only drops the socket
             if isinstance(error, TimeoutError):
                 text = f"no AMQP answer within {CONNECT_TIMEOUT:.0f} s"
-                raise Trouble(Kind.AWAY, text) from None
+                raise BrokerError(ErrorKind.AWAY, text) from None
             raise
-        return link
+        return connection
 
     @classmethod
-    async def to_any(cls, broker: Broker, name: str, environ: Mapping[str, str]) -> Link:
+    async def to_any(cls, broker: Broker, name: str, environ: Mapping[str, str]) -> Connection:
         """Connect to the first broker that answers, in random order; see `open`.
 
-        Raises the last one's Trouble.
+        Raises the last one's BrokerError.
         """
-        trouble: Trouble | None = None
+        trouble: BrokerError | None = None
         for url in random.sample(broker.urls, len(broker.urls)):
             try:
                 return await cls.open(url, broker, name, environ)
-            except Trouble as error:
+            except BrokerError as error:
                 trouble = error
         assert trouble is not None
         raise trouble
@@ -96,16 +96,14 @@ class Link:
     @property
     def version(self) -> tuple[int, ...]:
         """RabbitMQ's version, such as (3, 10, 8); (0,) when a proxy hides it."""
-        properties = self._connection.server_properties or {}
+        properties = self._amqp.server_properties or {}
         return tuple(map(int, re.findall(r"\d+", str(properties.get("version", "0")))[:3]))
 
     async def channel(self) -> Channel:
-        """Open a channel. Raises Trouble."""
+        """Open a channel. Raises BrokerError."""
         opened: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         try:
-            channel = self._connection.channel(
-                on_open_callback=lambda channel: _resolve(opened, channel)
-            )
+            channel = self._amqp.channel(on_open_callback=lambda channel: _resolve(opened, channel))
         except pika.exceptions.AMQPError as error:
             raise diagnose(error) from error
         await asyncio.wait(
@@ -117,26 +115,26 @@ class Link:
             raise self.ended.result()
         text = f"no answer within {ANSWER_TIMEOUT:.0f} s"
         self.abort(text)
-        raise Trouble(Kind.AWAY, text)
+        raise BrokerError(ErrorKind.AWAY, text)
 
-    async def declare(self, steps: Iterable[Step]) -> list[Trouble]:
-        """Take these steps; returns what the broker objected to. Raises Trouble without it.
+    async def declare(self, steps: Iterable[Step]) -> list[BrokerError]:
+        """Take these steps; returns what the broker objected to. Raises BrokerError without it.
 
         What exists with other arguments stays as it is. The first refused permission ends
         it, for the other steps would be refused too.
         """
-        objections: list[Trouble] = []
+        objections: list[BrokerError] = []
         channel: Channel | None = None
         for step in steps:
             if channel is None or channel.ended.done():
                 channel = await self.channel()
             try:
                 await channel.declare(step)
-            except Trouble as trouble:
-                if trouble.kind is Kind.AWAY:
+            except BrokerError as trouble:
+                if trouble.kind is ErrorKind.AWAY:
                     raise
                 objections.append(trouble)
-                if trouble.kind is Kind.REFUSED:
+                if trouble.kind is ErrorKind.REFUSED:
                     return objections
         if channel and not channel.ended.done():
             await channel.close()
@@ -144,29 +142,29 @@ class Link:
 
     async def close(self, timeout: float) -> None:
         """Close politely; after ``timeout`` seconds drop the socket."""
-        if self._connection.is_open:
-            self._connection.close()
+        if self._amqp.is_open:
+            self._amqp.close()
         await asyncio.wait({self.ended}, timeout=timeout)
         self.abort("closing took too long")
 
     def abort(self, text: str) -> None:
         """Drop the socket: the peer does not answer."""
-        if not self._connection.is_closed:
+        if not self._amqp.is_closed:
             # pika has no public way to give up an open connection without the peer's help.
-            self._connection._terminate_stream(pika.exceptions.StreamLostError(text))  # noqa: SLF001
+            self._amqp._terminate_stream(pika.exceptions.StreamLostError(text))  # noqa: SLF001
 
     def _closed(self, error: BaseException) -> None:
         if not self.ended.done():
             self.ended.set_result(diagnose(error))
 
 
-async def links(
+async def connections(
     settings: Callable[[], Broker],
     name: str,
     environ: Mapping[str, str],
-    on_outage: Callable[[str, Trouble, float], None],
+    on_outage: Callable[[str, BrokerError, float], None],
     wake: asyncio.Event,
-) -> AsyncIterator[Link]:
+) -> AsyncIterator[Connection]:
     """Open connections, for ever: each is yielded once, when the one before has ended.
 
     ``settings`` gives those that are valid at each attempt. The brokers are tried in random
@@ -178,24 +176,24 @@ async def links(
     delays = backoff(FIRST_PAUSE, settings().reconnect_max)
     while True:
         broker = settings()
-        failures: list[Trouble] = []
+        failures: list[BrokerError] = []
         for url in random.sample(broker.urls, len(broker.urls)):
             try:
-                link = await Link.open(url, broker, name, environ)
-            except Trouble as trouble:
+                connection = await Connection.open(url, broker, name, environ)
+            except BrokerError as trouble:
                 failures.append(trouble)
                 continue
             opened_at = clock()
             try:
-                yield link
-                failures = [await asyncio.shield(link.ended)]
+                yield connection
+                failures = [await asyncio.shield(connection.ended)]
             finally:
-                link.abort("no longer wanted")
+                connection.abort("no longer wanted")
             if clock() - opened_at > broker.reconnect_max:
                 delays = backoff(FIRST_PAUSE, broker.reconnect_max)
             break
         # What only a human can mend is not asked for every second.
-        refused = all(trouble.kind is Kind.REFUSED for trouble in failures)
+        refused = all(trouble.kind is ErrorKind.REFUSED for trouble in failures)
         delay = broker.reconnect_max if refused else next(delays)
         on_outage(url.host, failures[-1], delay)
         wake.clear()

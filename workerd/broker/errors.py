@@ -1,4 +1,4 @@
-"""What goes wrong at the broker: errors of pika, of RabbitMQ and of the network as `Trouble`."""
+"""Errors of pika, of RabbitMQ and of the network, as `BrokerError`."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import ssl
 
 import pika.exceptions
 
-from workerd.errors import Kind, Trouble
+from workerd.errors import BrokerError, ErrorKind
 
 _KINDS = {
-    200: Kind.AWAY,
-    320: Kind.AWAY,
-    403: Kind.REFUSED,
-    404: Kind.MISSING,
-    405: Kind.LOCKED,
-    530: Kind.REFUSED,
+    200: ErrorKind.AWAY,
+    320: ErrorKind.AWAY,
+    403: ErrorKind.REFUSED,
+    404: ErrorKind.MISSING,
+    405: ErrorKind.LOCKED,
+    530: ErrorKind.REFUSED,
 }
 
 _CLOSED_BY_US = (pika.exceptions.ConnectionClosedByClient, pika.exceptions.ChannelClosedByClient)
 
 
-def diagnose(error: BaseException) -> Trouble:
+def diagnose(error: BaseException) -> BrokerError:
     """What an error of pika, of the broker or of the network means. The one place that knows."""
-    if isinstance(error, Trouble):
+    if isinstance(error, BrokerError):
         return error
     code = getattr(error, "reply_code", None)
     if isinstance(error, _CLOSED_BY_US):
-        return Trouble(Kind.CLOSED, "closed by workerd")
+        return BrokerError(ErrorKind.CLOSED, "closed by workerd")
     if code is not None:
         return _by_code(code, str(error.reply_text))  # type: ignore[attr-defined]
     inner = _inner(error)
@@ -41,21 +41,21 @@ def diagnose(error: BaseException) -> Trouble:
     if quoted:
         return _by_code(int(quoted[1]), quoted[2])
     if isinstance(error, ssl.SSLCertVerificationError):
-        return Trouble(Kind.REFUSED, f"TLS: {error.verify_message}")
+        return BrokerError(ErrorKind.REFUSED, f"TLS: {error.verify_message}")
     # The peer's opinion of our certificate comes when the handshake is over for us, and pika
     # keeps only the repr: "SSLError(1, '[SSL: TLSV1_ALERT_UNKNOWN_CA] tlsv1 alert unknown ca (…".
     alert = re.search(r"SSLError\(\d+, '\[SSL: \w+\] \w+ alert (.*?) \(_ssl", text)
     if alert:
-        return Trouble(Kind.REFUSED, f"TLS: the broker says: {alert[1]}")
+        return BrokerError(ErrorKind.REFUSED, f"TLS: the broker says: {alert[1]}")
     if isinstance(error, ssl.SSLError) and error.reason:
-        return Trouble(Kind.AWAY, f"TLS: {error.reason.replace('_', ' ').lower()}")
+        return BrokerError(ErrorKind.AWAY, f"TLS: {error.reason.replace('_', ' ').lower()}")
     if isinstance(error, pika.exceptions.ProbableAuthenticationError):
-        return Trouble(Kind.AWAY, "the broker hung up during the login")
+        return BrokerError(ErrorKind.AWAY, "the broker hung up during the login")
     if isinstance(error, socket.gaierror):
-        return Trouble(Kind.AWAY, f"host name: {error.strerror}")
+        return BrokerError(ErrorKind.AWAY, f"host name: {error.strerror}")
     if isinstance(error, OSError) and error.strerror:
-        return Trouble(Kind.AWAY, error.strerror.lower())
-    return Trouble(Kind.AWAY, _plain(error, text))
+        return BrokerError(ErrorKind.AWAY, error.strerror.lower())
+    return BrokerError(ErrorKind.AWAY, _plain(error, text))
 
 
 def is_noise(error: BaseException | None) -> bool:
@@ -67,15 +67,15 @@ def is_noise(error: BaseException | None) -> bool:
     return isinstance(error, AssertionError) and "from workflow, but got" in str(error)
 
 
-def _by_code(code: int, text: str) -> Trouble:
-    kind = _KINDS.get(code, Kind.AWAY)
+def _by_code(code: int, text: str) -> BrokerError:
+    kind = _KINDS.get(code, ErrorKind.AWAY)
     if code == 406 and "inequivalent arg" in text:
-        kind = Kind.CONFLICT
+        kind = ErrorKind.CONFLICT
     elif code == 406 and "larger than configured max size" in text:
-        kind = Kind.TOO_LARGE
+        kind = ErrorKind.TOO_LARGE
     elif code == 406 and "delivery acknowledgement" in text and "timed out" in text:
-        kind = Kind.ACK_TIMEOUT
-    return Trouble(kind, text, code)
+        kind = ErrorKind.ACK_TIMEOUT
+    return BrokerError(kind, text, code)
 
 
 def _inner(error: BaseException) -> BaseException | None:
@@ -99,7 +99,7 @@ def _plain(error: BaseException, text: str) -> str:
 _ACK_TIMEOUT_TEXT = re.compile(r"Timeout value used: (\d+) ms")
 
 
-def ack_timeout_in(trouble: Trouble) -> float | None:
+def ack_timeout_in(trouble: BrokerError) -> float | None:
     """The broker's acknowledgement timeout in seconds, where its message tells it."""
     found = _ACK_TIMEOUT_TEXT.search(str(trouble))
     return int(found[1]) / 1000 if found else None

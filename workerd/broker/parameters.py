@@ -13,7 +13,7 @@ from workerd.broker.errors import CONNECT_TIMEOUT
 from workerd.config.model import TLS, Broker
 from workerd.config.passwords import password_for
 from workerd.config.url import BrokerURL
-from workerd.errors import Kind, SettingsError, Trouble
+from workerd.errors import BrokerError, ErrorKind, SettingsError
 
 
 def parameters(
@@ -24,7 +24,7 @@ def parameters(
         # Loading the system's authorities takes longer than all the rest of a `submit`.
         tls = _tls_options(url, broker.tls) if url.tls else None
     except (SettingsError, OSError) as error:
-        raise Trouble(Kind.REFUSED, str(error)) from error
+        raise BrokerError(ErrorKind.REFUSED, str(error)) from error
     heartbeat = max(1, round(broker.heartbeat))
     return pika.ConnectionParameters(
         host=url.host,

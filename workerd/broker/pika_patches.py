@@ -13,7 +13,7 @@ from workerd.broker.codec import Incoming
 from workerd.broker.frames import arrival_at
 
 
-class Connection(AsyncioConnection):  # type: ignore[misc]
+class PikaConnection(AsyncioConnection):  # type: ignore[misc]
     """pika's connection, with shorter ways for what there is most of."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -11,12 +11,12 @@ import os
 from collections.abc import Mapping
 
 from workerd.aio import complete
-from workerd.broker.connection import Link
+from workerd.broker.connection import Connection
 from workerd.config.model import Queue, Settings
 from workerd.config.url import BrokerURL
 from workerd.core import topology
 from workerd.core.job import Message
-from workerd.errors import Kind, Trouble, Unroutable
+from workerd.errors import BrokerError, ErrorKind, Unroutable
 
 #: No queue can have this name, so what is sent to it comes back.
 _NOWHERE = "workerd.check.offline.nowhere"
@@ -38,23 +38,23 @@ async def _check_all(settings: Settings, environ: Mapping[str, str]) -> list[str
 
 async def _check_one(settings: Settings, url: BrokerURL, environ: Mapping[str, str]) -> list[str]:
     try:
-        link = await Link.open(url, settings.broker, "workerd check", environ)
-    except Trouble as trouble:
+        connection = await Connection.open(url, settings.broker, "workerd check", environ)
+    except BrokerError as trouble:
         return [f"{url}: {trouble}{_login_remedy(url, trouble)}"]
     problems = []
     try:
-        problems += await _check_topology(link, "the delay levels", topology.delay_levels())
+        problems += await _check_topology(connection, "the delay levels", topology.delay_levels())
         for name in settings.worker.queues:
-            problems += await _check_queue(link, settings.queues[name])
-        problems += await _check_publishing(link)
-    except Trouble as trouble:
+            problems += await _check_queue(connection, settings.queues[name])
+        problems += await _check_publishing(connection)
+    except BrokerError as trouble:
         problems.append(str(trouble))
     finally:
-        await link.close(timeout=2.0)
+        await connection.close(timeout=2.0)
     return [f"{url}: {problem}" for problem in problems]
 
 
-def _login_remedy(url: BrokerURL, trouble: Trouble) -> str:
+def _login_remedy(url: BrokerURL, trouble: BrokerError) -> str:
     if trouble.code == 403:
         return "; check the user, and its password in broker.urls or broker.password_file"
     if trouble.code == 530 and "not found" in str(trouble):
@@ -64,39 +64,39 @@ def _login_remedy(url: BrokerURL, trouble: Trouble) -> str:
     return ""
 
 
-async def _check_queue(link: Link, queue: Queue) -> list[str]:
+async def _check_queue(connection: Connection, queue: Queue) -> list[str]:
     problems = []
     if queue.declare != "wait":
         what = f"queue {queue.name}"
-        problems += await _check_topology(link, what, [topology.work_queue(queue)])
-    problems += await _check_reading(link, queue.name)
+        problems += await _check_topology(connection, what, [topology.work_queue(queue)])
+    problems += await _check_reading(connection, queue.name)
     what = f"the dead letters and due jobs of {queue.name}"
     steps = [*topology.dead_letters(queue), *topology.due_jobs(queue)]
-    problems += await _check_topology(link, what, steps)
-    return problems + await _check_reading(link, topology.due(queue.name))
+    problems += await _check_topology(connection, what, steps)
+    return problems + await _check_reading(connection, topology.due(queue.name))
 
 
-async def _check_reading(link: Link, name: str) -> list[str]:
-    if await _exists(link, name):
+async def _check_reading(connection: Connection, name: str) -> list[str]:
+    if await _exists(connection, name):
         try:
-            await (await link.channel()).ask_to_read(name)
-        except Trouble as trouble:
+            await (await connection.channel()).ask_to_read(name)
+        except BrokerError as trouble:
             return [f"queue {name}: {_refusal(trouble, 'read', name)}"]
     return []
 
 
-async def _check_topology(link: Link, what: str, steps: topology.Steps) -> list[str]:
+async def _check_topology(connection: Connection, what: str, steps: topology.Steps) -> list[str]:
     """Whether these can be declared, or at least are there."""
     problems = []
     steps = list(steps)
-    for objection in await link.declare(steps):
+    for objection in await connection.declare(steps):
         # What exists with other arguments is used as it is.
-        if objection.kind is Kind.CONFLICT:
+        if objection.kind is ErrorKind.CONFLICT:
             continue
         missing = [
             step.name
             for step in steps
-            if isinstance(step, topology.DeclareQueue) and not await _exists(link, step.name)
+            if isinstance(step, topology.DeclareQueue) and not await _exists(connection, step.name)
         ]
         if missing:
             names = ", ".join(missing[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
@@ -107,38 +107,38 @@ async def _check_topology(link: Link, what: str, steps: topology.Steps) -> list[
     return problems
 
 
-async def _exists(link: Link, queue: str) -> bool:
+async def _exists(connection: Connection, queue: str) -> bool:
     try:
-        channel = await link.channel()
+        channel = await connection.channel()
         await channel.count(queue)
         await channel.close()
-    except Trouble as trouble:
-        if trouble.kind is not Kind.MISSING:
+    except BrokerError as trouble:
+        if trouble.kind is not ErrorKind.MISSING:
             raise
         return False
     return True
 
 
-async def _check_publishing(link: Link) -> list[str]:
+async def _check_publishing(connection: Connection) -> list[str]:
     """Whether dead letters, and jobs that are to come back later, can be published."""
     problems = []
     for exchange in ("", topology.level_name(0)):
-        channel = await link.channel()
+        channel = await connection.channel()
         try:
             await channel.confirm()
             await channel.publish(exchange, _NOWHERE, Message(message_id="check"))
         except Unroutable:
             await channel.close()
-        except Trouble as trouble:
+        except BrokerError as trouble:
             # A missing exchange has been told with the rest of the delay levels.
-            if trouble.kind is not Kind.MISSING:
+            if trouble.kind is not ErrorKind.MISSING:
                 text = _refusal(trouble, "write", exchange or "amq.default")
                 problems.append(f"publishing: {text}")
     return problems
 
 
-def _refusal(trouble: Trouble, right: str, name: str) -> str:
-    """The broker's words, and what to do about them. Raises Trouble when it is away."""
-    if trouble.kind is Kind.AWAY:
+def _refusal(trouble: BrokerError, right: str, name: str) -> str:
+    """The broker's words, and what to do about them. Raises BrokerError when it is away."""
+    if trouble.kind is ErrorKind.AWAY:
         raise trouble
     return f"{trouble}; grant the right to {right} {name} with rabbitmqctl set_permissions"

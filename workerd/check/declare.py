@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from workerd.aio import complete
-from workerd.broker.connection import Link
+from workerd.broker.connection import Connection
 from workerd.config.model import Settings
 from workerd.core import topology
 from workerd.core.topology import BindExchange, BindQueue, DeclareExchange, DeclareQueue, Step
-from workerd.errors import EX_NOPERM, EX_OK, Kind, Trouble
+from workerd.errors import EX_NOPERM, EX_OK, BrokerError, ErrorKind
 
 State = Literal["declared", "there", "bound", "differs", "failed"]
 
@@ -52,35 +52,37 @@ def parts(settings: Settings) -> Iterator[tuple[str, topology.Steps]]:
         yield f"due jobs of {queue.name}", topology.due_jobs(queue)
 
 
-async def take(link: Link, steps: topology.Steps) -> list[Result]:
-    """Take each step, whatever becomes of the others. Raises Trouble without the broker."""
-    return [await _take(link, step) for step in steps]
+async def take(connection: Connection, steps: topology.Steps) -> list[Result]:
+    """Take each step, whatever becomes of the others. Raises BrokerError without the broker."""
+    return [await _take(connection, step) for step in steps]
 
 
-async def _take(link: Link, step: Step) -> Result:
+async def _take(connection: Connection, step: Step) -> Result:
     try:
-        was_there = await _exists(link, step)
-        channel = await link.channel()
+        was_there = await _exists(connection, step)
+        channel = await connection.channel()
         await channel.declare(step)
         await channel.close()
-    except Trouble as trouble:
-        if trouble.kind is Kind.AWAY:
+    except BrokerError as trouble:
+        if trouble.kind is ErrorKind.AWAY:
             raise
-        return Result(step, "differs" if trouble.kind is Kind.CONFLICT else "failed", str(trouble))
+        return Result(
+            step, "differs" if trouble.kind is ErrorKind.CONFLICT else "failed", str(trouble)
+        )
     if isinstance(step, BindQueue | BindExchange):
         return Result(step, "bound")
     return Result(step, "there" if was_there else "declared")
 
 
-async def _exists(link: Link, step: Step) -> bool:
+async def _exists(connection: Connection, step: Step) -> bool:
     """Whether a queue or an exchange is there. Of a binding nobody can tell."""
     if isinstance(step, BindQueue | BindExchange):
         return False
-    channel = await link.channel()
+    channel = await connection.channel()
     try:
         await channel.find(step)
-    except Trouble as trouble:
-        if trouble.kind is Kind.MISSING:
+    except BrokerError as trouble:
+        if trouble.kind is ErrorKind.MISSING:
             return False
         raise
     await channel.close()
@@ -88,21 +90,21 @@ async def _exists(link: Link, step: Step) -> bool:
 
 
 def setup(settings: Settings, environ: Mapping[str, str], as_json: bool) -> int:
-    """Declare everything, tell what became of it; returns the exit status. Raises Trouble."""
+    """Declare everything, tell what became of it; returns the exit status. Raises BrokerError."""
     return complete(_setup(settings, environ, as_json))
 
 
 async def _setup(settings: Settings, environ: Mapping[str, str], as_json: bool) -> int:
     # Any of them: they are of one cluster.
-    link = await Link.to_any(settings.broker, "workerd setup", environ)
+    connection = await Connection.to_any(settings.broker, "workerd setup", environ)
     failed = False
     try:
         for part, steps in parts(settings):
-            results = await take(link, steps)
+            results = await take(connection, steps)
             failed = failed or any(result.state == "failed" for result in results)
             _tell(part, results, as_json)
     finally:
-        await link.close(timeout=2.0)
+        await connection.close(timeout=2.0)
     return EX_NOPERM if failed else EX_OK
 
 

@@ -12,7 +12,7 @@ from workerd.errors import EX_DATAERR, EX_NOINPUT, EX_USAGE
 
 if TYPE_CHECKING:
     from workerd.config.model import Settings
-    from workerd.deadletters.letter import Filter, Letter
+    from workerd.deadletters.letter import DeadLetter, Filter
     from workerd.deadletters.render import Sheet
 
 STATUSES = """\
@@ -114,15 +114,17 @@ def _positive(text: str) -> int:
 
 
 def _filter(args: argparse.Namespace) -> Filter:
-    """The filter that a command line gives. Raises Refused for one that nothing can pass."""
+    """The filter that a command line gives. Raises CommandError for one that nothing can pass."""
     from workerd.deadletters.letter import Filter
 
     older, newer = args.older_than, args.newer_than
     if newer is not None and newer <= (older or 0.0):
-        from workerd.errors import Refused
+        from workerd.errors import CommandError
 
         bound = "0s" if older is None else "--older-than"
-        raise Refused(EX_USAGE, f"--newer-than must be longer than {bound}, or no letter is meant")
+        raise CommandError(
+            EX_USAGE, f"--newer-than must be longer than {bound}, or no letter is meant"
+        )
     return Filter(
         ids=frozenset(args.id or ()),
         type=args.type,
@@ -134,15 +136,15 @@ def _filter(args: argparse.Namespace) -> Filter:
 
 
 def _chosen(args: argparse.Namespace) -> Filter:
-    """The filter of a command that changes something. Raises Refused without any."""
+    """The filter of a command that changes something. Raises CommandError without any."""
     from workerd.deadletters.letter import Filter
-    from workerd.errors import Refused
+    from workerd.errors import CommandError
 
     wanted = _filter(args)
     if wanted == Filter() and not args.all:
-        raise Refused(EX_USAGE, "say which letters: give a filter, such as --id ID, or --all")
+        raise CommandError(EX_USAGE, "say which letters: give a filter, such as --id ID, or --all")
     if not wanted.takes_every and args.all:
-        raise Refused(EX_USAGE, "--all and a filter exclude each other")
+        raise CommandError(EX_USAGE, "--all and a filter exclude each other")
     return wanted
 
 
@@ -167,8 +169,8 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _look(args: argparse.Namespace, wanted: Filter, found: Callable[[Letter], None]) -> None:
-    """Call ``found`` with each wanted letter. Raises Trouble, Refused."""
+def _look(args: argparse.Namespace, wanted: Filter, found: Callable[[DeadLetter], None]) -> None:
+    """Call ``found`` with each wanted letter. Raises BrokerError, CommandError."""
     import asyncio
 
     from workerd.deadletters import operations
@@ -176,8 +178,8 @@ def _look(args: argparse.Namespace, wanted: Filter, found: Callable[[Letter], No
     settings = _settings(args)
 
     async def look() -> None:
-        async with operations.opened(settings.broker, args.queue, wanted) as box:
-            async for letter in box.letters():
+        async with operations.browse(settings.broker, args.queue, wanted) as browser:
+            async for letter in browser.letters():
                 found(letter)
 
     asyncio.run(look())
@@ -187,12 +189,12 @@ def _show(args: argparse.Namespace) -> int:
     from workerd.cli.output import print_json
     from workerd.deadletters.letter import Filter
     from workerd.deadletters.render import everything, sheet
-    from workerd.errors import Refused
+    from workerd.errors import CommandError
 
-    found: list[Letter] = []
+    found: list[DeadLetter] = []
     _look(args, Filter(ids=frozenset({args.id})), found.append)
     if not found:
-        raise Refused(EX_NOINPUT, f"no dead letter of {args.queue} has the id {args.id!r}")
+        raise CommandError(EX_NOINPUT, f"no dead letter of {args.queue} has the id {args.id!r}")
     if args.body:
         if len(found) > 1:
             sys.stderr.write(f"workerd: {len(found)} letters have this id: this is the last\n")
@@ -221,7 +223,7 @@ def _print_sheet(shown: Sheet) -> None:
             sys.stdout.write(f"    {safe(line)}\n")
 
 
-def _print_id(letter: Letter) -> None:
+def _print_id(letter: DeadLetter) -> None:
     from workerd.log_formats import safe
 
     sys.stdout.write((safe(letter.id) or "-") + "\n")
@@ -237,9 +239,9 @@ def _requeue(args: argparse.Namespace) -> int:
     if args.dry_run:
         _look(args, wanted, _print_id)
         return 0
-    sent: list[Letter] = []
+    sent: list[DeadLetter] = []
 
-    def moved(letter: Letter) -> None:
+    def moved(letter: DeadLetter) -> None:
         _print_id(letter)
         sent.append(letter)
 
@@ -257,14 +259,16 @@ def _drop(args: argparse.Namespace) -> int:
 
     from workerd.deadletters import operations
     from workerd.deadletters.browser import tell
-    from workerd.errors import Refused
+    from workerd.errors import CommandError
 
     wanted = _chosen(args)
     if args.dry_run:
         _look(args, wanted, _print_id)
         return 0
     if not args.yes and not sys.stdin.isatty():
-        raise Refused(EX_USAGE, "nobody is there to be asked; to drop them all the same: --yes")
+        raise CommandError(
+            EX_USAGE, "nobody is there to be asked; to drop them all the same: --yes"
+        )
 
     def agreed(count: int) -> bool:
         if args.yes:

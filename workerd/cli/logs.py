@@ -8,7 +8,7 @@ import shutil
 
 from workerd.cli.options import add_instance
 from workerd.control import client
-from workerd.errors import EX_UNAVAILABLE, EX_USAGE, Refused
+from workerd.errors import EX_UNAVAILABLE, EX_USAGE, CommandError
 
 LOGS = """\
 Show everything that happened to a job on this host, its own output included:
@@ -39,10 +39,10 @@ def add_logs(parser: argparse.ArgumentParser) -> None:
 
 def _logs(args: argparse.Namespace) -> int:
     if not args.id or not args.id.isprintable():
-        raise Refused(EX_USAGE, "ID must be printable text")
+        raise CommandError(EX_USAGE, "ID must be printable text")
     program = shutil.which("journalctl")
     if program is None:
-        raise Refused(
+        raise CommandError(
             EX_UNAVAILABLE,
             "there is no journalctl here: look for the id in the file that the daemon logs to",
         )

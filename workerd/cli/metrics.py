@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from workerd.cli.options import add_instance
 from workerd.control import protocol
-from workerd.errors import EX_NOPERM, EX_OK, EX_UNAVAILABLE, Refused, WorkerdError
+from workerd.errors import EX_NOPERM, EX_OK, EX_UNAVAILABLE, CommandError, WorkerdError
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -65,7 +65,7 @@ def _metrics(args: argparse.Namespace) -> int:
     sys.stdout.buffer.write(prometheus.text(lambda: states))
     unknown = [state for state in states if state["state"] == "unknown"]
     if unknown and len(unknown) == len(states):
-        raise Refused(EX_NOPERM, str(unknown[0]["why"]))
+        raise CommandError(EX_NOPERM, str(unknown[0]["why"]))
     return EX_OK
 
 
@@ -78,7 +78,7 @@ def _application(look: Shared) -> Application:
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         try:
             prometheus = _prometheus()
-        except Refused as missing:
+        except CommandError as missing:
             start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
             return [f"{missing}\n".encode()]
         application: Application = prometheus.application(look)
@@ -88,7 +88,7 @@ def _application(look: Shared) -> Application:
 
 
 def _prometheus() -> ModuleType:
-    """Raises Refused where the library is missing, which is optional."""
+    """Raises CommandError where the library is missing, which is optional."""
     try:
         from workerd.cli import prometheus
     except ModuleNotFoundError as missing:
@@ -98,18 +98,18 @@ def _prometheus() -> ModuleType:
             "metrics: the library prometheus_client is missing: "
             "apt install python3-prometheus-client, or pip install prometheus_client"
         )
-        raise Refused(EX_UNAVAILABLE, text) from None
+        raise CommandError(EX_UNAVAILABLE, text) from None
     return prometheus
 
 
 def _look(instance: str | None) -> States:
-    """What each instance answers. Raises Refused when nothing is known of the one that is named."""
+    """What each instance answers. Raises CommandError for a name that nobody knows."""
     from workerd.control.instances import states
 
     try:
         return list(states(instance, "metrics"))
     except WorkerdError as error:
-        raise Refused(EX_UNAVAILABLE, str(error)) from None
+        raise CommandError(EX_UNAVAILABLE, str(error)) from None
 
 
 class Shared:

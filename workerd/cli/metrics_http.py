@@ -12,7 +12,7 @@ from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from workerd.errors import EX_UNAVAILABLE, Refused
+from workerd.errors import EX_UNAVAILABLE, CommandError
 
 #: Seconds without a client after which the process ends; systemd starts another one.
 IDLE = 300.0
@@ -26,18 +26,18 @@ _FIRST = 3
 
 
 def serve(application: Callable[..., Iterable[bytes]]) -> None:
-    """Answer until nobody has asked for IDLE seconds. Raises Refused without a socket."""
+    """Answer until nobody has asked for IDLE seconds. Raises CommandError without a socket."""
     with Server(_inherited(), application) as server:
         while not server.idle:
             server.handle_request()
 
 
 def _inherited() -> socket.socket:
-    """The one socket that systemd has handed over. Raises Refused."""
+    """The one socket that systemd has handed over. Raises CommandError."""
     ours = os.environ.get("LISTEN_PID") == str(os.getpid())
     number = os.environ.get("LISTEN_FDS", "0") if ours else "0"
     if number != "1":
-        raise Refused(
+        raise CommandError(
             EX_UNAVAILABLE,
             f"metrics --serve: {number} sockets from systemd instead of one: start "
             "workerd-metrics.socket, which has one ListenStream=, or try: "
@@ -45,7 +45,7 @@ def _inherited() -> socket.socket:
         )
     inherited = socket.socket(fileno=_FIRST)
     if inherited.family not in (socket.AF_INET, socket.AF_INET6):
-        raise Refused(EX_UNAVAILABLE, "metrics --serve: the socket is none of TCP's")
+        raise CommandError(EX_UNAVAILABLE, "metrics --serve: the socket is none of TCP's")
     return inherited
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from workerd.errors import (
     EX_USAGE,
-    Refused,
+    CommandError,
 )
 
 
@@ -91,7 +91,7 @@ def add_url(parser: argparse.ArgumentParser) -> None:
 
 
 def environ(args: argparse.Namespace) -> dict[str, str]:
-    """The environment, with --url in it. Raises Refused."""
+    """The environment, with --url in it. Raises CommandError."""
     variables = dict(os.environ)
     if args.url:
         variables["WORKERD_BROKER_URL"] = _url(args.url)
@@ -105,13 +105,13 @@ def _url(text: str) -> str:
         try:
             return Path(text[1:]).read_text(errors="replace").strip()
         except OSError as error:
-            raise Refused(EX_USAGE, f"--url {text}: {error.strerror}") from None
+            raise CommandError(EX_USAGE, f"--url {text}: {error.strerror}") from None
     try:
         url = BrokerURL.parse(text)
     except ValueError as error:
-        raise Refused(EX_USAGE, f"--url: {error}") from None
+        raise CommandError(EX_USAGE, f"--url: {error}") from None
     if url.password is not None:
-        raise Refused(
+        raise CommandError(
             EX_USAGE,
             "--url: a password shows in ps; use --url @FILE or the variable WORKERD_BROKER_URL",
         )

@@ -16,9 +16,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-State = dict[str, Any]
+Reply = dict[str, Any]
 #: What tells the present state of every instance.
-Look = Callable[[], Iterable[State]]
+Look = Callable[[], Iterable[Reply]]
 
 #: States of an instance that does not answer, and should.
 DOWN = frozenset({"failed", "died", "stuck", "silent"})
@@ -133,7 +133,7 @@ def _families() -> dict[str, Any]:
     return found
 
 
-def _fill(families: dict[str, Any], state: State) -> None:
+def _fill(families: dict[str, Any], state: Reply) -> None:
     """Add the samples of one instance, as its answer to `metrics` has them."""
     worker = state["instance"]
 
@@ -141,7 +141,7 @@ def _fill(families: dict[str, Any], state: State) -> None:
         if value is not None:
             families[name].add_metric((worker, *labels), value)
 
-    def histogram(name: str, entry: State, *labels: str) -> None:
+    def histogram(name: str, entry: Reply, *labels: str) -> None:
         bounds = [*map(str, entry["bounds"]), "+Inf"]
         buckets = list(zip(bounds, accumulate(entry["counts"]), strict=True))
         families[name].add_metric((worker, *labels), buckets, entry["sum"])

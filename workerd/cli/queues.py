@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from workerd.errors import EX_OK
 
 if TYPE_CHECKING:
-    from workerd.broker.connection import Link
+    from workerd.broker.connection import Connection
     from workerd.config.model import Settings
 
 QUEUES = """\
@@ -98,31 +98,31 @@ def _held() -> dict[str, tuple[int, int]]:
 async def _depths(settings: Settings, held: Mapping[str, tuple[int, int]]) -> list[Depth]:
     import os
 
-    from workerd.broker.connection import Link
+    from workerd.broker.connection import Connection
     from workerd.core import topology
 
-    link = await Link.to_any(settings.broker, "workerd queues", os.environ)
+    connection = await Connection.to_any(settings.broker, "workerd queues", os.environ)
     depths = []
     try:
         for name in settings.queues:
-            ready, consumers = await _count(link, name)
-            due, _ = await _count(link, topology.due(name))
-            dead, _ = await _count(link, topology.dead(name))
+            ready, consumers = await _count(connection, name)
+            due, _ = await _count(connection, topology.due(name))
+            dead, _ = await _count(connection, topology.dead(name))
             running, waiting = held.get(name, (0, 0))
             depths.append(Depth(name, ready, consumers, running, waiting, due, dead))
     finally:
-        await link.close(timeout=2.0)
+        await connection.close(timeout=2.0)
     return depths
 
 
-async def _count(link: Link, queue: str) -> tuple[int | None, int | None]:
-    from workerd.errors import Kind, Trouble
+async def _count(connection: Connection, queue: str) -> tuple[int | None, int | None]:
+    from workerd.errors import BrokerError, ErrorKind
 
-    channel = await link.channel()
+    channel = await connection.channel()
     try:
         counts = await channel.count(queue)
-    except Trouble as trouble:
-        if trouble.kind is Kind.AWAY:
+    except BrokerError as trouble:
+        if trouble.kind is ErrorKind.AWAY:
             raise
         return None, None
     await channel.close()

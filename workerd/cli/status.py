@@ -8,7 +8,7 @@ from typing import Any
 
 from workerd.cli.options import _told, add_instance
 from workerd.control import protocol
-from workerd.errors import EX_NOPERM, EX_OK, EX_UNAVAILABLE, Refused, WorkerdError
+from workerd.errors import EX_NOPERM, EX_OK, EX_UNAVAILABLE, CommandError, WorkerdError
 
 STATUS = """\
 Show every instance of this host, also those that have stopped or failed:
@@ -48,7 +48,7 @@ def _status(args: argparse.Namespace) -> int:
     try:
         found = list(states(args.instance))
     except WorkerdError as error:
-        raise Refused(EX_UNAVAILABLE, str(error)) from None
+        raise CommandError(EX_UNAVAILABLE, str(error)) from None
     if args.json:
         for state in found:
             print_json(_told(state))
@@ -60,7 +60,7 @@ def _status(args: argparse.Namespace) -> int:
             _show(state)
     unknown = [state for state in found if state["state"] == "unknown"]
     if unknown and len(unknown) == len(found):
-        raise Refused(EX_NOPERM, str(unknown[0]["why"]))
+        raise CommandError(EX_NOPERM, str(unknown[0]["why"]))
     return EX_OK
 
 

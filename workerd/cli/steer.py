@@ -9,7 +9,7 @@ from typing import Any
 
 from workerd.cli.options import add_instance
 from workerd.control import client, protocol
-from workerd.errors import EX_OK, EX_UNAVAILABLE, Refused
+from workerd.errors import EX_OK, EX_UNAVAILABLE, CommandError
 
 STATUSES = """\
 exit status:
@@ -88,7 +88,7 @@ def _hold_back(args: argparse.Namespace) -> int:
     try:
         answer = client.ask(client.folder_of(instance), request)
     except protocol.NoAnswer as silent:
-        raise Refused(EX_UNAVAILABLE, str(silent)) from None
+        raise CommandError(EX_UNAVAILABLE, str(silent)) from None
     if args.json:
         from workerd.cli.output import print_json
 
@@ -110,19 +110,19 @@ def _cancel(args: argparse.Namespace) -> int:
         if args.instance is None
         else {args.instance: client.folder_of(args.instance)}
     )
-    answers: dict[str, protocol.Answer] = {}
-    refusal: Refused | None = None
+    answers: dict[str, protocol.Reply] = {}
+    refusal: CommandError | None = None
     for name, folder in found.items():
         try:
             answers[name] = client.ask(folder, {"request": "cancel", "id": args.id})
         except protocol.NoAnswer:
             continue
-        except Refused as refused:
+        except CommandError as refused:
             refusal = refused
     if refusal:
         raise refusal
     if not answers:
-        raise Refused(EX_UNAVAILABLE, "no instance of this host answers")
+        raise CommandError(EX_UNAVAILABLE, "no instance of this host answers")
     _tell(args, answers)
     return EX_OK
 

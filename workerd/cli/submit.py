@@ -91,7 +91,7 @@ def _submit(args: argparse.Namespace) -> int:
 
 
 def spec_of(args: argparse.Namespace) -> JobSpec:
-    """What the options say of the job. Raises Refused."""
+    """What the options say of the job. Raises CommandError."""
     return JobSpec(
         type=args.type,
         queue=args.queue,
@@ -112,18 +112,18 @@ def _due(args: argparse.Namespace) -> float | None:
     if args.at is None:
         return None
     from workerd.core import times
-    from workerd.errors import Refused
+    from workerd.errors import CommandError
 
     try:
         return times.instant(args.at, now)  # in our zone, not in the daemon's
     except ValueError as error:
-        raise Refused(EX_USAGE, f"--at {args.at!r}: {error}") from None
+        raise CommandError(EX_USAGE, f"--at {args.at!r}: {error}") from None
 
 
 def _header(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
-        from workerd.errors import Refused
+        from workerd.errors import CommandError
 
-        raise Refused(EX_USAGE, f"--header {text!r}: expected NAME=VALUE")
+        raise CommandError(EX_USAGE, f"--header {text!r}: expected NAME=VALUE")
     return name, value

@@ -7,7 +7,7 @@ from workerd.config.fields import Named, Pairs, Section, Value, kinds
 from workerd.config.model import UNUSED, Handler, Settings
 from workerd.config.text import dotted, toml
 
-Keys = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
 def show(settings: Settings) -> str:
@@ -26,13 +26,13 @@ def show(settings: Settings) -> str:
     return "\n".join(tables)
 
 
-def _table(settings: Settings, header: Keys, cls: type[Any], value: Any) -> str:
+def _table(settings: Settings, header: KeyPath, cls: type[Any], value: Any) -> str:
     lines = [f"[{dotted(header)}]", *_lines(settings, header, (), cls, value)]
     return "\n".join(lines) + "\n"
 
 
 def _lines(
-    settings: Settings, header: Keys, inside: Keys, cls: type[Any], section: Any
+    settings: Settings, header: KeyPath, inside: KeyPath, cls: type[Any], section: Any
 ) -> Iterator[str]:
     """The keys of a section, and those of the sections in it as dotted keys."""
     unused = UNUSED[section.kind] if isinstance(section, Handler) else frozenset()
@@ -51,7 +51,7 @@ def _lines(
             yield _line(settings, header, keys, text)
 
 
-def _line(settings: Settings, header: Keys, keys: Keys, text: str | None) -> str:
+def _line(settings: Settings, header: KeyPath, keys: KeyPath, text: str | None) -> str:
     if text is None:
         return f"# {dotted(keys)} is not set"
     origin = settings.origins.get(dotted((*header, *keys)), "default")

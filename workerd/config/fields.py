@@ -22,7 +22,7 @@ Report = Callable[[Path, str], None]
 _REFUSED = object()
 
 
-class Kind(Protocol):
+class ValueType(Protocol):
     """What a key may hold: a single value, or a table of one of three sorts."""
 
     def read(self, value: Any, path: Path, report: Report) -> Any: ...
@@ -130,7 +130,7 @@ def pairs(key: Scalar[T], value: Scalar[D], default: Mapping[T, D]) -> Mapping[T
     return result
 
 
-def kinds(cls: type[Any]) -> dict[str, Kind]:
+def kinds(cls: type[Any]) -> dict[str, ValueType]:
     """The keys of a dataclass and their kinds, in the order in which they are declared."""
     return {entry.name: entry.metadata["kind"] for entry in fields(cls) if entry.metadata}
 

@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple, cast
 
 from workerd.config.text import did_you_mean, toml
 
-Kind = Literal["id", "type", "queue", "attempt", "body", "body.key", "header"]
+PlaceholderKind = Literal["id", "type", "queue", "attempt", "body", "body.key", "header"]
 
 _PLAIN = ("id", "type", "queue", "attempt", "body")
-_KEYED: dict[str, Kind] = {"body": "body.key", "header": "header"}
+_KEYED: dict[str, PlaceholderKind] = {"body": "body.key", "header": "header"}
 _KNOWN = [*("{" + name + "}" for name in _PLAIN), "{body.KEY}", "{header.NAME}"]
 _TOKEN = re.compile(r"(?P<literal>\{\{|\}\}|[^{}]+)|\{(?P<name>[^{}]*)\}|(?P<lone>[{}])")
 
@@ -20,7 +20,7 @@ _TOKEN = re.compile(r"(?P<literal>\{\{|\}\}|[^{}]+)|\{(?P<name>[^{}]*)\}|(?P<lon
 class Placeholder(NamedTuple):
     """What stands between braces; `name` is the key of the body or the header, otherwise ""."""
 
-    kind: Kind
+    kind: PlaceholderKind
     name: str = ""
 
 
@@ -60,7 +60,7 @@ class Template(NamedTuple):
 
 def _placeholder(text: str) -> Placeholder:
     if text in _PLAIN:
-        return Placeholder(cast(Kind, text))
+        return Placeholder(cast(PlaceholderKind, text))
     prefix, dot, name = text.partition(".")
     if dot and name and prefix in _KEYED:
         return Placeholder(_KEYED[prefix], name)

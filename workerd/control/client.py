@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from workerd.control.protocol import GROUP, SOCKET, VERSION, Answer, Busy, Elsewhere, NoAnswer
-from workerd.errors import EX_NOPERM, EX_PROTOCOL, Refused
+from workerd.control.protocol import GROUP, SOCKET, VERSION, Busy, NoAnswer, NotServedHere, Reply
+from workerd.errors import EX_NOPERM, EX_PROTOCOL, CommandError
 from workerd.paths import runtime_directories
 
 #: Seconds for an answer that needs nobody but the daemon.
@@ -28,10 +28,10 @@ _MAX_PATH = 107
 
 def ask(
     folder: Path, request: Mapping[str, object], body: bytes = b"", timeout: float = TIMEOUT
-) -> Answer:
+) -> Reply:
     """Ask the instance whose runtime folder this is, and return its answer.
 
-    Raises NoAnswer, and Refused (Elsewhere) with what the daemon says.
+    Raises NoAnswer, and CommandError (NotServedHere) with what the daemon says.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -43,7 +43,7 @@ def ask(
         time.sleep(_PAUSE)
 
 
-def _ask(folder: Path, request: Mapping[str, object], body: bytes, deadline: float) -> Answer:
+def _ask(folder: Path, request: Mapping[str, object], body: bytes, deadline: float) -> Reply:
     message: dict[str, object] = {"version": VERSION, **request}
     if body:
         message["length"] = len(body)
@@ -77,7 +77,7 @@ def _connect(sock: socket.socket, folder: Path, deadline: float) -> None:
                 raise NoAnswer("it does not answer", listens=True) from None
             time.sleep(_PAUSE)
         except PermissionError:
-            raise Refused(EX_NOPERM, not_yours()) from None
+            raise CommandError(EX_NOPERM, not_yours()) from None
         except (FileNotFoundError, ConnectionRefusedError):
             raise NoAnswer(_not_there(folder.name)) from None
         except OSError as error:
@@ -117,15 +117,15 @@ def _left(deadline: float) -> float:
     return max(deadline - time.monotonic(), 0.001)
 
 
-def _judged(line: bytes) -> Answer:
+def _judged(line: bytes) -> Reply:
     try:
         answer = json.loads(line)
     except ValueError:
-        raise Refused(EX_PROTOCOL, "the daemon's answer is not JSON") from None
+        raise CommandError(EX_PROTOCOL, "the daemon's answer is not JSON") from None
     if answer.get("ok"):
         return dict(answer)
-    kinds = {"busy": Busy, "elsewhere": Elsewhere}
-    kind = kinds.get(str(answer.get("code")), Refused)
+    kinds = {"busy": Busy, "elsewhere": NotServedHere}
+    kind = kinds.get(str(answer.get("code")), CommandError)
     raise kind(int(answer.get("status", EX_PROTOCOL)), str(answer.get("error")))
 
 

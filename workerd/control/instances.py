@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from workerd.control import client, protocol
-from workerd.errors import Refused
+from workerd.errors import CommandError
 
 #: In an instance's runtime folder: why its last start, or its run, has failed.
 FAILURE = "failure"
@@ -19,7 +19,7 @@ _MAX_FAILURE = 4096
 _AT_ONCE = 16
 
 
-def states(name: str | None, request: str = "status") -> Iterator[protocol.Answer]:
+def states(name: str | None, request: str = "status") -> Iterator[protocol.Reply]:
     """The state of this instance, or of every one of the host; docs/control.md has the keys.
 
     One that answers does so to this ``request``: `status`, or `metrics`. Raises NoAnswer when
@@ -36,11 +36,11 @@ def states(name: str | None, request: str = "status") -> Iterator[protocol.Answe
 
 def state(
     instance: str, folder: Path, request: str = "status", depths: bool = False
-) -> protocol.Answer:
+) -> protocol.Reply:
     """The answer of an instance to this request; ``depths`` is for `status`."""
     try:
         return client.ask(folder, {"request": request, "depths": depths})
-    except Refused as refused:
+    except CommandError as refused:
         return _silent(instance, "unknown", str(refused))
     except protocol.NoAnswer as silent:
         if silent.listens:
@@ -56,7 +56,7 @@ def state(
     return _silent(instance, "stopped", None)
 
 
-def _silent(instance: str, state: str, why: str | None) -> protocol.Answer:
+def _silent(instance: str, state: str, why: str | None) -> protocol.Reply:
     return {"instance": instance, "state": state, "healthy": False, "why": why}
 
 

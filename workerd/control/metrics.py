@@ -8,7 +8,7 @@ import platform
 from typing import TYPE_CHECKING
 
 from workerd import __version__, log
-from workerd.control.session import Answer
+from workerd.control.session import Reply
 from workerd.core import topology
 from workerd.core.counters import OUTCOMES, UNKNOWN, Histogram
 
@@ -20,47 +20,47 @@ if TYPE_CHECKING:
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def readings(worker: Worker, depths: Mapping[str, int]) -> Answer:
-    """All of it, but for what `Answers` knows; ``depths`` are ready messages by full name."""
+def metrics(worker: Worker, depths: Mapping[str, int]) -> Reply:
+    """All of it, but for what `Requests` knows; ``depths`` are ready messages by full name."""
     consumer, publisher = worker.consumer, worker.outbox.publisher
     queues = sorted(worker.ledger.slots.concurrency)
     return {
         "release": __version__,
         "python": platform.python_version(),
-        "connected": consumer.link is not None,
+        "connected": consumer.connection is not None,
         "publishing_blocked": bool(publisher.blocked),
         "lost_connections": {"consume": consumer.losses, "publish": publisher.losses},
         "log_records_dropped": log.dropped(),
         "submissions": worker.submissions,
         "submitted": {
-            queue: worker.figures.submitted[queue] for queue in sorted(worker.settings.queues)
+            queue: worker.counters.submitted[queue] for queue in sorted(worker.settings.queues)
         },
         "queues": [_queue(worker, name, depths) for name in queues],
         "handlers": _handlers(worker),
         "jobs": _jobs(worker),
         "run_seconds": [
             {"queue": queue, "handler": handler, **_histogram(histogram)}
-            for (queue, handler), histogram in worker.figures.runs.items()
+            for (queue, handler), histogram in worker.counters.runs.items()
         ],
         "wait_seconds": [
             {"queue": queue, **_histogram(histogram)}
-            for queue, histogram in worker.figures.waits.items()
+            for queue, histogram in worker.counters.waits.items()
         ],
         "process": _process(),
     }
 
 
-def _queue(worker: Worker, name: str, depths: Mapping[str, int]) -> Answer:
+def _queue(worker: Worker, name: str, depths: Mapping[str, int]) -> Reply:
     consumer = worker.consumer
     refused = any(run.job.queue == name for run in worker.outbox.refused)
     return {
         **in_hand(worker, name),
-        "paused": refused or name in consumer.paused or name in consumer.held_back,
+        "paused": refused or name in consumer.paused or name in consumer.operator_paused,
         **at_broker(name, depths),
     }
 
 
-def _handlers(worker: Worker) -> list[Answer]:
+def _handlers(worker: Worker) -> list[Reply]:
     degraded = worker.attempts.degraded
     return [
         {
@@ -72,7 +72,7 @@ def _handlers(worker: Worker) -> list[Answer]:
     ]
 
 
-def in_hand(worker: Worker, name: str) -> Answer:
+def in_hand(worker: Worker, name: str) -> Reply:
     """What an instance has of a queue."""
     ledger, slots = worker.ledger, worker.ledger.slots
     return {
@@ -85,7 +85,7 @@ def in_hand(worker: Worker, name: str) -> Answer:
     }
 
 
-def at_broker(name: str, depths: Mapping[str, int]) -> Answer:
+def at_broker(name: str, depths: Mapping[str, int]) -> Reply:
     """What waits at the broker for a queue, None for what is not known."""
     return {
         "ready": depths.get(name),
@@ -94,7 +94,7 @@ def at_broker(name: str, depths: Mapping[str, int]) -> Answer:
     }
 
 
-def _jobs(worker: Worker) -> list[Answer]:
+def _jobs(worker: Worker) -> list[Reply]:
     """Attempts by queue, handler and outcome: also those that can be foreseen, as 0.
 
     A counter that begins with 1 looks to Prometheus as if nothing had happened.
@@ -109,7 +109,7 @@ def _jobs(worker: Worker) -> list[Answer]:
         if queue in consumed
         for outcome in OUTCOMES.values()
     }
-    jobs = worker.figures.jobs
+    jobs = worker.counters.jobs
     return [
         {"queue": queue, "handler": handler, "outcome": outcome, "count": jobs[key]}
         for key in sorted(foreseen | set(jobs))
@@ -117,7 +117,7 @@ def _jobs(worker: Worker) -> list[Answer]:
     ]
 
 
-def _histogram(histogram: Histogram) -> Answer:
+def _histogram(histogram: Histogram) -> Reply:
     return {
         "bounds": list(histogram.bounds),
         "counts": list(histogram.counts),
@@ -125,7 +125,7 @@ def _histogram(histogram: Histogram) -> Answer:
     }
 
 
-def _process() -> Answer:
+def _process() -> Reply:
     """Of the daemon alone; what this system does not tell is missing."""
     times = os.times()
     facts: dict[str, object] = {"cpu_seconds": times.user + times.system}

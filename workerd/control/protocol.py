@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from workerd.errors import Refused, WorkerdError
+from workerd.errors import CommandError, WorkerdError
 
 #: Of the protocol. A daemon refuses any other.
 VERSION = 1
@@ -16,7 +16,7 @@ GROUP = "workerd-submit"
 MAX_LINE = 64 << 10
 MAX_BODY = 4 << 20
 
-Answer = dict[str, Any]
+Reply = dict[str, Any]
 
 
 class NoAnswer(WorkerdError):
@@ -27,9 +27,9 @@ class NoAnswer(WorkerdError):
         self.listens = listens
 
 
-class Elsewhere(Refused):
+class NotServedHere(CommandError):
     """The instance is not the one to ask; another way may lead to the goal."""
 
 
-class Busy(Refused):
+class Busy(CommandError):
     """There are too many clients at present; nothing was done."""

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from workerd import __version__, log
 from workerd.config.text import did_you_mean
-from workerd.control.metrics import at_broker, in_hand, readings
+from workerd.control.metrics import at_broker, in_hand, metrics
 from workerd.control.peer import Peer, member_of
-from workerd.control.session import Answer, Request
+from workerd.control.session import Reply, Request
 from workerd.control.submit import accept
 from workerd.core.job import Run, submitter
 from workerd.core.submission import is_short_text
-from workerd.errors import EX_NOPERM, EX_UNAVAILABLE, EX_USAGE, Refused
-from workerd.worker.broker_ping import Pulse
-from workerd.worker.queue_depths import Depths
+from workerd.errors import EX_NOPERM, EX_UNAVAILABLE, EX_USAGE, CommandError
+from workerd.worker.broker_ping import BrokerPing
+from workerd.worker.queue_depths import QueueDepths
 
 if TYPE_CHECKING:
     from workerd.worker.worker import Worker
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MOST_JOBS = 1000
 
 
-class Answers:
+class Requests:
     """What each request does; ``instance`` is the name of this one."""
 
     def __init__(self, worker: Worker, instance: str) -> None:
@@ -35,11 +35,9 @@ class Answers:
         self._instance = instance
         self._began = time.monotonic()
         self._started = time.time()
-        self._depths = Depths(worker)
-        self.pulse = Pulse(worker)
-        self._requests: dict[
-            str, Callable[[Request, Peer], Answer | Coroutine[Any, Any, Answer]]
-        ] = {
+        self._depths = QueueDepths(worker)
+        self.ping = BrokerPing(worker)
+        self._requests: dict[str, Callable[[Request, Peer], Reply | Coroutine[Any, Any, Reply]]] = {
             "status": self._status,
             "health": self._health,
             "metrics": self._metrics,
@@ -52,25 +50,25 @@ class Answers:
 
     def answer(
         self, request: Request, body: bytes, peer: Peer
-    ) -> Answer | Coroutine[Any, Any, Answer]:
-        """See `control.Answers`."""
+    ) -> Reply | Coroutine[Any, Any, Reply]:
+        """See `control.Requests`."""
         name = request.get("request")
         if name == "submit":
             return accept(self._worker, request, body, peer)
         handle = self._requests.get(name) if isinstance(name, str) else None
         if handle is None:
-            raise Refused(EX_USAGE, f"there is no request {str(name)[:40]!r}")
+            raise CommandError(EX_USAGE, f"there is no request {str(name)[:40]!r}")
         return handle(request, peer)
 
     # Looking.
 
-    def _status(self, request: Request, _peer: Peer) -> Answer:
+    def _status(self, request: Request, _peer: Peer) -> Reply:
         worker = self._worker
-        tally = worker.status.tally
+        recent = worker.status.recent
         depths = self._depths.glance() if request.get("depths") is True else None
         consumer, ledger = worker.consumer, worker.ledger
         why_not = self._why_not_consuming()
-        begun = [run for run in ledger.running if not run.ahead]
+        begun = [run for run in ledger.running if not run.dispatched]
         jobs = sorted(begun, key=lambda run: self._age(run) or 0.0, reverse=True)
         return {
             "instance": self._instance,
@@ -86,22 +84,22 @@ class Answers:
             "broker": consumer.broker or None,
             "rabbitmq": ".".join(map(str, consumer.version)) if consumer.broker else None,
             "drain_left": round(worker.drain.seconds_left, 1) if ledger.draining else None,
-            "done": worker.figures.total("done"),
-            "retried": worker.figures.total("retried"),
-            "failed": worker.figures.total("dead"),
-            "pace": tally.pace(time.monotonic()),
-            "failures": [asdict(failure) for failure in tally.failures],
+            "done": worker.counters.total("done"),
+            "retried": worker.counters.total("retried"),
+            "failed": worker.counters.total("dead"),
+            "pace": recent.pace(time.monotonic()),
+            "failures": [asdict(failure) for failure in recent.failures],
             "submissions": worker.submissions,
             "queues": [self._queue(name, depths) for name in sorted(ledger.slots.concurrency)],
             "running": ledger.slots.in_use,
             "jobs": [self._job(run) for run in jobs[:MOST_JOBS]],
         }
 
-    def _queue(self, name: str, depths: Mapping[str, int] | None) -> Answer:
+    def _queue(self, name: str, depths: Mapping[str, int] | None) -> Reply:
         worker = self._worker
         consumer = worker.consumer
         paused = consumer.paused.get(name)
-        if name in consumer.held_back:
+        if name in consumer.operator_paused:
             paused = "by an operator"
         refused = [text for run, text in worker.outbox.refused.items() if run.job.queue == name]
         return {
@@ -110,7 +108,7 @@ class Answers:
             **({} if depths is None else at_broker(name, depths)),
         }
 
-    def _job(self, run: Run) -> Answer:
+    def _job(self, run: Run) -> Reply:
         job = run.job
         progress = self._worker.attempts.progress.get(run)
         age = self._age(run)
@@ -132,22 +130,22 @@ class Answers:
         began = progress.began if progress else None
         return None if began is None else time.monotonic() - began
 
-    async def _metrics(self, _request: Request, _peer: Peer) -> Answer:
+    async def _metrics(self, _request: Request, _peer: Peer) -> Reply:
         # A broker that is silent would only make the question a reason to give it up.
-        depths = {} if self.pulse.silent_for else await self._depths.look()
+        depths = {} if self.ping.silent_for else await self._depths.look()
         return {
             "instance": self._instance,
             "state": self._state,
             "started": self._started,
             "healthy": not self._why_not_consuming(),
-            **readings(self._worker, depths),
+            **metrics(self._worker, depths),
         }
 
     @property
     def _state(self) -> str:
         return "draining" if self._worker.drain.wanted.is_set() else "running"
 
-    def _health(self, _request: Request, _peer: Peer) -> Answer:
+    def _health(self, _request: Request, _peer: Peer) -> Reply:
         why_not = self._why_not_consuming()
         return {
             "healthy": not why_not,
@@ -169,24 +167,24 @@ class Answers:
                 return f"{name} paused: {consumer.paused[name]}"
         if not any(name in consumer.channels for name in queues):
             return worker.status.line()
-        silent = self.pulse.silent_for
-        if silent > Pulse.PATIENCE:
+        silent = self.ping.silent_for
+        if silent > BrokerPing.PATIENCE:
             return f"{consumer.broker} has not answered for {silent:.0f} s"
         return ""
 
     # Steering.
 
-    def _pause(self, request: Request, peer: Peer) -> Answer:
-        return self._hold_back(request, peer, "pause")
+    def _pause(self, request: Request, peer: Peer) -> Reply:
+        return self._set_paused(request, peer, "pause")
 
-    def _resume(self, request: Request, peer: Peer) -> Answer:
-        return self._hold_back(request, peer, "resume")
+    def _resume(self, request: Request, peer: Peer) -> Reply:
+        return self._set_paused(request, peer, "resume")
 
-    def _hold_back(self, request: Request, peer: Peer, what: str) -> Answer:
+    def _set_paused(self, request: Request, peer: Peer, what: str) -> Reply:
         self._may_steer(peer, what)
         worker = self._worker
         if worker.drain.wanted.is_set():
-            raise Refused(EX_UNAVAILABLE, "it is draining: nothing starts any more")
+            raise CommandError(EX_UNAVAILABLE, "it is draining: nothing starts any more")
         known = set(worker.ledger.slots.concurrency)
         queue = request.get("queue")
         if queue is None:
@@ -196,27 +194,27 @@ class Answers:
         else:
             text = str(queue)[:200]
             hint = did_you_mean(text, known)
-            raise Refused(EX_USAGE, f"this instance consumes no queue {text!r}{hint}")
-        before = worker.consumer.held_back
+            raise CommandError(EX_USAGE, f"this instance consumes no queue {text!r}{hint}")
+        before = worker.consumer.operator_paused
         after = before | named if what == "pause" else before - named
         changed = sorted(before ^ after)
         if changed:
-            worker.hold_back(after)
+            worker.pause_by_operator(after)
             event = "paused" if what == "pause" else "resumed"
             log.event(event, queues=", ".join(changed), uid=peer.uid, pid=peer.pid)
         running = sum(worker.ledger.slots.busy(name) for name in named)
         return {"queues": sorted(named), "changed": changed, "running": running}
 
-    def _cancel(self, request: Request, peer: Peer) -> Answer:
+    def _cancel(self, request: Request, peer: Peer) -> Reply:
         job_id = request.get("id")
         if not isinstance(job_id, str) or not is_short_text(job_id):
-            raise Refused(EX_USAGE, "cancel: the id of a job")
+            raise CommandError(EX_USAGE, "cancel: the id of a job")
         worker = self._worker
         owner = None if self._is_operator(peer) else peer.uid
         runs = [run for run in worker.attempts.progress if run.job.id == job_id]
         if owner is not None and any(submitter(run.job.message) != owner for run in runs):
             whose = "who submitted the job, "
-            raise Refused(EX_NOPERM, self._refusal(f"cancel {job_id}", whose))
+            raise CommandError(EX_NOPERM, self._refusal(f"cancel {job_id}", whose))
         ended = worker.attempts.cancel(job_id, owner)
         log.event("cancelled", job_id=job_id, running=len(ended), uid=peer.uid, pid=peer.pid)
         return {
@@ -227,7 +225,7 @@ class Answers:
 
     def _may_steer(self, peer: Peer, what: str) -> None:
         if not self._is_operator(peer):
-            raise Refused(EX_NOPERM, self._refusal(what, ""))
+            raise CommandError(EX_NOPERM, self._refusal(what, ""))
 
     def _refusal(self, what: str, also: str) -> str:
         group = self._worker.settings.control.operators

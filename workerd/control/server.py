@@ -22,7 +22,7 @@ from workerd.config.permissions import group_id
 from workerd.control.client import address
 from workerd.control.peer import Peer
 from workerd.control.protocol import GROUP, SOCKET
-from workerd.control.session import Answer, Client, Request
+from workerd.control.session import Client, Reply, Request
 
 #: Clients at once.
 MOST_CLIENTS = 64
@@ -36,19 +36,19 @@ MOST_BYTES = 64 << 20
 SHARE = 0.2
 
 
-class Answers(Protocol):
+class RequestHandler(Protocol):
     """Who answers; called in the loop, one request at a time."""
 
     def answer(
         self, request: Request, body: bytes, peer: Peer
-    ) -> Answer | Coroutine[Any, Any, Answer]:
+    ) -> Reply | Coroutine[Any, Any, Reply]:
         """The answer, or what will bring it. Raises WorkerdError."""
 
 
 class Control:
     """The socket of an instance, from `open` to `close`."""
 
-    def __init__(self, folder: Path, answers: Answers) -> None:
+    def __init__(self, folder: Path, answers: RequestHandler) -> None:
         self.answers = answers
         self.clients: set[Client] = set()
         #: Bytes of bodies that clients have announced and that are still in memory.

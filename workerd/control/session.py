@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from workerd import log
 from workerd.control.peer import Peer
-from workerd.control.protocol import MAX_BODY, MAX_LINE, VERSION, Busy, Elsewhere
+from workerd.control.protocol import MAX_BODY, MAX_LINE, VERSION, Busy, NotServedHere
 from workerd.errors import (
     EX_DATAERR,
     EX_PROTOCOL,
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 #: Seconds for a client to send its next request, all of it, and to read the answer.
 IDLE = 30.0
-#: Answers that wait for the broker, as for the confirm of a job, of all clients. Fewer than
+#: RequestHandler that wait for the broker, as for the confirm of a job, of all clients. Fewer than
 #: clients, so that there is room for those who ask why.
 MOST_UNCONFIRMED = 32
 
 Request = Mapping[str, Any]
-Answer = Mapping[str, object]
+Reply = Mapping[str, object]
 
 
 class Client(asyncio.Protocol):
@@ -177,7 +177,7 @@ class Client(asyncio.Protocol):
         self._control.unconfirmed += 1
         self._task = asyncio.get_running_loop().create_task(self._later(answer), name="answer")
 
-    async def _later(self, answer: Coroutine[Any, Any, Answer]) -> None:
+    async def _later(self, answer: Coroutine[Any, Any, Reply]) -> None:
         try:
             self._tell(await answer)
         except Exception as error:  # noqa: BLE001 - see `_tell_error`
@@ -193,12 +193,12 @@ class Client(asyncio.Protocol):
             log.error("control bug", uid=self.peer.uid, pid=self.peer.pid, traceback=text)
             self._tell(_refusal(EX_SOFTWARE, "a bug of the daemon's; its log says more", None))
             return
-        code = "elsewhere" if isinstance(error, Elsewhere) else None
+        code = "elsewhere" if isinstance(error, NotServedHere) else None
         if isinstance(error, Busy):
             code = "busy"
         self._tell(_refusal(exit_status(error), str(error), code))
 
-    def _tell(self, answer: Answer) -> None:
+    def _tell(self, answer: Reply) -> None:
         """The answer; then it may send its next request."""
         self._forget_body()
         self._serving = False
@@ -215,7 +215,7 @@ class Client(asyncio.Protocol):
         self._write(_refusal(status, text, code))
         self._transport.close()
 
-    def _write(self, answer: Answer) -> None:
+    def _write(self, answer: Reply) -> None:
         self._transport.write(json.dumps({"version": VERSION, **answer}).encode() + b"\n")
 
     def _forget_body(self) -> None:
@@ -223,6 +223,6 @@ class Client(asyncio.Protocol):
         self._length = 0
 
 
-def _refusal(status: int, text: str, code: str | None) -> Answer:
+def _refusal(status: int, text: str, code: str | None) -> Reply:
     answer = {"ok": False, "status": status, "error": text}
     return answer if code is None else {**answer, "code": code}

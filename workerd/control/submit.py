@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from workerd import log
 from workerd.backoff import backoff
 from workerd.control.peer import Peer
-from workerd.control.protocol import Elsewhere
-from workerd.control.session import Answer, Request
+from workerd.control.protocol import NotServedHere
+from workerd.control.session import Reply, Request
 from workerd.core import times, topology
 from workerd.core.job import SUBMITTER, Message
 from workerd.core.jobspec import JobSpec
-from workerd.core.submission import Order, explained, is_short_text, marked, order
-from workerd.errors import EX_DATAERR, EX_UNAVAILABLE, Kind, Refused, Trouble
+from workerd.core.submission import Submission, explained, is_short_text, prepare, with_copy_id
+from workerd.errors import EX_DATAERR, EX_UNAVAILABLE, BrokerError, CommandError, ErrorKind
 
 if TYPE_CHECKING:
     from workerd.worker.worker import Worker
@@ -53,37 +53,35 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
 _SAID = ("type", "queue", "id", "due", "ttl", "priority", "attempts")
 
 
-def accept(
-    worker: Worker, request: Request, body: bytes, peer: Peer
-) -> Coroutine[Any, Any, Answer]:
+def accept(worker: Worker, request: Request, body: bytes, peer: Peer) -> Coroutine[Any, Any, Reply]:
     """Publish the job of a request; what is returned brings the answer once it is confirmed.
 
-    Raises Refused; Elsewhere, when it has to be submitted in another way.
+    Raises CommandError; NotServedHere, when it has to be submitted in another way.
     """
     if worker.drain.wanted.is_set():
-        raise Elsewhere(EX_UNAVAILABLE, "the instance is draining")
+        raise NotServedHere(EX_UNAVAILABLE, "the instance is draining")
     found = _checked(request)
     config: str | None = found["config"]
     if config is not None and not _is_among(config, worker):
-        raise Elsewhere(EX_UNAVAILABLE, "the instance has another configuration")
+        raise NotServedHere(EX_UNAVAILABLE, "the instance has another configuration")
     spec = JobSpec(headers=found["headers"] or {}, **{key: found[key] for key in _SAID})
-    wanted = order(spec, worker.settings)
+    wanted = prepare(spec, worker.settings)
     if wanted.queue not in worker.settings.queues:
-        raise Elsewhere(EX_UNAVAILABLE, f"the instance knows no queue {wanted.queue!r}")
+        raise NotServedHere(EX_UNAVAILABLE, f"the instance knows no queue {wanted.queue!r}")
     if wanted.due is not None and not _comes_due(worker, wanted.queue):
-        raise Elsewhere(EX_UNAVAILABLE, "the instance does not know of delays there")
-    message = marked(wanted.message(body), found["mark"], _timestamp(found["timestamp"]))
+        raise NotServedHere(EX_UNAVAILABLE, "the instance does not know of delays there")
+    message = with_copy_id(wanted.message(body), found["mark"], _timestamp(found["timestamp"]))
     message = replace(message, headers={**message.headers, SUBMITTER: peer.uid})
     patience = _USUAL_WAIT if found["timeout"] is None else found["timeout"]
     deadline = time.monotonic() + min(patience, _LONGEST_WAIT)
 
-    async def publish() -> Answer:
+    async def publish() -> Reply:
         worker.submissions += 1
         try:
             await _publish(worker, wanted, message, deadline)
         finally:
             worker.submissions -= 1
-        worker.figures.submitted[wanted.queue] += 1
+        worker.counters.submitted[wanted.queue] += 1
         log.event(
             "submitted",
             worker.settings.log.routine,
@@ -100,20 +98,20 @@ def accept(
 
 
 def _checked(request: Request) -> dict[str, Any]:
-    """The value of every key, of its type, or None. Raises Refused."""
+    """The value of every key, of its type, or None. Raises CommandError."""
     found: dict[str, Any] = {key: request.get(key) for key in _KEYS}
     for key, value in found.items():
         if value is not None and (not isinstance(value, _KEYS[key]) or isinstance(value, bool)):
-            raise Refused(EX_DATAERR, f"submit: {key} is of another type")
+            raise CommandError(EX_DATAERR, f"submit: {key} is of another type")
         # What is not a number is not less than one either.
         if isinstance(value, int | float) and not abs(value) < _LARGEST_NUMBER:
-            raise Refused(EX_DATAERR, f"submit: {key} is out of range")
+            raise CommandError(EX_DATAERR, f"submit: {key} is out of range")
     if found["mark"] is not None and not is_short_text(found["mark"]):
-        raise Refused(EX_DATAERR, "submit: mark is a short text")
+        raise CommandError(EX_DATAERR, "submit: mark is a short text")
     if not all(isinstance(value, str) for value in (found["headers"] or {}).values()):
-        raise Refused(EX_DATAERR, "submit: headers are texts")
+        raise CommandError(EX_DATAERR, "submit: headers are texts")
     if found["type"] is None:
-        raise Refused(EX_DATAERR, "submit: a type is needed")
+        raise CommandError(EX_DATAERR, "submit: a type is needed")
     return found
 
 
@@ -134,32 +132,38 @@ def _comes_due(worker: Worker, queue: str) -> bool:
     """Whether delayed jobs of a queue have somewhere to come due, as far as is known here."""
     consumer = worker.consumer
     return consumer.declarations.levels.is_set() and (
-        topology.due(queue) in consumer.channels or queue in consumer.held_back
+        topology.due(queue) in consumer.channels or queue in consumer.operator_paused
     )
 
 
-async def _publish(worker: Worker, order: Order, message: Message, deadline: float) -> None:
+async def _publish(
+    worker: Worker, submission: Submission, message: Message, deadline: float
+) -> None:
     """Publish until it is confirmed: again, under the same id, after a lost connection.
 
-    Raises Trouble, Unencodable.
+    Raises BrokerError, Unencodable.
     """
     publisher = worker.outbox.publisher
-    trouble = Trouble(Kind.AWAY, worker.consumer.outage or "the broker did not confirm in time")
+    trouble = BrokerError(
+        ErrorKind.AWAY, worker.consumer.outage or "the broker did not confirm in time"
+    )
     for delay in backoff(0.2, 2.0):
-        parcel = order.parcel(message, time.time())
-        publishing = publisher.publish(parcel.exchange, parcel.key, parcel.message)
+        publish = submission.publish_at(message, time.time())
+        publishing = publisher.publish(publish.exchange, publish.key, publish.message)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 return await publishing
         except TimeoutError:
             break
-        except Trouble as error:
-            trouble = explained(error, parcel.exchange, order.queue)
-            if trouble.kind is not Kind.AWAY:
+        except BrokerError as error:
+            trouble = explained(error, publish.exchange, submission.queue)
+            if trouble.kind is not ErrorKind.AWAY:
                 raise trouble from None
         if time.monotonic() + delay >= deadline:
             break
         await asyncio.sleep(delay)
     if publisher.blocked:
-        raise Trouble(Kind.BUSY, f"the broker takes nothing at present: {publisher.blocked}")
+        raise BrokerError(
+            ErrorKind.BUSY, f"the broker takes nothing at present: {publisher.blocked}"
+        )
     raise trouble

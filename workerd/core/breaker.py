@@ -30,7 +30,7 @@ class Pause:
     delays: Iterator[float]
 
 
-class Pauses:
+class Breaker:
     """The handlers that are paused, by name."""
 
     def __init__(self) -> None:

@@ -51,7 +51,7 @@ class Histogram:
         self.sum += value
 
 
-class Figures:
+class Counters:
     """Everything that is counted of jobs, from the start of the process on."""
 
     def __init__(self, handlers: Iterable[str]) -> None:

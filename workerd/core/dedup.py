@@ -1,6 +1,6 @@
 """What is remembered of jobs: which are finished, and which went back to be run again. Pure.
 
-What is kept on disk, and learnt from other instances, is the business of `journal.HostMemory`.
+What is kept on disk, and learnt from other instances, is the business of `journal.RunLog`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import enum
 from collections import deque
 from collections.abc import Callable
 
-from workerd.core.keyset import Keys
+from workerd.core.keyset import KeySet
 
 #: In place of a channel: the verdict could not be sent, for want of one.
 NEVER_SENT = 0
@@ -32,7 +32,7 @@ class Elsewhere(enum.Enum):
     FINISHED = enum.auto()
 
 
-class Memory:
+class Dedup:
     """How many jobs of each key are finished, by the channel on which their verdict was sent.
 
     Keeps between ``size`` × 3/4 and ``size`` of the newest keys, in generations, so that
@@ -43,7 +43,7 @@ class Memory:
 
     def __init__(self, size: int = 100_000) -> None:
         self._limit = max(1, size // self.GENERATIONS)
-        self._generations: deque[dict[int, Keys]] = deque([{}], self.GENERATIONS)
+        self._generations: deque[dict[int, KeySet]] = deque([{}], self.GENERATIONS)
         #: How many jobs of each key went back, and have not come again since.
         self._returned: deque[dict[bytes, int]] = deque([{}], self.GENERATIONS)
         self._spent: dict[bytes, int] = {}
@@ -139,5 +139,5 @@ class Memory:
         newest = self._generations[0]
         keys = newest.get(channel)
         if keys is None:
-            keys = newest[channel] = Keys()
+            keys = newest[channel] = KeySet()
         keys.add(key)

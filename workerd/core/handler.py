@@ -63,7 +63,7 @@ class Handler(Protocol):
         """
 
 
-class Register(Protocol):
+class Registry(Protocol):
     """What makes the handlers of a configuration, and ends them."""
 
     def of(self, settings: Settings, changed: Callable[[str], None]) -> Mapping[str, Handler]:

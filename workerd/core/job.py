@@ -156,14 +156,14 @@ class Delivery:
 class Run:
     """A job that is being worked on. ``delivery`` is None once its channel is lost.
 
-    It has ``begun`` once its handler gives it to a process; while it is ``ahead`` it has no slot.
+    It has ``begun`` once its handler gives it to a process; ``dispatched``, it has no slot yet.
     One that is ``withdrawn`` before it has begun never begins.
     """
 
     job: Job
     delivery: Delivery | None
     begun: bool = True
-    ahead: bool = False
+    dispatched: bool = False
     withdrawn: bool = False
 
 

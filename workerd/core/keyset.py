@@ -8,7 +8,7 @@ from collections.abc import Iterator
 SIZE = 16
 
 
-class Keys:
+class KeySet:
     """A multiset of keys, each with so many bytes ``beside`` it.
 
     Those with the same first byte follow each other in one array, which is searched from its

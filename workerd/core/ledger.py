@@ -40,7 +40,7 @@ it, or it would be gone without ever having run. So the ledger counts what went 
 many redeliveries of that key run before one is settled from memory.
 
 The lines and slots of 6 and 7 are kept in `slots`, the runs that 1 may find in `orphans`, what
-2 to 4 ask in `memory`.
+2 to 4 ask in `dedup`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-from workerd.core.dedup import ALL_CLOSED, GONE, NEVER_SENT, Elsewhere, Memory
+from workerd.core.dedup import ALL_CLOSED, GONE, NEVER_SENT, Dedup, Elsewhere
 from workerd.core.job import Delivery, Job, Run, value
 from workerd.core.orphans import Orphans
 from workerd.core.retry import Verdict
@@ -81,14 +81,14 @@ class Ledger:
     def __init__(
         self,
         concurrency: Mapping[str, int],
-        memory: Memory | None = None,
+        dedup: Dedup | None = None,
         begins_at_once: Callable[[Job], bool] = lambda _job: True,
         capacity: Callable[[Job], int] = lambda _job: 0,
     ) -> None:
         """A job ``begins_at_once`` if only a slot keeps it from that; ``capacity``: see `Slots`."""
         self._begins_at_once = begins_at_once
         self.slots = Slots(concurrency, capacity)
-        self.memory = Memory() if memory is None else memory
+        self.dedup = Dedup() if dedup is None else dedup
         self.running: set[Run] = set()
         #: Redeliveries of what another instance may be running; see rule 3.
         self.held: list[Delivery] = []
@@ -111,21 +111,21 @@ class Ledger:
         job = delivery.job
         assert delivery.channel in self._live, "a delivery came on a channel that is gone"
         if job.redelivered:
-            self.memory.look()
+            self.dedup.look()
             orphan = self._orphans.adopt(delivery)
             if orphan is not None:
                 return Rejoined(orphan)
             if job.unique and self._in_hand(job.key):
                 return Settle(delivery, Verdict.DONE)
-            if job.named and (job.unique or not self.memory.recall(job.key)):
+            if job.named and (job.unique or not self.dedup.recall(job.key)):
                 if self._remembers(job):
                     return self._settle_again(delivery)
                 return self._consult(delivery, 0.0)
         elif job.unique:
-            self.memory.look()
+            self.dedup.look()
             if self._in_hand(job.key):
                 return Settle(delivery, Verdict.DONE)
-            known = Elsewhere.FINISHED if self._remembers(job) else self.memory.elsewhere(job.key)
+            known = Elsewhere.FINISHED if self._remembers(job) else self.dedup.elsewhere(job.key)
             if known is Elsewhere.FINISHED:
                 return self._settle_again(delivery)
             if known is not Elsewhere.UNKNOWN:
@@ -140,19 +140,19 @@ class Ledger:
     def _line_up(self, delivery: Delivery) -> Run | None:
         """Let it wait for its turn; returns the run of the job whose turn it is, if any."""
         job = delivery.job
-        lost_starts = self.memory.cut_off(job.key) if job.redelivered else None
+        lost_starts = self.dedup.cut_off(job.key) if job.redelivered else None
         if lost_starts is not None:
             delivery = replace(delivery, job=job.after_lost_starts(lost_starts))
         self.slots.line_up(delivery, suspect=lost_starts is not None)
         run = self.next()
         if job.named and (run is None or run.delivery is not delivery):
-            self.memory.waits(job.key)
+            self.dedup.waits(job.key)
         return run
 
     def look_again(self, now: float) -> list[Run | Settle]:
         """What has become of the deliveries that are held; ``now`` is monotonic."""
         decisions = []
-        self.memory.look()
+        self.dedup.look()
         for delivery in self.held.copy():
             self.held.remove(delivery)
             decision = self._consult(delivery, now - delivery.received)
@@ -162,7 +162,7 @@ class Ledger:
 
     def _consult(self, delivery: Delivery, waited: float) -> Run | Settle | None:
         """Rule 3, for a delivery that has been held for so many seconds."""
-        elsewhere = self.memory.elsewhere(delivery.job.key)
+        elsewhere = self.dedup.elsewhere(delivery.job.key)
         if elsewhere is Elsewhere.FINISHED:
             return self._settle_again(delivery)
         if elsewhere is Elsewhere.ORPHANED or (
@@ -171,11 +171,11 @@ class Ledger:
             self.held.append(delivery)
             return None
         if waited:
-            self.memory.recall(delivery.job.key)  # if its run there went back, here it is
+            self.dedup.recall(delivery.job.key)  # if its run there went back, here it is
         return self._line_up(delivery)
 
     def _settle_again(self, delivery: Delivery) -> Settle:
-        self.memory.settled(delivery.job.key, delivery.channel)
+        self.dedup.settled(delivery.job.key, delivery.channel)
         return Settle(delivery, Verdict.DONE)
 
     def next(self) -> Run | None:
@@ -183,18 +183,18 @@ class Ledger:
         run = self.slots.next()
         if run is not None:
             assert run.delivery
-            run.begun = not run.ahead and self._begins_at_once(run.job)
+            run.begun = not run.dispatched and self._begins_at_once(run.job)
             self.running.add(run)
-            self.memory.started(run.job.key, run.delivery.channel, run.begun)
+            self.dedup.started(run.job.key, run.delivery.channel, run.begun)
         return run
 
     def begins(self, run: Run) -> None:
         """The handler of a run is about to give it to a process: from now on it is an attempt."""
-        if run.ahead:
+        if run.dispatched:
             self.slots.begins(run)
         if not run.begun:
             run.begun = True
-            self.memory.begun(run.job.key)
+            self.dedup.begun(run.job.key)
 
     def ended(self, run: Run) -> None:
         """The handler of a run has ended; its verdict is still to be carried out."""
@@ -207,13 +207,13 @@ class Ledger:
         self.running.remove(run)
         self._orphans.discard(run)
         if not verdict.remembered:
-            self.memory.returned(run.job.key, ran=True)
+            self.dedup.returned(run.job.key, ran=True)
             if verdict is Verdict.SPEND:
-                self.memory.spent(run.job.key)
+                self.dedup.spent(run.job.key)
         elif run.job.named:
-            self.memory.settled(run.job.key, self._sent_on(run.delivery))
+            self.dedup.settled(run.job.key, self._sent_on(run.delivery))
         else:
-            self.memory.forgotten(run.job.key)
+            self.dedup.forgotten(run.job.key)
         return Settle(run.delivery, verdict) if run.delivery else None
 
     def lost(self, channel: int) -> None:
@@ -233,7 +233,7 @@ class Ledger:
             return
         self._live.discard(channel)
         self._closed.add(channel)
-        self.memory.closed(channel)
+        self.dedup.closed(channel)
 
     def retired(self, channel: int, stale_before: float) -> list[Delivery]:
         """The broker cancelled the consumer of a channel that itself stays open.
@@ -243,7 +243,7 @@ class Ledger:
         a redelivery on another channel. Returns the waiting ones, to be given back.
         """
         self._live.discard(channel)
-        self.memory.lost(channel)
+        self.dedup.lost(channel)
         for run in self.running:
             if run.delivery and run.delivery.channel == channel:
                 self._orphans.add(run)
@@ -262,7 +262,7 @@ class Ledger:
         self.held = [delivery for delivery in self.held if delivery.channel != channel]
         for delivery in self.slots.take_out(channel):
             if delivery.job.named:
-                self.memory.returned(delivery.job.key, ran=False)
+                self.dedup.returned(delivery.job.key, ran=False)
             back.append(delivery)
         return back
 
@@ -300,19 +300,19 @@ class Ledger:
 
     def owes(self) -> bool:
         """Whether a redelivery would let something be settled that cannot be settled now."""
-        return self.memory.unsent or any(run.delivery is None for run in self.running)
+        return self.dedup.unsent or any(run.delivery is None for run in self.running)
 
     def age(self) -> None:
         """Let the memory grow older by a third of the time that jobs are remembered."""
-        self.memory.age()
+        self.dedup.age()
 
     def _remembers(self, job: Job) -> bool:
         """Whether a redelivery is one of a finished job; that memory is used up by it."""
         if job.unique:
-            return self.memory.take(job.key)
+            return self.dedup.take(job.key)
         # One whose verdict was never sent is sure to come again.
-        return self.memory.take(job.key, lambda sent_on: sent_on == NEVER_SENT) or (
-            self.memory.take(job.key, self._may_be_lost)
+        return self.dedup.take(job.key, lambda sent_on: sent_on == NEVER_SENT) or (
+            self.dedup.take(job.key, self._may_be_lost)
         )
 
     def _sent_on(self, delivery: Delivery | None) -> int:

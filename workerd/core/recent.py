@@ -40,7 +40,7 @@ class Failure:
     when: float
 
 
-class Tally:
+class RecentOutcomes:
     """Counts ends of attempts; ``now`` is always an instant of the monotonic clock."""
 
     def __init__(self, now: float) -> None:

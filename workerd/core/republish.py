@@ -98,14 +98,16 @@ def _length(text: str | bytes) -> int:
     return len(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
 
 
-class Place(NamedTuple):
+class Origin(NamedTuple):
     """Where a job ran, for its dead letter."""
 
     host: str
     instance: str
 
 
-def another_go(job: Job, spent: int, mark: str, failed: float | None) -> tuple[Message, list[str]]:
+def next_attempt(
+    job: Job, spent: int, mark: str, failed: float | None
+) -> tuple[Message, list[str]]:
     """The message that brings a job once more, and the names of headers that had to be dropped.
 
     ``spent`` of its attempts are spent. ``mark`` is a text never used before: copies that
@@ -115,7 +117,7 @@ def another_go(job: Job, spent: int, mark: str, failed: float | None) -> tuple[M
     return _copy(job, {ATTEMPT: spent or None, COPY: mark, FIRST_FAILURE: _first(job, failed)})
 
 
-def dead_letter(job: Job, report: Report, place: Place, now: float) -> tuple[Message, list[str]]:
+def dead_letter(job: Job, report: Report, origin: Origin, now: float) -> tuple[Message, list[str]]:
     """The message for ``<queue>.dead``, and the names of headers that had to be dropped.
 
     Body and properties are the job's own; what happened stands in ``x-workerd-`` headers
@@ -129,8 +131,8 @@ def dead_letter(job: Job, report: Report, place: Place, now: float) -> tuple[Mes
         "x-workerd-note": tail(report.note, _MAX_NOTE_BYTES) or None,
         "x-workerd-attempts": job.attempt if report.ran else job.attempt - 1,
         "x-workerd-queue": job.queue,
-        "x-workerd-host": place.host,
-        "x-workerd-instance": place.instance,
+        "x-workerd-host": origin.host,
+        "x-workerd-instance": origin.instance,
         FIRST_FAILURE: _first(job, now),
         LAST_FAILURE: _stamp(now),
     }

@@ -23,7 +23,7 @@ class _Line:
     #: With a slot.
     busy: int = 0
     #: Without one.
-    ahead: int = 0
+    dispatched: int = 0
 
 
 class Slots:
@@ -39,12 +39,12 @@ class Slots:
         #: Whether a job may start only while no other runs.
         self.one_at_a_time = False
         self._lines: dict[str, _Line] = {}
-        self._suspects: deque[Delivery] = deque()
+        self._waiting_isolated: deque[Delivery] = deque()
         #: How many jobs of each type are with their handler, whether they have begun or not.
         self._handed_out: Counter[str | None] = Counter()
         #: Those with a slot whose handler has not ended, and the one that must be alone there.
         self._active: set[Run] = set()
-        self._alone: Run | None = None
+        self._isolated: Run | None = None
         self.configure(concurrency)
 
     def configure(self, concurrency: Mapping[str, int]) -> None:
@@ -55,7 +55,7 @@ class Slots:
 
     def line_up(self, delivery: Delivery, suspect: bool) -> None:
         """Let it wait for its turn."""
-        line = self._suspects if suspect else self._lines[delivery.job.queue].waiting
+        line = self._waiting_isolated if suspect else self._lines[delivery.job.queue].waiting
         # Delayed jobs have waited before, and come first.
         place = sum(each.delayed for each in line) if delivery.delayed else len(line)
         line.insert(place, delivery)
@@ -76,7 +76,7 @@ class Slots:
         return itertools.chain.from_iterable(self._all_waiting())
 
     def _all_waiting(self) -> list[deque[Delivery]]:
-        return [self._suspects, *(line.waiting for line in self._lines.values())]
+        return [self._waiting_isolated, *(line.waiting for line in self._lines.values())]
 
     def next(self) -> Run | None:
         """A job that may start now, started; None when there is none."""
@@ -86,16 +86,16 @@ class Slots:
         if suspect:
             if self._active:
                 return None
-            self._suspects.remove(suspect)
-            self._alone = self._start(suspect)
-            return self._alone
+            self._waiting_isolated.remove(suspect)
+            self._isolated = self._start(suspect)
+            return self._isolated
         for queue, line in self._lines.items():
             if line.waiting and self._is_open(queue):
                 if self._has_slot(queue):
                     return self._start(line.waiting.popleft())
                 job = line.waiting[0].job
                 if self._handed_out[job.type] < self._capacity(job):
-                    return self._start(line.waiting.popleft(), ahead=True)
+                    return self._start(line.waiting.popleft(), dispatched=True)
         return None
 
     def may_begin(self, run: Run, behind: str | None = None) -> bool:
@@ -105,7 +105,7 @@ class Slots:
         """
         if run.withdrawn:
             return False
-        if not run.ahead:
+        if not run.dispatched:
             return True
         if self._is_closed() or self._suspect() or not self._is_open(run.job.queue):
             return False
@@ -113,14 +113,16 @@ class Slots:
 
     def _is_closed(self) -> bool:
         """Whether nothing at all may start."""
-        alone = self._alone is not None or (self.one_at_a_time and bool(self._active))
-        return self.draining or alone
+        isolated = self._isolated is not None or (self.one_at_a_time and bool(self._active))
+        return self.draining or isolated
 
     def _suspect(self) -> Delivery | None:
         """The next job that must run alone."""
-        if not self._suspects:
+        if not self._waiting_isolated:
             return None
-        return next((each for each in self._suspects if self._is_open(each.job.queue)), None)
+        return next(
+            (each for each in self._waiting_isolated if self._is_open(each.job.queue)), None
+        )
 
     def _is_open(self, queue: str) -> bool:
         return queue in self.concurrency and queue not in self.paused
@@ -128,12 +130,12 @@ class Slots:
     def _has_slot(self, queue: str) -> bool:
         return self._lines[queue].busy < self.concurrency[queue]
 
-    def _start(self, delivery: Delivery, ahead: bool = False) -> Run:
-        run = Run(delivery.job, delivery, ahead=ahead)
+    def _start(self, delivery: Delivery, dispatched: bool = False) -> Run:
+        run = Run(delivery.job, delivery, dispatched=dispatched)
         line = self._lines[run.job.queue]
         self._handed_out[run.job.type] += 1
-        if ahead:
-            line.ahead += 1
+        if dispatched:
+            line.dispatched += 1
         else:
             line.busy += 1
             self._active.add(run)
@@ -141,17 +143,17 @@ class Slots:
 
     def begins(self, run: Run) -> None:
         """One that was ahead begins: from now on it has a slot."""
-        run.ahead = False
+        run.dispatched = False
         line = self._lines[run.job.queue]
-        line.ahead -= 1
+        line.dispatched -= 1
         line.busy += 1
         self._active.add(run)
 
     def ended(self, run: Run) -> None:
         """Its handler has ended. It keeps its slot until its verdict is carried out."""
         self._active.discard(run)
-        if self._alone is run:
-            self._alone = None
+        if self._isolated is run:
+            self._isolated = None
 
     def released(self, run: Run) -> None:
         """It has its verdict, and its slot is free."""
@@ -159,15 +161,15 @@ class Slots:
         self._lines[run.job.queue].busy -= 1
         self._handed_out[run.job.type] -= 1
 
-    def is_alone(self, run: Run) -> bool:
+    def is_isolated(self, run: Run) -> bool:
         """Whether nothing starts until this one has ended."""
-        return run is self._alone
+        return run is self._isolated
 
     @property
-    def has_slot_ahead(self) -> bool:
+    def has_free_slot(self) -> bool:
         """Whether a job that is ahead could have a slot."""
         return any(
-            line.ahead and self._is_open(queue) and self._has_slot(queue)
+            line.dispatched and self._is_open(queue) and self._has_slot(queue)
             for queue, line in self._lines.items()
         )
 
@@ -183,9 +185,9 @@ class Slots:
     def waiting(self, queue: str) -> int:
         """How many delivered jobs of a queue wait for a slot."""
         line = self._lines[queue]
-        return len(line.waiting) + line.ahead
+        return len(line.waiting) + line.dispatched
 
     @property
-    def suspects(self) -> int:
+    def isolated(self) -> int:
         """How many jobs wait to run alone, before anything else."""
-        return len(self._suspects)
+        return len(self._waiting_isolated)

@@ -12,7 +12,7 @@ from workerd.core import times, topology
 from workerd.core.job import COPY, EXPIRES, MAX_ATTEMPTS, Message
 from workerd.core.jobspec import JobSpec
 from workerd.core.republish import is_reserved, portable_headers
-from workerd.errors import EX_DATAERR, EX_USAGE, Kind, Refused, Trouble
+from workerd.errors import EX_DATAERR, EX_USAGE, BrokerError, CommandError, ErrorKind
 from workerd.ids import new_id
 
 #: AMQP's limit for the properties that are short strings, in bytes.
@@ -27,7 +27,7 @@ _MOST_ATTEMPTS = 1000
 _LONGEST_TTL = 36_500 * 86_400.0
 
 
-class Parcel(NamedTuple):
+class Publish(NamedTuple):
     """A message with its address: the exchange of a delay level, or "" and the queue itself."""
 
     exchange: str
@@ -35,7 +35,7 @@ class Parcel(NamedTuple):
     message: Message
 
 
-class Order(NamedTuple):
+class Submission(NamedTuple):
     """What is to be submitted: where to, and the message that each body is put into.
 
     ``due`` is in seconds since 1970, None when nothing is to be delayed; ``ttl`` in seconds.
@@ -48,10 +48,10 @@ class Order(NamedTuple):
     ttl: float | None
 
     def message(self, body: bytes) -> Message:
-        """The message with this body. Raises Refused where the handler here would not take it."""
+        """The message with this body. Raises CommandError when the handler would refuse it."""
         if len(body) > self.max_body:
             text = f"the body is larger than {self.max_body} bytes, the handler's max_body"
-            raise Refused(EX_DATAERR, text)
+            raise CommandError(EX_DATAERR, text)
         return replace(
             self.template,
             body=body,
@@ -59,7 +59,7 @@ class Order(NamedTuple):
             timestamp=int(time.time()),
         )
 
-    def parcel(self, message: Message, now: float) -> Parcel:
+    def publish_at(self, message: Message, now: float) -> Publish:
         """The message as it must be published at this instant; later it may be another."""
         delay = times.seconds_until(self.due, now) if self.due is not None else 0
         # The clock may have been set back since the order was given.
@@ -69,36 +69,40 @@ class Order(NamedTuple):
             expires = int((now + delay + self.ttl) * 1000)
             message = replace(message, headers={**message.headers, EXPIRES: expires})
         exchange, key = topology.delayed(self.queue, delay) if delay else ("", self.queue)
-        return Parcel(exchange, key, message)
+        return Publish(exchange, key, message)
 
 
-def order(spec: JobSpec, settings: Settings) -> Order:
-    """The order for what is asked for, named as by the options of `submit`. Raises Refused."""
+def prepare(spec: JobSpec, settings: Settings) -> Submission:
+    """The submission that a specification asks for. Raises CommandError."""
     handler = settings.handlers.get(spec.type)
     if handler is None and spec.queue is None and settings.handlers:
         hint = did_you_mean(spec.type, settings.handlers)
-        raise Refused(
+        raise CommandError(
             EX_USAGE, f"no handler is named {spec.type!r}{hint}; name a --queue to send it anyway"
         )
     for option, text in (("TYPE", spec.type), ("--id", spec.id), ("--queue", spec.queue)):
         if text is not None and not is_short_text(text):
-            raise Refused(EX_USAGE, f"{option} must be 1 to {_SHORT} bytes of printable text")
+            raise CommandError(EX_USAGE, f"{option} must be 1 to {_SHORT} bytes of printable text")
     if spec.priority is not None and not 0 <= spec.priority <= 255:
-        raise Refused(EX_USAGE, "--priority must be from 0 to 255")
+        raise CommandError(EX_USAGE, "--priority must be from 0 to 255")
     if spec.ttl is not None and not 0 < spec.ttl <= _LONGEST_TTL:
-        raise Refused(EX_USAGE, "--ttl must be more than nothing, and at most a hundred years")
+        raise CommandError(EX_USAGE, "--ttl must be more than nothing, and at most a hundred years")
     for name, value in spec.headers.items():
         _check_header(name, value)
     headers, too_large = portable_headers(spec.headers)
     if too_large:
-        raise Refused(EX_DATAERR, f"--header {too_large[0]}: all headers together are too large")
+        raise CommandError(
+            EX_DATAERR, f"--header {too_large[0]}: all headers together are too large"
+        )
     if spec.attempts is not None:
         headers[MAX_ATTEMPTS] = _attempts(spec.attempts, handler)
     queue = spec.queue or (handler.queue if handler else "default")
     due = _due(spec.due, time.time())
     if due is not None and len(queue.encode()) > _DELAYED:
-        raise Refused(EX_USAGE, f"a delay needs a queue whose name has at most {_DELAYED} bytes")
-    return Order(
+        raise CommandError(
+            EX_USAGE, f"a delay needs a queue whose name has at most {_DELAYED} bytes"
+        )
+    return Submission(
         queue=queue,
         template=Message(
             type=spec.type,
@@ -113,18 +117,18 @@ def order(spec: JobSpec, settings: Settings) -> Order:
     )
 
 
-def explained(trouble: Trouble, exchange: str, queue: str) -> Trouble:
+def explained(trouble: BrokerError, exchange: str, queue: str) -> BrokerError:
     """With what to do about it, if it was met on the way through ``exchange`` to ``queue``.
 
     ``exchange`` is "" where nothing was delayed.
     """
-    if not exchange or trouble.kind is not Kind.MISSING:
+    if not exchange or trouble.kind is not ErrorKind.MISSING:
         return trouble
     remedy = f"start a worker of {queue!r} once, or have 'workerd setup' declare it"
-    return Trouble(Kind.MISSING, f"{trouble}; a delay needs it: {remedy}", trouble.code)
+    return BrokerError(ErrorKind.MISSING, f"{trouble}; a delay needs it: {remedy}", trouble.code)
 
 
-def marked(message: Message, mark: str | None, timestamp: int) -> Message:
+def with_copy_id(message: Message, mark: str | None, timestamp: int) -> Message:
     """The message as one of several copies of a job, which the daemons take for one.
 
     All copies have the same ``mark`` and ``timestamp``, and nothing else has that mark.
@@ -134,33 +138,37 @@ def marked(message: Message, mark: str | None, timestamp: int) -> Message:
 
 
 def _due(due: float | None, now: float) -> float | None:
-    """When the jobs come due, None when that is now or past. Raises Refused."""
+    """When the jobs come due, None when that is now or past. Raises CommandError."""
     if due is not None and due - now > topology.MAX_DELAY:
         days = topology.MAX_DELAY // 86_400
-        raise Refused(EX_USAGE, f"a job can be delayed by {days} days at most")
+        raise CommandError(EX_USAGE, f"a job can be delayed by {days} days at most")
     # Who sends a job late, such as a script that was held up, wants it all the more.
     return due if due is not None and due > now else None
 
 
 def _attempts(wanted: int, handler: Handler | None) -> int:
     if not 1 <= wanted <= _MOST_ATTEMPTS:
-        raise Refused(EX_USAGE, f"--attempts must be from 1 to {_MOST_ATTEMPTS}")
+        raise CommandError(EX_USAGE, f"--attempts must be from 1 to {_MOST_ATTEMPTS}")
     if handler and wanted > handler.retry.max_attempts:
         limit = f"{handler.retry.max_attempts}, the retry.max_attempts of {handler.name!r}"
-        raise Refused(EX_USAGE, f"--attempts must be at most {limit}")
+        raise CommandError(EX_USAGE, f"--attempts must be at most {limit}")
     return wanted
 
 
 def _check_header(name: str, value: str) -> None:
-    """Raises Refused for what a submitter may not set."""
+    """Raises CommandError for what a submitter may not set."""
     if not is_short_text(name):
-        raise Refused(EX_USAGE, f"--header {name!r}: expected NAME=VALUE, with a printable name")
+        raise CommandError(
+            EX_USAGE, f"--header {name!r}: expected NAME=VALUE, with a printable name"
+        )
     if is_reserved(name.lower()):
-        raise Refused(EX_USAGE, f"--header {name}: only workerd or RabbitMQ may set this header")
+        raise CommandError(
+            EX_USAGE, f"--header {name}: only workerd or RabbitMQ may set this header"
+        )
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise Refused(EX_DATAERR, f"--header {name}: the value is not UTF-8") from None
+        raise CommandError(EX_DATAERR, f"--header {name}: the value is not UTF-8") from None
 
 
 def is_short_text(text: str) -> bool:

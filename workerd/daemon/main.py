@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from workerd import __version__, log, log_formats, paths
-from workerd.broker.connection import Link, links
+from workerd.broker.connection import Connection, connections
 from workerd.broker.errors import is_noise
 from workerd.check.programs import untrusted_programs
 from workerd.config.load import load
 from workerd.config.model import Settings
-from workerd.control.requests import Answers
+from workerd.control.requests import Requests
 from workerd.control.server import Control
-from workerd.core.republish import Place
+from workerd.core.republish import Origin
 from workerd.daemon import rundir
 from workerd.daemon.detach import detach, shed_inheritance
 from workerd.daemon.reload import Reload
@@ -35,7 +35,7 @@ from workerd.daemon.systemd import Systemd
 from workerd.errors import EX_CONFIG, EX_SOFTWARE, SettingsError
 from workerd.handlers import guard
 from workerd.handlers.guardian import Guardian
-from workerd.handlers.registry import Handlers
+from workerd.handlers.registry import HandlerRegistry
 from workerd.runlog import writer
 from workerd.worker.consumer import OnOutage
 from workerd.worker.worker import Worker
@@ -103,13 +103,15 @@ async def _serve(
     """Work until the drain is over; returns the exit status."""
     files = ", ".join(map(str, settings.files))
     log.event("starting", version=__version__, pid=os.getpid(), files=files)
-    place = Place(socket.gethostname(), instance)
+    origin = Origin(socket.gethostname(), instance)
 
-    def connect(purpose: str, on_outage: OnOutage, wake: asyncio.Event) -> AsyncIterator[Link]:
-        name = f"workerd@{instance} {place.host} {purpose}"
-        return links(lambda: worker.settings.broker, name, os.environ, on_outage, wake)
+    def connect(
+        purpose: str, on_outage: OnOutage, wake: asyncio.Event
+    ) -> AsyncIterator[Connection]:
+        name = f"workerd@{instance} {origin.host} {purpose}"
+        return connections(lambda: worker.settings.broker, name, os.environ, on_outage, wake)
 
-    memory = writer.HostMemory(
+    run_log = writer.RunLog(
         paths.state_directory(),
         instance,
         settings.worker.remember,
@@ -119,8 +121,8 @@ async def _serve(
     )
     systemd = Systemd()
     # What ends the daemon when it begins must not be forgotten with it.
-    handlers = Handlers(os.environ, guardian, memory.flush)
-    worker = Worker(settings, handlers, place, connect, systemd, memory)
+    handlers = HandlerRegistry(os.environ, guardian, run_log.flush)
+    worker = Worker(settings, handlers, origin, connect, systemd, run_log)
     loop = asyncio.get_running_loop()
     bugs: list[object] = []
 
@@ -142,7 +144,7 @@ async def _serve(
 
     def apply(new: Settings) -> None:
         _begin_log(new, instance)
-        memory.remember = new.worker.remember
+        run_log.remember = new.worker.remember
         worker.reload(new)
 
     reload = Reload(worker, systemd, lambda: _load(config, instance), apply)
@@ -150,10 +152,10 @@ async def _serve(
     loop.add_signal_handler(signal.SIGUSR1, worker.status.log_state)
     folder = paths.runtime_directory() / instance
     rundir.well(folder)
-    answers = Answers(worker, instance)
-    control = Control(folder, answers)
+    requests = Requests(worker, instance)
+    control = Control(folder, requests)
     await control.open()
-    pulse = loop.create_task(answers.pulse.run(), name="pulse")
+    ping = loop.create_task(requests.ping.run(), name="pulse")
     # What there is now stays. Messages that come together are no garbage, though many: looking
     # for some whenever there are 700 new objects took a twelfth of all time.
     gc.collect()
@@ -163,7 +165,7 @@ async def _serve(
         await worker.run()
     finally:
         control.close()
-        pulse.cancel()
+        ping.cancel()
     return EX_SOFTWARE if bugs else 0
 
 

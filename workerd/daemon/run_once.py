@@ -23,7 +23,7 @@ from workerd.core.decode import decode
 from workerd.core.job import BadJob, Job, Outcome, Report
 from workerd.errors import EX_DATAERR, EX_TEMPFAIL, EX_UNAVAILABLE, EX_USAGE, SettingsError
 from workerd.handlers.guardian import Guardian
-from workerd.handlers.registry import Handlers
+from workerd.handlers.registry import HandlerRegistry
 from workerd.ids import new_id
 
 TIMED_OUT = 124
@@ -78,7 +78,7 @@ async def _run(settings: Settings, job: Job, guardian: Guardian) -> Report:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupt)
-    handlers = Handlers(os.environ, guardian)
+    handlers = HandlerRegistry(os.environ, guardian)
     runs = handlers.of(settings)[handler.name]
     with log.job_fields(job_id=job.id, job_type=job.type, queue=job.queue, attempt=job.attempt):
         began = time.monotonic()

@@ -20,9 +20,9 @@ from collections.abc import AsyncIterator
 
 from workerd.broker.channel import Channel
 from workerd.broker.codec import Incoming
-from workerd.broker.connection import Link
-from workerd.deadletters.letter import Filter, Letter
-from workerd.errors import EX_TEMPFAIL, Refused
+from workerd.broker.connection import Connection
+from workerd.deadletters.letter import DeadLetter, Filter
+from workerd.errors import EX_TEMPFAIL, CommandError
 
 #: The most that AMQP lets a consumer hold. Never 0: a quorum queue would stop after 2,000.
 HOLD = 65_535
@@ -37,16 +37,16 @@ def tell(text: str) -> None:
     sys.stderr.write(f"workerd: {text}\n")
 
 
-class Box:
+class Browser:
     """The letters of one queue while somebody looks at them.
 
     `letters` yields those that are wanted, in order, once; `ack` takes one out for good. All
     others are back in their places when `close` returns.
     """
 
-    def __init__(self, link: Link, name: str, wanted: Filter) -> None:
+    def __init__(self, connection: Connection, name: str, wanted: Filter) -> None:
         self.name = name
-        self._link = link
+        self._connection = connection
         self._wanted = wanted
         self._now = time.time()
         #: How many there were at the beginning; what comes later is left alone.
@@ -60,14 +60,14 @@ class Box:
         self.stuck = 0
         #: The most returns that a letter has behind it.
         self.returns = 0
-        self._found: deque[Letter] = deque()
+        self._found: deque[DeadLetter] = deque()
         self._arrived = asyncio.Event()
         self._progress = Progress()
         self._channel: Channel | None = None
 
     async def open(self) -> None:
-        """Begin. Raises Refused while somebody else looks, and Trouble without such a queue."""
-        channel = await self._link.channel()
+        """Begin. Raises CommandError while somebody else looks, BrokerError without a queue."""
+        channel = await self._connection.channel()
         self.total, consumers = await channel.count(self.name)
         if consumers:
             await channel.close()
@@ -76,22 +76,22 @@ class Box:
             return
         self._channel = channel
         await channel.consume(self.name, HOLD, "workerd-dead", self._take, self._lost)
-        other = await self._link.channel()
+        other = await self._connection.channel()
         _, consumers = await other.count(self.name)
         await other.close()
         if consumers > 1:
             await self.close()
             raise self._taken()
 
-    def _taken(self) -> Refused:
-        return Refused(
+    def _taken(self) -> CommandError:
+        return CommandError(
             EX_TEMPFAIL,
             f"somebody else is looking at {self.name}, and each would see only a part of it; "
             "try again later",
         )
 
     def _take(self, _channel: Channel, incoming: Incoming) -> None:
-        letter = Letter(incoming.message, incoming.tag)
+        letter = DeadLetter(incoming.message, incoming.tag)
         self.returns = max(self.returns, letter.returns)
         self.seen += 1
         limit = self._wanted.limit
@@ -119,8 +119,8 @@ class Box:
         # Not even when enough are found: it is all or none, see above.
         return self.seen < self.total and self.kept < HOLD
 
-    async def letters(self) -> AsyncIterator[Letter]:
-        """The wanted letters, in order. Raises Trouble when the connection is lost."""
+    async def letters(self) -> AsyncIterator[DeadLetter]:
+        """The wanted letters, in order. Raises BrokerError when the connection is lost."""
         channel = self._channel
         while channel is not None and (self._found or self._more_to_come):
             if self._found:
@@ -136,13 +136,13 @@ class Box:
             self._progress.show(self.seen, self.total)
         self._progress.clear()
 
-    def ack(self, letter: Letter) -> None:
+    def ack(self, letter: DeadLetter) -> None:
         """Take a letter out of the queue for good."""
         assert self._channel is not None
         self._acked += 1
         self._channel.ack(letter.tag)
 
-    def keep(self, letter: Letter, why: object) -> None:
+    def keep(self, letter: DeadLetter, why: object) -> None:
         """Leave a wanted letter where it is."""
         self.kept += 1
         self.stuck += 1
@@ -163,7 +163,7 @@ class Box:
         # nothing then. Whoever looks next must not find the queue empty, nor our own consumer
         # still counted, as a quorum queue does for a moment.
         deadline = time.monotonic() + _BACK
-        probe = await self._link.channel()
+        probe = await self._connection.channel()
         ready, consumers = await probe.count(self.name)
         while (ready < expected or consumers) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)

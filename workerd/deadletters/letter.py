@@ -51,7 +51,7 @@ class Death:
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
+class DeadLetter:
     """A message of a dead-letter queue; ``tag`` is its number on the channel it came on."""
 
     message: Message
@@ -134,7 +134,7 @@ class Filter:
         """Whether it tells no letter from another."""
         return replace(self, limit=None) == Filter()
 
-    def takes(self, letter: Letter, now: float) -> bool:
+    def takes(self, letter: DeadLetter, now: float) -> bool:
         """Whether a letter is meant, apart from the limit.
 
         One of unknown age is neither old nor new.

@@ -18,20 +18,27 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 from workerd.broker.channel import Channel
-from workerd.broker.connection import Link
+from workerd.broker.connection import Connection
 from workerd.broker.errors import CONFIRM_TIMEOUT
 from workerd.config.model import Broker, Queue
 from workerd.core import topology
 from workerd.core.job import Message
-from workerd.deadletters.browser import Box, tell
-from workerd.deadletters.letter import Filter, Irreplaceable, Letter, renewed, replayed
-from workerd.errors import EX_TEMPFAIL, Kind, Refused, Trouble, Unencodable, WorkerdError
+from workerd.deadletters.browser import Browser, tell
+from workerd.deadletters.letter import DeadLetter, Filter, Irreplaceable, renewed, replayed
+from workerd.errors import (
+    EX_TEMPFAIL,
+    BrokerError,
+    CommandError,
+    ErrorKind,
+    Unencodable,
+    WorkerdError,
+)
 from workerd.ids import new_id
 
 #: Copies published ahead of their confirms.
 WINDOW = 100
 #: Letters that have come back so often are renewed; a lower limit of the queue makes it fewer.
-WORN = 10
+NEAR_DELIVERY_LIMIT = 10
 #: The delivery limit that RabbitMQ 4 gives to a quorum queue which was declared without one.
 DEFAULT_LIMIT = 20
 #: In place of a limit: what workerd's own queues have, or more.
@@ -40,40 +47,40 @@ _GOODBYE = 1.0
 
 
 @contextlib.asynccontextmanager
-async def opened(broker: Broker, queue: str, wanted: Filter) -> AsyncIterator[Box]:
+async def browse(broker: Broker, queue: str, wanted: Filter) -> AsyncIterator[Browser]:
     """Look at the wanted letters of a work queue; afterwards they are as fresh as needed."""
-    link = await Link.to_any(broker, "workerd dead", os.environ)
+    connection = await Connection.to_any(broker, "workerd dead", os.environ)
     try:
         name = topology.dead(queue)
-        limit = await _delivery_limit(link, queue)
-        box = Box(link, name, wanted)
-        await box.open()
+        limit = await _delivery_limit(connection, queue)
+        browser = Browser(connection, name, wanted)
+        await browser.open()
         try:
-            yield box
+            yield browser
         finally:
-            await box.close()
-        if box.unseen:
-            tell(f"{box.unseen} of {box.total} letters in {name} were not looked at")
-        if box.seen and box.returns >= min(WORN, limit // 2):
-            await _renew(broker, link, name, limit)
+            await browser.close()
+        if browser.unseen:
+            tell(f"{browser.unseen} of {browser.total} letters in {name} were not looked at")
+        if browser.seen and browser.returns >= min(NEAR_DELIVERY_LIMIT, limit // 2):
+            await _renew(broker, connection, name, limit)
     finally:
-        await link.close(_GOODBYE)
+        await connection.close(_GOODBYE)
 
 
-async def _delivery_limit(link: Link, queue: str) -> int:
+async def _delivery_limit(connection: Connection, queue: str) -> int:
     """After how many returns the dead-letter queue drops a letter, as far as can be known.
 
-    Raises Refused when it is the first one, and Trouble without such a queue.
+    Raises CommandError when it is the first one, and BrokerError without such a queue.
     """
     name = topology.dead(queue)
-    channel = await link.channel()
+    channel = await connection.channel()
     await channel.count(name)
     await channel.close()
     # It is there, so this declares nothing: the broker compares.
-    objections = await link.declare(topology.dead_letters(Queue(queue)))
-    limit = _limit_told(str(objections[0]), link.version) if objections else PLENTY
+    objections = await connection.declare(topology.dead_letters(Queue(queue)))
+    limit = _limit_told(str(objections[0]), connection.version) if objections else PLENTY
     if limit == 0:
-        raise Refused(
+        raise CommandError(
             EX_TEMPFAIL,
             f"{name} drops a message at its first return (x-delivery-limit), "
             "so looking would lose the letters",
@@ -92,53 +99,53 @@ def _limit_told(text: str, version: tuple[int, ...]) -> int:
     return int(found[1])
 
 
-async def _renew(broker: Broker, link: Link, name: str, limit: int) -> None:
+async def _renew(broker: Broker, connection: Connection, name: str, limit: int) -> None:
     """Publish all letters anew, so that their returns are counted from 0."""
-    box = Box(link, name, Filter())
+    browser = Browser(connection, name, Filter())
     try:
-        await box.open()
+        await browser.open()
         try:
-            await _move(broker, box, name, lambda letter: renewed(letter.message))
+            await _move(broker, browser, name, lambda letter: renewed(letter.message))
         finally:
-            await box.close()
+            await browser.close()
     except WorkerdError as error:
         tell(
-            f"letters in {name} have come back {box.returns} times, and could not be written "
+            f"letters in {name} have come back {browser.returns} times, and could not be written "
             f"anew: {error}; beyond {limit} times RabbitMQ may drop them"
         )
 
 
 async def _move(
     broker: Broker,
-    box: Box,
+    browser: Browser,
     target: str,
-    copy: Callable[[Letter], Message],
-    moved: Callable[[Letter], None] = lambda _letter: None,
+    copy: Callable[[DeadLetter], Message],
+    moved: Callable[[DeadLetter], None] = lambda _letter: None,
 ) -> None:
     """Publish a copy of each letter, and take the letter out when the copy is confirmed.
 
-    The first one that is not confirmed ends it. Raises Trouble.
+    The first one that is not confirmed ends it. Raises BrokerError.
     """
     # A connection of its own: an alarm stops what we send on one that publishes.
-    link = await Link.to_any(broker, "workerd dead", os.environ)
-    flight: deque[tuple[Letter, asyncio.Future[None]]] = deque()
+    connection = await Connection.to_any(broker, "workerd dead", os.environ)
+    flight: deque[tuple[DeadLetter, asyncio.Future[None]]] = deque()
 
     async def land(timeout: float) -> None:
         letter, confirm = flight[0]
         await _confirmed(channel, confirm, timeout)
         flight.popleft()
-        box.ack(letter)
+        browser.ack(letter)
         moved(letter)
 
     try:
-        channel = await link.channel()
+        channel = await connection.channel()
         await channel.confirm()
         try:
-            async for letter in box.letters():
+            async for letter in browser.letters():
                 try:
                     flight.append((letter, channel.publish("", target, copy(letter))))
                 except (Irreplaceable, Unencodable) as wrong:
-                    box.keep(letter, wrong)
+                    browser.keep(letter, wrong)
                     continue
                 while len(flight) >= WINDOW:
                     await land(CONFIRM_TIMEOUT)
@@ -150,59 +157,60 @@ async def _move(
                 await asyncio.wait([confirm for _, confirm in flight], timeout=_GOODBYE)
             for letter, confirm in flight:
                 if confirm.done() and not confirm.cancelled() and confirm.exception() is None:
-                    box.ack(letter)
+                    browser.ack(letter)
                     moved(letter)
     finally:
-        await link.close(_GOODBYE)
+        await connection.close(_GOODBYE)
 
 
 async def _confirmed(channel: Channel, confirm: asyncio.Future[None], timeout: float) -> None:
-    """Wait for a confirm, but not for the end of an alarm. Raises Trouble."""
+    """Wait for a confirm, but not for the end of an alarm. Raises BrokerError."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         await asyncio.wait({confirm}, timeout=1.0)
         if confirm.done():
             return confirm.result()
-        if channel.link.blocked:
-            text = f"the broker takes nothing at present: {channel.link.blocked}"
-            raise Trouble(Kind.BUSY, text)
-    raise Trouble(Kind.AWAY, f"not confirmed within {timeout:.0f} s")
+        if channel.connection.blocked:
+            text = f"the broker takes nothing at present: {channel.connection.blocked}"
+            raise BrokerError(ErrorKind.BUSY, text)
+    raise BrokerError(ErrorKind.AWAY, f"not confirmed within {timeout:.0f} s")
 
 
 async def requeue(
-    broker: Broker, queue: str, wanted: Filter, moved: Callable[[Letter], None]
+    broker: Broker, queue: str, wanted: Filter, moved: Callable[[DeadLetter], None]
 ) -> int:
     """Send the wanted letters back to their work queue; returns how many cannot be sent.
 
-    ``moved`` is told of each. Raises Trouble, Refused; what was not sent stays, in order.
+    ``moved`` is told of each. Raises BrokerError, CommandError; what was not sent stays, in order.
     """
 
-    def copy(letter: Letter) -> Message:
+    def copy(letter: DeadLetter) -> Message:
         message, dropped = replayed(letter.message, mark=new_id())
         if dropped:
             tell(f"letter {letter.id or '-'}: headers that cannot be sent: {', '.join(dropped)}")
         return message
 
-    async with opened(broker, queue, wanted) as box:
-        await _move(broker, box, queue, copy, moved)
-        return box.stuck
+    async with browse(broker, queue, wanted) as browser:
+        await _move(broker, browser, queue, copy, moved)
+        return browser.stuck
 
 
 async def drop(
     broker: Broker, queue: str, wanted: Filter, agreed: Callable[[int], bool]
-) -> list[Letter]:
+) -> list[DeadLetter]:
     """Throw the wanted letters away, if ``agreed`` says yes to their number; returns them.
 
-    They are held while it is asked, so that it is these and no others. Raises Trouble, Refused.
+    They are held while it is asked, so that it is these and no others.
+    Raises BrokerError, CommandError.
     """
-    async with opened(broker, queue, wanted) as box:
+    async with browse(broker, queue, wanted) as browser:
         found = [
             replace(letter, message=replace(letter.message, body=b""))
-            async for letter in box.letters()
+            async for letter in browser.letters()
         ]
         # Elsewhere, for the connection must live as long as a human thinks.
         if not found or not await asyncio.to_thread(agreed, len(found)):
             return []
         for letter in found:
-            box.ack(letter)
+            browser.ack(letter)
         return found

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 
 from workerd.core.job import EXPIRES, Message, submitter
-from workerd.deadletters.letter import RETURNS, Letter, stamp, text_of
+from workerd.deadletters.letter import RETURNS, DeadLetter, stamp, text_of
 from workerd.units import age as as_age
 
 #: A body up to this many bytes is shown as text.
@@ -46,7 +46,7 @@ _TOLD = (
 HEADINGS = ("ID", "TYPE", "REASON", "ATTEMPTS", "EXIT", "AGE", "SIZE")
 
 
-def row(letter: Letter, now: float) -> tuple[str, ...]:
+def row(letter: DeadLetter, now: float) -> tuple[str, ...]:
     """The letter as a line of a table, under HEADINGS."""
     attempts = letter.fact("attempts")
     cells = (
@@ -61,7 +61,7 @@ def row(letter: Letter, now: float) -> tuple[str, ...]:
     return tuple("-" if cell in (None, "") else str(cell) for cell in cells)
 
 
-def summary(letter: Letter) -> dict[str, object]:
+def summary(letter: DeadLetter) -> dict[str, object]:
     """The letter without its body, for JSON."""
     facts = {name.replace("-", "_"): plain(letter.fact(name)) for name in _FACTS}
     return {
@@ -77,7 +77,7 @@ def summary(letter: Letter) -> dict[str, object]:
     }
 
 
-def everything(letter: Letter) -> dict[str, object]:
+def everything(letter: DeadLetter) -> dict[str, object]:
     """All of the letter, for JSON; a body that is not UTF-8 is in base64."""
     message = letter.message
     properties = {
@@ -121,7 +121,7 @@ class Sheet:
     texts: list[tuple[str, str]] = field(default_factory=list)
 
 
-def sheet(letter: Letter, now: float) -> Sheet:
+def sheet(letter: DeadLetter, now: float) -> Sheet:
     """Everything that a human needs to know of a letter."""
     body = letter.message.body
     text = _shown(body)
@@ -138,7 +138,7 @@ def sheet(letter: Letter, now: float) -> Sheet:
     )
 
 
-def _facts(letter: Letter, now: float) -> Iterator[tuple[str, object]]:
+def _facts(letter: DeadLetter, now: float) -> Iterator[tuple[str, object]]:
     message = letter.message
     age = letter.age(now)
     yield "id", letter.id or "none"

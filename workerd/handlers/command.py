@@ -18,7 +18,7 @@ from workerd.handlers import report_file
 from workerd.handlers.arguments import HEADER_VALUE_LIMIT, HEADERS_LIMIT, Values, text_of
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.output import ERROR_LIMIT, Output
-from workerd.handlers.poller import Readiness
+from workerd.handlers.poller import Poller
 from workerd.handlers.process import Process, ending
 from workerd.handlers.program import Program
 
@@ -35,7 +35,7 @@ class CommandHandler:
     ) -> None:
         self._settings = settings
         self._guardian = guardian
-        self._readiness = Readiness()
+        self._readiness = Poller()
         self._templates = [Template.parse(argument) for argument in settings.command]
         self._output_lines = output_lines
         self._program = Program(settings.command[0], settings, environ)

@@ -6,7 +6,7 @@ import contextvars
 from collections import deque
 
 from workerd import log, log_formats
-from workerd.handlers.warm.protocol import Record
+from workerd.handlers.warm.protocol import LogLine
 
 #: The end of stderr that a dead letter carries, in bytes.
 ERROR_LIMIT = 8192
@@ -130,7 +130,7 @@ class Transcript:
             output = self._outputs[stream] = Output(stream, "info", self._lines, keep)
         self._context.run(output.feed, data)
 
-    def recorded(self, record: Record) -> None:
+    def recorded(self, record: LogLine) -> None:
         if self._records is None:
             self._records = Records(self._lines)
         self._context.run(self._records.add, record.level, record.logger, record.text)

@@ -9,7 +9,7 @@ import select
 from collections.abc import Callable
 
 
-class Readiness:
+class Poller:
     """Calls back when descriptors are ready: an epoll of its own, which the loop watches.
 
     For descriptors that live as briefly as a job: the loop's own `add_reader` and `remove_reader`

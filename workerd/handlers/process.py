@@ -15,7 +15,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from workerd.handlers.guardian import Guardian
-from workerd.handlers.poller import Readiness
+from workerd.handlers.poller import Poller
 
 #: As much as a pipe takes.
 _CHUNK = 65536
@@ -46,14 +46,14 @@ class Process:
         guardian: Guardian,
         more: Sequence[int] = (),
         on_output: Callable[[], None] | None = None,
-        readiness: Readiness | None = None,
+        readiness: Poller | None = None,
     ) -> None:
         """Start it. Raises OSError (no such program, no more processes …) and ValueError (NUL)."""
         self._loop = asyncio.get_running_loop()
         self._guardian = guardian
         self._on_stdout, self._on_stderr = on_stdout, on_stderr
         self._on_output = on_output
-        self._readiness = readiness or Readiness()
+        self._readiness = readiness or Poller()
         self.cause = ""
         #: It has ended, and what it wrote last is being read.
         self.over = False

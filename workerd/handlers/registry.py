@@ -14,7 +14,7 @@ from workerd.handlers.warm.pool import WarmHandler
 Kind = CommandHandler | WarmHandler
 
 
-class Handlers:
+class HandlerRegistry:
     """Makes the handlers of a daemon. Warm ones live on as long as their settings stay.
 
     ``before_sending`` is called before a warm process is sent what it begins with.

@@ -25,7 +25,7 @@ LIMIT = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class ReportFile:
     """``retry_after`` is in seconds."""
 
     retry_after: float | None = None
@@ -40,7 +40,7 @@ def create() -> int:
     return file
 
 
-def read(file: int) -> Wishes:
+def read(file: int) -> ReportFile:
     """What was written; a line that says nothing is logged and left out."""
     if not os.fstat(file).st_size:
         return _NONE
@@ -54,10 +54,10 @@ def read(file: int) -> Wishes:
             retry_after = seconds
         elif line.strip():
             log.warning("report ignored", text=line[:200])
-    return Wishes(retry_after, "; ".join(notes))
+    return ReportFile(retry_after, "; ".join(notes))
 
 
-_NONE = Wishes()
+_NONE = ReportFile()
 
 
 def _seconds(text: str) -> float | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from workerd.core.dedup import ALL_CLOSED, NEVER_SENT, Elsewhere
-from workerd.core.keyset import Keys
+from workerd.core.keyset import KeySet
 from workerd.runlog.records import (
     BACK,
     BEGIN,
@@ -61,7 +61,7 @@ class CutOff(NamedTuple):
 Returns = list[tuple[float, int]]
 
 
-class History:
+class RunLogReader:
     """What the journal of an instance tells: its finished jobs, and those that it runs."""
 
     def __init__(self, folder: Path) -> None:
@@ -76,7 +76,7 @@ class History:
         self._last = 0.0
         #: Counts the processes that wrote: each numbers its channels anew.
         self._process = 0
-        self._finished = Keys(_SENT.size)
+        self._finished = KeySet(_SENT.size)
         self.returns: dict[bytes, Returns] = {}
         self.cut_off: dict[bytes, CutOff] = {}
         #: The channels that brought the running jobs.

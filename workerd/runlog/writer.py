@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from workerd.core.dedup import ALL_CLOSED, GONE, NEVER_SENT, Elsewhere, Memory
-from workerd.runlog.reader import CutOff, History, Returns, outstanding, segments
+from workerd.core.dedup import ALL_CLOSED, GONE, NEVER_SENT, Dedup, Elsewhere
+from workerd.runlog.reader import CutOff, Returns, RunLogReader, outstanding, segments
 from workerd.runlog.records import (
     BACK,
     BEGIN,
@@ -48,7 +48,7 @@ CUT_OFF_KEPT = 7 * 86_400.0
 RETRY = 60.0
 
 
-class HostMemory(Memory):
+class RunLog(Dedup):
     """The memory of an instance, on disk, and a look into those of its siblings.
 
     ``on_trouble`` is told, once, when the disk cannot be written (the memory is then in this
@@ -96,9 +96,9 @@ class HostMemory(Memory):
         #: When a channel was last lost, in seconds since 1970.
         self._lost_at = 0.0
         #: The other instances that have ever run on this host, by name.
-        self._siblings: dict[str, History] = {}
+        self._siblings: dict[str, RunLogReader] = {}
         #: Those among them that could be read at the last look.
-        self._readable: list[History] = []
+        self._readable: list[RunLogReader] = []
         self._asked = False
         self._open()
 
@@ -179,7 +179,7 @@ class HostMemory(Memory):
         for name in names:
             folder = self._state / name
             if folder != self._folder:
-                history = self._siblings.setdefault(name, History(folder))
+                history = self._siblings.setdefault(name, RunLogReader(folder))
                 with contextlib.suppress(OSError):
                     history.catch_up()
                     self._readable.append(history)
@@ -211,7 +211,7 @@ class HostMemory(Memory):
 
     def _open(self) -> None:
         """Remember what earlier processes of this instance knew, and begin to write."""
-        history = History(self._folder)
+        history = RunLogReader(self._folder)
         try:
             if self._held < 0:
                 # Without patience: this may be the event loop.
@@ -232,7 +232,7 @@ class HostMemory(Memory):
                     segment.unlink()
             del self._segments[:-1]
 
-    def _take_over(self, history: History) -> Iterable[bytes]:
+    def _take_over(self, history: RunLogReader) -> Iterable[bytes]:
         """Remember what a history tells; returns the records for it."""
         oldest = time.time() - self.remember
         for key, sent in history.finished():

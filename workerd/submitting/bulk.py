@@ -18,14 +18,14 @@ from workerd.aio import complete, first
 from workerd.broker.channel import Channel
 from workerd.config.model import Broker, Settings
 from workerd.core.jobspec import JobSpec
-from workerd.core.submission import Order, explained, order
+from workerd.core.submission import Submission, explained, prepare
 from workerd.errors import (
     EX_DATAERR,
     EX_IOERR,
     EX_OK,
     EX_USAGE,
-    Refused,
-    Trouble,
+    BrokerError,
+    CommandError,
     Unencodable,
     WorkerdError,
     exit_status,
@@ -45,14 +45,16 @@ _CHUNK = 1 << 16
 def submit_lines(args: argparse.Namespace, spec: JobSpec, settings: Settings) -> int:
     """Submit each line of the input as a job that is otherwise ``spec``; returns the exit status.
 
-    Raises Refused.
+    Raises CommandError.
     """
     if args.body is not None:
         text = "--lines and --jsonl read a file or standard input, not an argument"
-        raise Refused(EX_USAGE, text)
+        raise CommandError(EX_USAGE, text)
     if spec.id is not None:
-        raise Refused(EX_USAGE, "--id names one job; with --lines and --jsonl each gets its own")
-    wanted = order(spec, settings)
+        raise CommandError(
+            EX_USAGE, "--id names one job; with --lines and --jsonl each gets its own"
+        )
+    wanted = prepare(spec, settings)
     source = open_input(args.file)
     bulk = Bulk(args, settings.broker, wanted, source.fileno())
     complete(bulk.run())
@@ -86,10 +88,12 @@ class Bulk:
     broker does not confirm ends it. `failure` is what went wrong, the last thing if several.
     """
 
-    def __init__(self, args: argparse.Namespace, broker: Broker, order: Order, source: int) -> None:
+    def __init__(
+        self, args: argparse.Namespace, broker: Broker, submission: Submission, source: int
+    ) -> None:
         self._args = args
         self._broker = broker
-        self._order = order
+        self._submission = submission
         self._source = source
         self._channel: Channel | None = None
         self._flight: deque[Sent] = deque()
@@ -108,12 +112,12 @@ class Bulk:
         try:
             await first(self._publish_all(), self._land_all(), _interrupted())
             if self._channel:
-                await self._channel.link.close(_CLOSE_TIMEOUT)
-        except (Refused, Trouble) as trouble:
+                await self._channel.connection.close(_CLOSE_TIMEOUT)
+        except (CommandError, BrokerError) as trouble:
             await self._give_up(trouble)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            await self._give_up(Refused(EX_IOERR, f"standard output: {error.strerror}"))
+            await self._give_up(CommandError(EX_IOERR, f"standard output: {error.strerror}"))
 
     def missing_lines(self) -> str:
         """The lines that were read and not confirmed, and those not read, as a sed script."""
@@ -123,7 +127,7 @@ class Bulk:
         return ";".join(f"{address}p" for address in addresses)
 
     async def _publish_all(self) -> None:
-        async for line in _lines(self._source, self._order.max_body):
+        async for line in _lines(self._source, self._submission.max_body):
             while len(self._flight) >= WINDOW or self._bytes_in_flight >= WINDOW_BYTES:
                 await self._movement()
             await self._publish(line)
@@ -133,7 +137,7 @@ class Bulk:
 
     async def _publish(self, line: bytes) -> None:
         try:
-            message = self._order.message(line)
+            message = self._submission.message(line)
             if self._args.jsonl:
                 _check_json(line)
             job_id = str(message.message_id)
@@ -141,13 +145,13 @@ class Bulk:
                 self._confirm(job_id)
             else:
                 channel = await self._connected()
-                parcel = self._order.parcel(message, time.time())
-                confirm = channel.publish(parcel.exchange, parcel.key, parcel.message)
-                sent = Sent(self._last + 1, job_id, len(line), parcel.exchange, confirm)
+                publish = self._submission.publish_at(message, time.time())
+                confirm = channel.publish(publish.exchange, publish.key, publish.message)
+                sent = Sent(self._last + 1, job_id, len(line), publish.exchange, confirm)
                 self._flight.append(sent)
                 self._bytes_in_flight += len(line)
                 self._moved.set()
-        except (Refused, Unencodable) as wrong:
+        except (CommandError, Unencodable) as wrong:
             self.failure = wrong
             self._missing.append(self._last + 1)
             sys.stderr.write(f"submit: line {self._last + 1}: {wrong}\n")
@@ -158,7 +162,7 @@ class Bulk:
         if self._channel is None or (self._channel.ended.done() and not self._flight):
             deadline = time.monotonic() + self._args.timeout
             self._channel = await until_deadline(
-                lambda: connect(self._broker, self._order), deadline
+                lambda: connect(self._broker, self._submission), deadline
             )
         return self._channel
 
@@ -174,8 +178,8 @@ class Bulk:
                 sent = self._flight[0]
                 try:
                     sent.confirm.result()
-                except Trouble as trouble:
-                    raise explained(trouble, sent.exchange, self._order.queue) from None
+                except BrokerError as trouble:
+                    raise explained(trouble, sent.exchange, self._submission.queue) from None
                 self._flight.popleft()
                 self._bytes_in_flight -= sent.size
                 self._confirm(sent.job_id)
@@ -188,7 +192,7 @@ class Bulk:
 
     def _confirm(self, job_id: str) -> None:
         self.confirmed += 1
-        print_id(self._args.json, job_id, self._order.queue, self._order.due)
+        print_id(self._args.json, job_id, self._submission.queue, self._submission.due)
 
     async def _give_up(self, failure: WorkerdError) -> None:
         """Take stock: what else is in flight may arrive all the same."""
@@ -208,7 +212,7 @@ def _check_json(line: bytes) -> None:
     try:
         json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise Refused(EX_DATAERR, f"not JSON: {error}") from None
+        raise CommandError(EX_DATAERR, f"not JSON: {error}") from None
 
 
 async def _interrupted() -> None:
@@ -219,7 +223,7 @@ async def _interrupted() -> None:
         # nohup, or a shell that put us in the background, had its reason.
         if signal.getsignal(number) is not signal.SIG_IGN:
             loop.add_signal_handler(number, _resolve, asked, number)
-    raise Refused(128 + await asked, f"interrupted by {signal.Signals(asked.result()).name}")
+    raise CommandError(128 + await asked, f"interrupted by {signal.Signals(asked.result()).name}")
 
 
 def _resolve(future: asyncio.Future[int], value: int) -> None:
@@ -258,7 +262,7 @@ async def _read(source: int) -> bytes:
     try:
         return os.read(source, _CHUNK)
     except OSError as error:
-        raise Refused(EX_DATAERR, f"cannot read the input: {error.strerror}") from None
+        raise CommandError(EX_DATAERR, f"cannot read the input: {error.strerror}") from None
 
 
 def _ranges(numbers: Iterable[int]) -> Iterator[str]:

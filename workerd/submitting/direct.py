@@ -10,12 +10,12 @@ from typing import TypeVar
 
 from workerd.backoff import backoff
 from workerd.broker.channel import Channel
-from workerd.broker.connection import Link
+from workerd.broker.connection import Connection
 from workerd.config.model import Broker
 from workerd.core import topology
 from workerd.core.job import Message
-from workerd.core.submission import Order, explained
-from workerd.errors import Kind, Trouble
+from workerd.core.submission import Submission, explained
+from workerd.errors import BrokerError, ErrorKind
 
 #: Seconds for a goodbye, once everything is confirmed.
 _CLOSE_TIMEOUT = 1.0
@@ -23,66 +23,70 @@ _CLOSE_TIMEOUT = 1.0
 T = TypeVar("T")
 
 
-async def submit_one(broker: Broker, order: Order, message: Message, deadline: float) -> None:
+async def submit_one(
+    broker: Broker, submission: Submission, message: Message, deadline: float
+) -> None:
     """Publish until it is confirmed: again, under the same id, after a lost connection."""
 
-    async def attempt() -> Link:
-        channel = await connect(broker, order)
-        parcel = order.parcel(message, time.time())
+    async def attempt() -> Connection:
+        channel = await connect(broker, submission)
+        publish = submission.publish_at(message, time.time())
         try:
-            await channel.publish(parcel.exchange, parcel.key, parcel.message)
+            await channel.publish(publish.exchange, publish.key, publish.message)
         except asyncio.CancelledError:
             raise late(channel) from None
-        except Trouble as trouble:
-            raise explained(trouble, parcel.exchange, order.queue) from None
-        return channel.link
+        except BrokerError as trouble:
+            raise explained(trouble, publish.exchange, submission.queue) from None
+        return channel.connection
 
-    link = await until_deadline(attempt, deadline)
+    connection = await until_deadline(attempt, deadline)
     # RabbitMQ logs a warning about everybody who leaves without a goodbye.
-    await link.close(_CLOSE_TIMEOUT)
+    await connection.close(_CLOSE_TIMEOUT)
 
 
 async def until_deadline(attempt: Callable[[], Awaitable[T]], deadline: float) -> T:
     """Make attempts while the broker is away, until one succeeds or the time is up.
 
-    Raises the Trouble of the last one. ``deadline`` is an instant of the monotonic clock.
+    Raises the BrokerError of the last one. ``deadline`` is an instant of the monotonic clock.
     """
-    last = Trouble(Kind.AWAY, "the broker did not answer in time")
+    last = BrokerError(ErrorKind.AWAY, "the broker did not answer in time")
     for delay in backoff(0.2, 2.0):
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 return await attempt()
         except TimeoutError:
             raise last from None
-        except Trouble as trouble:
-            if trouble.kind is not Kind.AWAY or time.monotonic() + delay >= deadline:
+        except BrokerError as trouble:
+            if trouble.kind is not ErrorKind.AWAY or time.monotonic() + delay >= deadline:
                 raise
             last = trouble
         await asyncio.sleep(delay)
     raise AssertionError("backoff never ends")
 
 
-async def connect(broker: Broker, order: Order) -> Channel:
-    """A confirming channel to any of the brokers. Raises the last one's Trouble."""
-    link = await Link.to_any(broker, "submit", os.environ)
-    channel = await link.channel()
-    if order.due is not None:
-        await _find_due(channel, order.queue)
+async def connect(broker: Broker, submission: Submission) -> Channel:
+    """A confirming channel to any of the brokers. Raises the last one's BrokerError."""
+    connection = await Connection.to_any(broker, "submit", os.environ)
+    channel = await connection.channel()
+    if submission.due is not None:
+        await _find_due(channel, submission.queue)
     await channel.confirm()
     return channel
 
 
 async def _find_due(channel: Channel, queue: str) -> None:
-    """Raises Trouble unless the delayed jobs of a queue have somewhere to come due."""
+    """Raises BrokerError unless the delayed jobs of a queue have somewhere to come due."""
     # No level knows where its jobs will go: a missing destination shows when they are due.
     try:
         await channel.count(topology.due(queue))
-    except Trouble as trouble:
+    except BrokerError as trouble:
         raise explained(trouble, topology.DUE, queue) from None
 
 
-def late(channel: Channel) -> Trouble:
+def late(channel: Channel) -> BrokerError:
     """Why a message was not confirmed in time."""
-    if channel.link.blocked:
-        return Trouble(Kind.BUSY, f"the broker takes nothing at present: {channel.link.blocked}")
-    return Trouble(Kind.AWAY, "the broker did not confirm in time")
+    if channel.connection.blocked:
+        return BrokerError(
+            ErrorKind.BUSY, f"the broker takes nothing at present: {channel.connection.blocked}"
+        )
+    return BrokerError(ErrorKind.AWAY, "the broker did not confirm in time")

@@ -28,7 +28,7 @@ from workerd.errors import (
     EX_OK,
     EX_UNAVAILABLE,
     EX_USAGE,
-    Refused,
+    CommandError,
     WorkerdError,
     exit_status,
 )
@@ -41,12 +41,12 @@ _MARGIN = 0.2
 def submit(args: argparse.Namespace, spec: JobSpec, environ: Mapping[str, str]) -> int:
     """Carry out a `submit` command line for one job, ``spec``; returns the exit status.
 
-    ``environ`` has the broker's URL in it, where one was given. Raises Refused, SettingsError,
+    ``environ`` has the broker's URL in it, where one was given. Raises CommandError, SettingsError,
     and WorkerdError for trouble with the broker.
     """
     deadline = time.monotonic() + args.timeout
     if args.body is not None and args.file is not None:
-        raise Refused(EX_USAGE, "BODY and --file exclude each other")
+        raise CommandError(EX_USAGE, "BODY and --file exclude each other")
     head = b""
     mark = None
     # A job that is sent once more must be the same one.
@@ -111,21 +111,21 @@ def _request(spec: JobSpec, mark: str, timestamp: int, config: str | None) -> di
 
 def _ask_any(
     folders: list[Path], request: dict[str, object], body: bytes, deadline: float
-) -> protocol.Answer | None:
+) -> protocol.Reply | None:
     """The answer of the first instance that can do it, None when none can.
 
-    Raises Refused: then another way would lead nowhere either.
+    Raises CommandError: then another way would lead nowhere either.
     """
     for folder in folders:
         left = max(deadline - time.monotonic(), 0.0)
         timed = {**request, "timeout": max(left - _MARGIN, left / 2)}
         try:
             return client.ask(folder, timed, body, left)
-        except protocol.Elsewhere:
+        except protocol.NotServedHere:
             continue
         except protocol.NoAnswer as silent:
             if time.monotonic() >= deadline:
-                raise Refused(EX_UNAVAILABLE, f"the daemon: {silent}") from None
+                raise CommandError(EX_UNAVAILABLE, f"the daemon: {silent}") from None
             # It may have published the job, so no other instance does: the mark is the same.
             continue
     return None
@@ -141,12 +141,12 @@ def _directly(
     deadline: float,
 ) -> int:
     from workerd.config.load import load
-    from workerd.core.submission import marked, order
+    from workerd.core.submission import prepare, with_copy_id
 
     settings = load(args.config, args.instance or "1", environ)
-    wanted = order(spec, settings)
+    wanted = prepare(spec, settings)
     body = read_body(args, wanted.max_body, head)
-    message = marked(wanted.message(body), mark, timestamp)
+    message = with_copy_id(wanted.message(body), mark, timestamp)
     if not args.dry_run:
         from workerd.aio import complete
         from workerd.submitting.direct import submit_one
@@ -174,7 +174,7 @@ def print_id(as_json: bool, job_id: str, queue: str, due: float | str | None) ->
 def read_body(args: argparse.Namespace, limit: int, head: bytes = b"") -> bytes:
     """The body, or just enough of it to see that it is larger than ``limit``.
 
-    ``head`` is what has been read before. Raises Refused.
+    ``head`` is what has been read before. Raises CommandError.
     """
     if args.body is not None:
         return os.fsencode(args.body)
@@ -189,11 +189,11 @@ def read_body(args: argparse.Namespace, limit: int, head: bytes = b"") -> bytes:
         try:
             return head + file.read(limit + 1 - len(head))
         except OSError as error:
-            raise Refused(EX_DATAERR, f"cannot read the input: {error.strerror}") from None
+            raise CommandError(EX_DATAERR, f"cannot read the input: {error.strerror}") from None
 
 
 def open_input(name: str | None) -> BinaryIO:
-    """The input that --file names; ``-`` and None stand for standard input. Raises Refused."""
+    """The input that --file names; ``-`` and None stand for standard input. Raises CommandError."""
     try:
         if name is not None and name != "-":
             return open(name, "rb")
@@ -201,7 +201,7 @@ def open_input(name: str | None) -> BinaryIO:
         os.set_blocking(0, True)
         return sys.stdin.buffer
     except OSError as error:
-        raise Refused(EX_DATAERR, f"{name or 'standard input'}: {error.strerror}") from None
+        raise CommandError(EX_DATAERR, f"{name or 'standard input'}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -209,7 +209,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
     """Whoever forgot to close our input must not make us hang for ever."""
 
     def expired(_number: int, _frame: FrameType | None) -> None:
-        raise Refused(EX_UNAVAILABLE, f"the input did not end within {seconds:g} s")
+        raise CommandError(EX_UNAVAILABLE, f"the input did not end within {seconds:g} s")
 
     signal.signal(signal.SIGALRM, expired)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))

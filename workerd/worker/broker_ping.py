@@ -7,13 +7,13 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
-from workerd.errors import Trouble
+from workerd.errors import BrokerError
 
 if TYPE_CHECKING:
     from workerd.worker.worker import Worker
 
 
-class Pulse:
+class BrokerPing:
     """Whether the broker still answers: asked every few seconds, on a channel that consumes.
 
     A heartbeat would tell only after a minute. Nothing follows from it but an answer.
@@ -39,6 +39,6 @@ class Pulse:
             if channel is None:
                 continue
             self._asked_at = time.monotonic()
-            with contextlib.suppress(Trouble):  # the connection is gone, which says more
+            with contextlib.suppress(BrokerError):  # the connection is gone, which says more
                 await channel.probe()
             self._asked_at = None

@@ -18,18 +18,18 @@ from workerd.aio import first
 from workerd.backoff import backoff
 from workerd.broker.channel import Channel
 from workerd.broker.codec import Incoming
-from workerd.broker.connection import Link
+from workerd.broker.connection import Connection
 from workerd.broker.errors import ack_timeout_in
 from workerd.config.model import Queue, Settings
 from workerd.core import topology
-from workerd.errors import Kind, Trouble
+from workerd.errors import BrokerError, ErrorKind
 from workerd.worker.declarations import Declarations
 
 #: The first pause before a queue is tried again, in seconds.
 FIRST_PAUSE = 0.2
 
 #: Called with broker, trouble and the seconds until the next attempt.
-OnOutage = Callable[[str, Trouble, float], None]
+OnOutage = Callable[[str, BrokerError, float], None]
 
 
 class Connect(Protocol):
@@ -37,11 +37,11 @@ class Connect(Protocol):
 
     def __call__(
         self, purpose: str, on_outage: OnOutage, wake: asyncio.Event
-    ) -> AsyncIterator[Link]: ...
+    ) -> AsyncIterator[Connection]: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class Subscription:
     """What is consumed for the jobs of a work queue: itself, or where its delayed jobs come due."""
 
     queue: Queue
@@ -56,7 +56,7 @@ class Source:
         # As many as may run at once, or one long job would hold up all that come due meanwhile.
         return self.queue.concurrency if self.due else self.queue.prefetch
 
-    def looks_like(self, other: Source) -> bool:
+    def looks_like(self, other: Subscription) -> bool:
         """Whether the broker sees no difference between the two."""
         return (self.name, self.prefetch) == (other.name, other.prefetch) and (
             self.due or _on_the_wire(self.queue) == _on_the_wire(other.queue)
@@ -73,7 +73,9 @@ class Receiver(Protocol):
     def opened(self, channel: Channel) -> None:
         """A channel is about to consume."""
 
-    def delivered(self, source: Source, channel: Channel, incoming: Incoming) -> None: ...
+    def delivered(
+        self, subscription: Subscription, channel: Channel, incoming: Incoming
+    ) -> None: ...
 
     def lost(self, channel: Channel) -> None:
         """A channel is gone, and with it every delivery that came on it."""
@@ -109,7 +111,7 @@ class Consumer:
         #: Those among them that are not there.
         self.missing: set[str] = set()
         #: The work queues that an operator has paused: nothing is consumed for them.
-        self.held_back: set[str] = set()
+        self.operator_paused: set[str] = set()
         self.declarations = Declarations()
         self.ack_timeout = settings.broker.ack_timeout
         self.consuming = asyncio.Event()
@@ -123,7 +125,7 @@ class Consumer:
         #: Whether the present outage has been logged.
         self._down = False
         #: The present connection, None while there is none.
-        self.link: Link | None = None
+        self.connection: Connection | None = None
         #: How many connections were lost: those that we did not close ourselves.
         self.losses = 0
         #: Declares the delay levels, once on each connection.
@@ -132,75 +134,79 @@ class Consumer:
     @property
     def version(self) -> tuple[int, ...]:
         """RabbitMQ's version, (0,) while there is no connection."""
-        return self.link.version if self.link else (0,)
+        return self.connection.version if self.connection else (0,)
 
     @property
     def broker(self) -> str:
         """The host that it is connected to, "" when there is none."""
-        return self.link.url.host if self.link else ""
+        return self.connection.url.host if self.connection else ""
 
     async def run(self, connect: Connect) -> None:
-        async for link in connect("consume", self._failed, self.wake):
+        async for connection in connect("consume", self._failed, self.wake):
             if not self._receiver.wanted:
-                await link.close(timeout=2.0)
+                await connection.close(timeout=2.0)
                 continue
-            self.link = link
+            self.connection = connection
             self.outage = ""
             self._down = False
             self.connected_at = asyncio.get_running_loop().time()
-            log.event("connected", broker=link.url.host, rabbitmq=".".join(map(str, link.version)))
+            log.event(
+                "connected",
+                broker=connection.url.host,
+                rabbitmq=".".join(map(str, connection.version)),
+            )
             async with asyncio.TaskGroup() as self._tasks:
-                declaring = self.declarations.delays(link)
+                declaring = self.declarations.delays(connection)
                 self._levels = self._tasks.create_task(declaring, name="declare")
                 for name in self._sources:
-                    self._begin(link, name)
+                    self._begin(connection, name)
                 # Queues may be added for as long as the connection lives.
-                await asyncio.wait({link.ended})
-            self.link = None
-            self.losses += link.ended.result().kind is not Kind.CLOSED
+                await asyncio.wait({connection.ended})
+            self.connection = None
+            self.losses += connection.ended.result().kind is not ErrorKind.CLOSED
 
     def reload(self, settings: Settings) -> None:
         """Consume the queues of these settings; reconnect with them, when that is due."""
         before = self._sources
         self._settings = settings
         self._sources = {
-            name: source
-            for name, source in _sources(settings).items()
-            if source.queue.name not in self.held_back
+            name: subscription
+            for name, subscription in _sources(settings).items()
+            if subscription.queue.name not in self.operator_paused
         }
-        if self.link is None or self.link.ended.done():
+        if self.connection is None or self.connection.ended.done():
             return
         for name in self._sources:
             if name not in self._changes:
-                self._begin(self.link, name)
+                self._begin(self.connection, name)
         for name, changed in self._changes.items():
             old, new = before.get(name), self._sources.get(name)
             if old is None or new is None or not new.looks_like(old):
                 changed.set()
 
-    def hold_back(self, queues: Iterable[str]) -> None:
+    def pause_by_operator(self, queues: Iterable[str]) -> None:
         """Consume nothing for these work queues, and for all others of the settings."""
-        self.held_back = set(queues)
+        self.operator_paused = set(queues)
         self.reload(self._settings)
 
-    def _begin(self, link: Link, name: str) -> None:
+    def _begin(self, connection: Connection, name: str) -> None:
         self._changes[name] = asyncio.Event()
 
         def ended(task: asyncio.Task[None]) -> None:
             del self._changes[name]
             well = not task.cancelled() and task.exception() is None
             # Wanted again between its last step and now.
-            again = name in self._sources and self._receiver.wanted and not link.ended.done()
+            again = name in self._sources and self._receiver.wanted and not connection.ended.done()
             if well and again:
-                self._begin(link, name)
+                self._begin(connection, name)
 
-        task = self._tasks.create_task(self._consume(link, name), name=f"consume {name}")
+        task = self._tasks.create_task(self._consume(connection, name), name=f"consume {name}")
         task.add_done_callback(ended)
 
-    def _failed(self, broker: str, trouble: Trouble, delay: float) -> None:
+    def _failed(self, broker: str, trouble: BrokerError, delay: float) -> None:
         """A connection was lost, or an attempt failed; an outage is one warning, not many."""
         fields = {"broker": broker, "text": str(trouble), "retry_in": round(delay, 1)}
-        if self._down or trouble.kind is Kind.CLOSED:
+        if self._down or trouble.kind is ErrorKind.CLOSED:
             log.debug("unreachable", **fields)
         else:
             log.warning("disconnected" if self.connected_at else "unreachable", **fields)
@@ -217,7 +223,7 @@ class Consumer:
             _, channel = self.channels.popitem()
             try:
                 await channel.cancel()
-            except Trouble as trouble:
+            except BrokerError as trouble:
                 log.debug("cancel failed", text=str(trouble))
 
     async def close(self, channels: Iterable[Channel]) -> None:
@@ -225,40 +231,42 @@ class Consumer:
         for channel in channels:
             try:
                 await channel.close()
-            except Trouble as trouble:
+            except BrokerError as trouble:
                 log.warning("close failed", text=str(trouble))
-        if self.link:
-            await self.link.close(timeout=2.0)
+        if self.connection:
+            await self.connection.close(timeout=2.0)
 
-    async def _consume(self, link: Link, name: str) -> None:
+    async def _consume(self, connection: Connection, name: str) -> None:
         """Consume one source for as long as the connection lives and the settings name it."""
         clock = asyncio.get_running_loop().time
         changed = self._changes[name]
         reconnect_max = self._settings.broker.reconnect_max
         delays = backoff(FIRST_PAUSE, reconnect_max)
-        declared: Source | None = None
-        refusal: Trouble | None = None
-        while self._receiver.wanted and not link.ended.done():
-            source = self._sources.get(name)
-            if source is None:
+        declared: Subscription | None = None
+        refusal: BrokerError | None = None
+        while self._receiver.wanted and not connection.ended.done():
+            subscription = self._sources.get(name)
+            if subscription is None:
                 break
             changed.clear()
             try:
-                if declared is None or not source.looks_like(declared):
-                    refusal = await self._declare(link, source)
-                channel = await self._open(link, source)
-            except Trouble as trouble:
-                if link.ended.done() or not self._receiver.wanted:
+                if declared is None or not subscription.looks_like(declared):
+                    refusal = await self._declare(connection, subscription)
+                channel = await self._open(connection, subscription)
+            except BrokerError as trouble:
+                if connection.ended.done() or not self._receiver.wanted:
                     break
                 # That it is missing says less than why it could not be declared.
-                self._pause(name, refusal if refusal and trouble.kind is Kind.MISSING else trouble)
-                await first(asyncio.wait({link.ended}), changed.wait(), timeout=next(delays))
+                self._pause(
+                    name, refusal if refusal and trouble.kind is ErrorKind.MISSING else trouble
+                )
+                await first(asyncio.wait({connection.ended}), changed.wait(), timeout=next(delays))
                 continue
-            declared, refusal = source, None
+            declared, refusal = subscription, None
             opened_at = clock()
             self.channels[name] = channel
             self._resume(name)
-            if source.due:
+            if subscription.due:
                 log.debug("consuming", queue=name)
             else:
                 self.consuming.set()
@@ -283,15 +291,17 @@ class Consumer:
             self._receiver.changed()
             if clock() - opened_at > reconnect_max:
                 delays = backoff(FIRST_PAUSE, reconnect_max)
-            await first(asyncio.wait({link.ended}), changed.wait(), timeout=next(delays))
+            await first(asyncio.wait({connection.ended}), changed.wait(), timeout=next(delays))
         self._resume(name)
 
-    async def _declare(self, link: Link, source: Source) -> Trouble | None:
+    async def _declare(
+        self, connection: Connection, subscription: Subscription
+    ) -> BrokerError | None:
         """Declare a source, and what belongs to it; returns the broker's objection."""
-        if not source.due:
-            return await self.declarations.queue(link, source.queue)
+        if not subscription.due:
+            return await self.declarations.queue(connection, subscription.queue)
         await asyncio.shield(self._levels)
-        return await self.declarations.due(link, source.queue)
+        return await self.declarations.due(connection, subscription.queue)
 
     async def _stalls(self, channel: Channel, name: str) -> None:
         """Wait until messages wait in the queue and none comes, although nothing is in hand.
@@ -308,7 +318,7 @@ class Consumer:
                 continue
             try:
                 ready, _ = await channel.count(name)
-            except Trouble:
+            except BrokerError:
                 return  # the channel has ended, which says more
             # Twice, since a message may be on its way.
             if ready and channel.deliveries == suspicious:
@@ -320,32 +330,32 @@ class Consumer:
         """Let a channel consume no more; what runs is still settled on it."""
         try:
             await channel.cancel()
-        except Trouble as trouble:
+        except BrokerError as trouble:
             log.debug("cancel failed", text=str(trouble))
         else:
             self._receiver.detached(channel)
 
-    async def _open(self, link: Link, source: Source) -> Channel:
+    async def _open(self, connection: Connection, subscription: Subscription) -> Channel:
         """A new channel that consumes the source. It never makes it: see `Declarations`."""
-        channel = await link.channel()
-        await channel.count(source.name)
+        channel = await connection.channel()
+        await channel.count(subscription.name)
         self._receiver.opened(channel)
         try:
             await channel.consume(
-                source.name,
-                source.prefetch,
+                subscription.name,
+                subscription.prefetch,
                 f"{self._tag}.{channel.serial}",
-                lambda channel, incoming: self._receiver.delivered(source, channel, incoming),
+                lambda channel, incoming: self._receiver.delivered(subscription, channel, incoming),
                 self._receiver.lost,
             )
-        except Trouble:
+        except BrokerError:
             self._receiver.lost(channel)
             raise
         return channel
 
-    def _explain(self, name: str, trouble: Trouble) -> None:
+    def _explain(self, name: str, trouble: BrokerError) -> None:
         """A channel has ended: say why, unless the whole connection has."""
-        if trouble.kind is Kind.ACK_TIMEOUT:
+        if trouble.kind is ErrorKind.ACK_TIMEOUT:
             self.ack_timeout = ack_timeout_in(trouble) or self.ack_timeout
             log.warning(
                 "ack timeout",
@@ -353,13 +363,13 @@ class Consumer:
                 text=str(trouble),
                 remedy="raise RabbitMQ's consumer_timeout above the longest job",
             )
-        elif trouble.kind not in (Kind.AWAY, Kind.CLOSED):
+        elif trouble.kind not in (ErrorKind.AWAY, ErrorKind.CLOSED):
             log.warning("channel closed", queue=name, text=str(trouble))
 
-    def _pause(self, name: str, trouble: Trouble) -> None:
+    def _pause(self, name: str, trouble: BrokerError) -> None:
         text = str(trouble)
         self.missing.discard(name)
-        if trouble.kind is Kind.MISSING:
+        if trouble.kind is ErrorKind.MISSING:
             self.missing.add(name)
             text = "waiting for it to be declared"
         if self.paused.get(name) != text:
@@ -372,10 +382,10 @@ class Consumer:
         self.missing.discard(name)
 
 
-def _sources(settings: Settings) -> Mapping[str, Source]:
+def _sources(settings: Settings) -> Mapping[str, Subscription]:
     queues = [settings.queues[name] for name in settings.worker.queues]
-    sources = [Source(queue, due) for queue in queues for due in (False, True)]
-    return {source.name: source for source in sources}
+    sources = [Subscription(queue, due) for queue in queues for due in (False, True)]
+    return {subscription.name: subscription for subscription in sources}
 
 
 def _on_the_wire(queue: Queue) -> Queue:

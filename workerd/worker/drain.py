@@ -106,10 +106,10 @@ class Drain:
         straight to us again.
         """
         await self._worker.consumer.cancel()
-        self._worker.register.drain()
+        self._worker.registry.drain()
         # What came before the others goes back before them.
         await self._worker.until(self._all_have_begun)
-        await self._worker.give_back(self._worker.ledger.unstarted())
+        await self._worker.requeue(self._worker.ledger.unstarted())
 
     def _all_have_begun(self) -> bool:
         progresses = self._worker.attempts.progress.values()
@@ -124,7 +124,7 @@ class Drain:
         worker = self._worker
         ledger, consumer = worker.ledger, worker.consumer
         if not consumer.channels:
-            worker.register.drain()
+            worker.registry.drain()
         while ledger.running:
             await worker.until(lambda: not ledger.running or bool(consumer.channels))
             if consumer.channels:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from workerd import log
 from workerd.core.admission import admit
-from workerd.core.breaker import Pauses
+from workerd.core.breaker import Breaker
 from workerd.core.cancellations import Cancellations
 from workerd.core.handler import Degraded
 from workerd.core.job import BadJob, Job, Outcome, Report, Run, submitter
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from workerd.worker.worker import Worker
 
 
-class Attempts:
+class Executor:
     """What the handlers make of the runs that start; see `make`."""
 
     def __init__(self, worker: Worker) -> None:
@@ -33,9 +33,9 @@ class Attempts:
 
     def configure(self) -> None:
         """Work with the handlers of the worker's settings; jobs that run keep theirs."""
-        self.handlers = self._worker.register.of(self._worker.settings, self._looked_after)
+        self.handlers = self._worker.registry.of(self._worker.settings, self._looked_after)
         # What was wrong with a handler may be right now.
-        self._pauses = Pauses()
+        self._breaker = Breaker()
 
     async def make(self, run: Run) -> Report:
         """Give the job to its handler, if there is one that may have it, and log what it made."""
@@ -48,8 +48,8 @@ class Attempts:
         def started(pid: int) -> None:
             progress.began, progress.pid = time.monotonic(), pid
             worker.ledger.begins(run)
-            worker.figures.began(run, time.time())
-            alone = True if worker.ledger.slots.is_alone(run) else None
+            worker.counters.began(run, time.time())
+            alone = True if worker.ledger.slots.is_isolated(run) else None
             routine = worker.settings.log.routine
             log.event("start", routine, redelivered=job.redelivered, alone=alone)
             self._resume(str(job.type))
@@ -57,7 +57,7 @@ class Attempts:
         try:
             self._cancellations.check(job, time.time())
             handler = self.handlers[admit(job, worker.settings, time.time()).name]
-            if self._pauses.holds(str(job.type), came):
+            if self._breaker.holds(str(job.type), came):
                 return Report(Outcome.UNAVAILABLE, ran=False)
             report = await handler.run(
                 job, progress.stop, started, functools.partial(worker.ledger.slots.may_begin, run)
@@ -77,7 +77,7 @@ class Attempts:
             self._pause(str(job.type), report)
         else:
             self._log_outcome(report, time.monotonic() - (progress.began or came))
-        worker.figures.ended(job, progress.began, time.monotonic())
+        worker.counters.ended(job, progress.began, time.monotonic())
         return report
 
     def cancel(self, job_id: str, owner: int | None) -> list[Run]:
@@ -104,7 +104,7 @@ class Attempts:
             run.withdrawn = True
         if runs:
             # Some may have begun, and the daemon not know it yet: those go on.
-            worker.register.recall()
+            worker.registry.recall()
         for run in runs:
             progress = self.progress.get(run)
             if run.begun:
@@ -118,12 +118,12 @@ class Attempts:
     def degraded(self) -> dict[str, Degraded]:
         """The handlers that run no jobs, or fewer at once than they should, by name."""
         found = {name: handler.degraded for name, handler in self.handlers.items()}
-        paused = {name: Degraded(True, pause.error) for name, pause in self._pauses.paused.items()}
+        paused = {name: Degraded(True, pause.error) for name, pause in self._breaker.paused.items()}
         return {name: why for name, why in sorted({**found, **paused}.items()) if why}
 
     def seconds_put_off(self, job: Job) -> float:
         """For how long a job is to be put off whose handler is paused."""
-        return self._pauses.delay(str(job.type), time.monotonic())
+        return self._breaker.delay(str(job.type), time.monotonic())
 
     def begins_at_once(self, job: Job) -> bool:
         """Whether nothing but its slot keeps a job from beginning."""
@@ -136,12 +136,12 @@ class Attempts:
         return handler.capacity if handler else 0
 
     def _pause(self, handler: str, report: Report) -> None:
-        if self._pauses.unavailable(handler, report.error, time.monotonic()):
+        if self._breaker.unavailable(handler, report.error, time.monotonic()):
             log.error("handler paused", handler=handler, reason=report.reason, error=report.error)
             self._worker.changed()
 
     def _resume(self, handler: str) -> None:
-        if self._pauses.available(handler):
+        if self._breaker.available(handler):
             log.event("handler resumed", handler=handler)
             self._worker.changed()
 

@@ -20,7 +20,7 @@ INTERVAL = 1.0
 _ROOTS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
 
 
-class Pressure:
+class MemoryPressure:
     """The memory pressure in our control group; ``short`` is what it was at the last `look`."""
 
     def __init__(self, file: Path | None) -> None:

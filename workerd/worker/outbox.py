@@ -11,8 +11,8 @@ from workerd.aio import first
 from workerd.backoff import backoff
 from workerd.core import topology
 from workerd.core.job import Job, Message, Report, Run
-from workerd.core.republish import Place, another_go, dead_letter
-from workerd.errors import Kind, Trouble, Unencodable, Unroutable
+from workerd.core.republish import Origin, dead_letter, next_attempt
+from workerd.errors import BrokerError, ErrorKind, Unencodable, Unroutable
 from workerd.ids import new_id
 from workerd.worker.publisher import Publisher
 
@@ -32,16 +32,16 @@ class Outbox:
     paused: what comes next would need a copy as well, or could not be told from it.
     """
 
-    def __init__(self, worker: Worker, place: Place) -> None:
+    def __init__(self, worker: Worker, origin: Origin) -> None:
         self.publisher = Publisher()
         #: The runs whose copies the broker does not take, and its words.
         self.refused: dict[Run, str] = {}
         self._worker = worker
-        self._place = place
+        self._origin = origin
 
     async def retry(self, run: Run, seconds: float, report: Report) -> bool:
         """Let the job have its next attempt, after a delay; False: a drain came first."""
-        copy = another_go(run.job, run.job.attempt, new_id(), time.time())
+        copy = next_attempt(run.job, run.job.attempt, new_id(), time.time())
         if await self._delay(run, copy, seconds, "retry refused"):
             log.event(
                 "retry", seconds=round(seconds), reason=report.reason, note=report.note or None
@@ -51,7 +51,7 @@ class Outbox:
 
     async def postpone(self, run: Run, seconds: float) -> bool:
         """Let the same attempt of the job begin later; False: a drain came first."""
-        copy = another_go(run.job, run.job.attempt - 1, new_id(), None)
+        copy = next_attempt(run.job, run.job.attempt - 1, new_id(), None)
         if await self._delay(run, copy, seconds, "postponement refused"):
             log.event("postponed", self._worker.settings.log.routine, seconds=round(seconds))
             return True
@@ -59,7 +59,7 @@ class Outbox:
 
     async def bury(self, run: Run, report: Report) -> bool:
         """Bring the job to the dead letters; False: a drain came first."""
-        copy = dead_letter(run.job, report, self._place, time.time())
+        copy = dead_letter(run.job, report, self._origin, time.time())
         queue = topology.dead(run.job.queue)
         if await self._deliver(run, "", queue, copy, "dead letter refused"):
             log.warning("dead letter", reason=report.reason, note=report.note or None, to=queue)
@@ -68,11 +68,11 @@ class Outbox:
 
     async def renew(self, job: Job) -> bool:
         """Publish the job once more, instead of returning it; False: not in time."""
-        message, _ = another_go(job, job.attempt - 1, new_id(), None)
+        message, _ = next_attempt(job, job.attempt - 1, new_id(), None)
         publishing = self.publisher.publish("", job.queue, message)
         try:
             await asyncio.wait_for(publishing, RENEWAL_TIMEOUT)
-        except (TimeoutError, Trouble, Unencodable):
+        except (TimeoutError, BrokerError, Unencodable):
             return False
         return True
 
@@ -86,7 +86,7 @@ class Outbox:
         return await self._deliver(run, *topology.delayed(run.job.queue, whole), copy, refused)
 
     async def _publish(self, run: Run, exchange: str, key: str, message: Message) -> None:
-        """Publish once. Raises Trouble, Unencodable."""
+        """Publish once. Raises BrokerError, Unencodable."""
         due = topology.due(run.job.queue)
         # The broker would take it, and notice only when it comes due.
         if exchange and due in self._worker.consumer.missing:
@@ -114,13 +114,13 @@ class Outbox:
                     return False
                 try:
                     publishing.result()
-                except (Trouble, Unencodable) as trouble:
+                except (BrokerError, Unencodable) as trouble:
                     if str(trouble) != known:
                         known = str(trouble)
                         log.warning(refused, text=known)
                     # One that is away is told already, and one message that cannot be sent
                     # is no reason to hold up others.
-                    if isinstance(trouble, Trouble) and trouble.kind is not Kind.AWAY:
+                    if isinstance(trouble, BrokerError) and trouble.kind is not ErrorKind.AWAY:
                         self.refused[run] = known
                         self._worker.pause_queues()
                 else:

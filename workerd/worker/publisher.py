@@ -10,28 +10,28 @@ import asyncio
 
 from workerd import log
 from workerd.broker.channel import Channel
-from workerd.broker.connection import Link
+from workerd.broker.connection import Connection
 from workerd.broker.errors import CONFIRM_TIMEOUT
 from workerd.core.job import Message
-from workerd.errors import Kind, Trouble
+from workerd.errors import BrokerError, ErrorKind
 from workerd.worker.consumer import Connect
 
 
-class Lane:
+class ConfirmChannel:
     """A confirming channel, while there is one."""
 
     def __init__(self) -> None:
         self.channel: Channel | None = None
         self.open = asyncio.Event()
 
-    async def run(self, link: Link) -> None:
+    async def run(self, connection: Connection) -> None:
         """Keep a channel open for as long as the connection lives."""
-        while not link.ended.done():
+        while not connection.ended.done():
             try:
-                channel = await link.channel()
+                channel = await connection.channel()
                 await channel.confirm()
-            except Trouble:
-                link.abort("cannot open a channel")
+            except BrokerError:
+                connection.abort("cannot open a channel")
                 break
             self.channel = channel
             self.open.set()
@@ -46,9 +46,9 @@ class Publisher:
     def __init__(self) -> None:
         #: One for the default exchange and one for all others: an exchange that is missing
         #: or forbidden ends the channel, and nobody knows what became of its other messages.
-        self._default = Lane()
-        self._others = Lane()
-        self._link: Link | None = None
+        self._default = ConfirmChannel()
+        self._others = ConfirmChannel()
+        self._connection: Connection | None = None
         #: Whether the present outage has been logged.
         self._down = False
         #: How many connections were lost: those that we did not close ourselves.
@@ -57,45 +57,49 @@ class Publisher:
     @property
     def blocked(self) -> str:
         """The alarm that holds up publishing, "" when there is none."""
-        return self._link.blocked if self._link else ""
+        return self._connection.blocked if self._connection else ""
 
     async def run(self, connect: Connect) -> None:
         """Keep the channels open, for ever."""
-        async for link in connect("publish", self._failed, asyncio.Event()):
+        async for connection in connect("publish", self._failed, asyncio.Event()):
             self._down = False
-            self._link = link
-            await asyncio.gather(self._default.run(link), self._others.run(link))
-            self._link = None
-            await asyncio.wait({link.ended})
-            self.losses += link.ended.result().kind is not Kind.CLOSED
+            self._connection = connection
+            await asyncio.gather(self._default.run(connection), self._others.run(connection))
+            self._connection = None
+            await asyncio.wait({connection.ended})
+            self.losses += connection.ended.result().kind is not ErrorKind.CLOSED
 
-    def _failed(self, broker: str, trouble: Trouble, _delay: float) -> None:
+    def _failed(self, broker: str, trouble: BrokerError, _delay: float) -> None:
         # The consuming connection has warned already when the broker as a whole is away.
-        level = log.debug if self._down or trouble.kind in (Kind.AWAY, Kind.CLOSED) else log.warning
+        level = (
+            log.debug
+            if self._down or trouble.kind in (ErrorKind.AWAY, ErrorKind.CLOSED)
+            else log.warning
+        )
         level("publisher disconnected", broker=broker, text=str(trouble))
         self._down = True
 
     async def publish(self, exchange: str, key: str, message: Message) -> None:
         """Publish, and return when the broker has confirmed and routed the message.
 
-        Waits for a connection and for the end of an alarm. Raises Unroutable, or Trouble
+        Waits for a connection and for the end of an alarm. Raises Unroutable, or BrokerError
         when the message was refused or its fate is unknown: then publish it again.
         """
-        lane = self._others if exchange else self._default
-        await lane.open.wait()
-        channel = lane.channel
+        confirming = self._others if exchange else self._default
+        await confirming.open.wait()
+        channel = confirming.channel
         if channel is None:
-            raise Trouble(Kind.AWAY, "the publishing connection was lost")
+            raise BrokerError(ErrorKind.AWAY, "the publishing connection was lost")
         confirmed = channel.publish(exchange, key, message)
         while True:
             await asyncio.wait({confirmed}, timeout=CONFIRM_TIMEOUT)
             if confirmed.done():
                 return confirmed.result()
-            if not channel.link.blocked:
+            if not channel.connection.blocked:
                 # No majority of a quorum queue, or a broker that stopped answering.
-                raise Trouble(Kind.AWAY, f"not confirmed within {CONFIRM_TIMEOUT:.0f} s")
+                raise BrokerError(ErrorKind.AWAY, f"not confirmed within {CONFIRM_TIMEOUT:.0f} s")
 
     async def close(self, timeout: float) -> None:
         """Close the connection, within ``timeout`` seconds."""
-        if self._link:
-            await self._link.close(timeout)
+        if self._connection:
+            await self._connection.close(timeout)

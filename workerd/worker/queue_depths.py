@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from workerd.core import topology
-from workerd.errors import Kind, Trouble
+from workerd.errors import BrokerError, ErrorKind
 
 if TYPE_CHECKING:
     from workerd.broker.channel import Channel
-    from workerd.broker.connection import Link
+    from workerd.broker.connection import Connection
     from workerd.worker.worker import Worker
 
 #: Seconds for which an answer of the broker's is good enough, however many ask.
@@ -25,7 +25,7 @@ STALE = 10.0
 ABSENT = 60.0
 
 
-class Depths:
+class QueueDepths:
     """Asks on a channel of its own, since a queue that is missing ends the channel.
 
     Nothing is asked but when somebody wants to know.
@@ -45,18 +45,18 @@ class Depths:
 
         What the broker does not tell is missing, and all of it while there is no connection.
         """
-        link = self._worker.consumer.link
-        if link is None:
+        connection = self._worker.consumer.connection
+        if connection is None:
             return {}
         idle = self._asking is None or self._asking.done()
         if idle and time.monotonic() - self._at > FRESH:
-            self._asking = asyncio.create_task(self._ask(link), name="depths")
+            self._asking = asyncio.create_task(self._ask(connection), name="depths")
         return self._known()
 
     async def look(self) -> Mapping[str, int]:
         """The same, but what is not known of late is waited for a little."""
         known = self.glance()
-        if self._worker.consumer.link is None or self._asking is None or self._asking.done():
+        if self._worker.consumer.connection is None or self._asking is None or self._asking.done():
             return known
         await asyncio.wait({self._asking}, timeout=PATIENCE)
         return self._known()
@@ -64,7 +64,7 @@ class Depths:
     def _known(self) -> Mapping[str, int]:
         return self._counts if time.monotonic() - self._at < STALE else {}
 
-    async def _ask(self, link: Link) -> None:
+    async def _ask(self, connection: Connection) -> None:
         queues = sorted(self._worker.ledger.slots.concurrency)
         names = [name for queue in queues for name in (queue, topology.due(queue))]
         names += map(topology.dead, queues)
@@ -73,14 +73,14 @@ class Depths:
             if time.monotonic() - self._refused.get(name, float("-inf")) < ABSENT:
                 continue
             try:
-                if self._channel is None or self._channel.link is not link:
-                    self._channel = await link.channel()
+                if self._channel is None or self._channel.connection is not connection:
+                    self._channel = await connection.channel()
                 # A connection that is slow to answer must not be lost over it.
                 counts[name], _ = await self._channel.count(name, timeout=None)
-            except Trouble as trouble:
+            except BrokerError as trouble:
                 # The broker has closed the channel over it.
                 self._channel = None
-                if trouble.kind in (Kind.AWAY, Kind.CLOSED):
+                if trouble.kind in (ErrorKind.AWAY, ErrorKind.CLOSED):
                     self._counts = {}  # the connection is gone, and nobody knows
                     return
                 self._refused[name] = time.monotonic()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from workerd import log
 from workerd.core.job import Job, Report, Run
 from workerd.core.ledger import Ledger
-from workerd.core.recent import Tally
+from workerd.core.recent import RecentOutcomes
 from workerd.core.retry import Verdict
 from workerd.worker.consumer import Consumer
 
@@ -38,14 +38,14 @@ class Status:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self.tally = Tally(time.monotonic())
+        self.recent = RecentOutcomes(time.monotonic())
         #: How many problems the configuration had at the last reload; the old one is in force.
         self.refused = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def count(self, verdict: Verdict, job: Job, report: Report) -> None:
         """A job has its verdict."""
-        self.tally.count(verdict, job, report, time.monotonic(), time.time())
+        self.recent.count(verdict, job, report, time.monotonic(), time.time())
 
     def touch(self) -> None:
         """Something changed."""
@@ -71,7 +71,7 @@ class Status:
         troubles = self._troubles()
         if consuming and not worker.ledger.draining and not consumer.outage:
             most = sum(slots.concurrency[queue] for queue in consuming)
-            total = worker.figures.total
+            total = worker.counters.total
             retried = f"{total('retried')} retried, " if total("retried") else ""
             does = (
                 f"consuming {', '.join(sorted(consuming))}: {slots.in_use}/{most} "
@@ -101,14 +101,14 @@ class Status:
         if consumer.outage:
             return [consumer.outage, *([f"{running} running"] if running else [])]
         parts = []
-        held_back = sorted(consumer.held_back.intersection(slots.concurrency))
-        parts += [f"{queue} paused by an operator" for queue in held_back]
+        operator_paused = sorted(consumer.operator_paused.intersection(slots.concurrency))
+        parts += [f"{queue} paused by an operator" for queue in operator_paused]
         parts += [f"{queue} paused: {text}" for queue, text in sorted(consumer.paused.items())]
         refused = {run.job.queue: text for run, text in worker.outbox.refused.items()}
         parts += [f"{queue} paused: {text}" for queue, text in sorted(refused.items())]
         parts += self.degraded()
-        if slots.suspects:
-            parts.append(f"{slots.suspects} jobs to run alone first")
+        if slots.isolated:
+            parts.append(f"{slots.isolated} jobs to run alone first")
         if worker.pressure.short:
             parts.append("short of memory: one job at a time")
         if worker.outbox.publisher.blocked:
@@ -120,7 +120,7 @@ class Status:
         worker = self._worker
         ledger = worker.ledger
         now = asyncio.get_running_loop().time()
-        log.event("state", status=self.line(), remembered=len(ledger.memory))
+        log.event("state", status=self.line(), remembered=len(ledger.dedup))
         for queue in worker.settings.worker.queues:
             log.event(
                 "state queue",

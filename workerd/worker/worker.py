@@ -12,19 +12,19 @@ from workerd.aio import first
 from workerd.broker.channel import Channel
 from workerd.broker.codec import Incoming
 from workerd.config.model import Retry, Settings
-from workerd.core.counters import Figures
+from workerd.core.counters import Counters
 from workerd.core.decode import decode
-from workerd.core.dedup import Memory
-from workerd.core.handler import Register
+from workerd.core.dedup import Dedup
+from workerd.core.handler import Registry
 from workerd.core.job import Delivery, Job, Report, Run
 from workerd.core.ledger import Ledger, Rejoined, Settle
-from workerd.core.republish import Place
+from workerd.core.republish import Origin
 from workerd.core.retry import Verdict, delay, judge, limit
-from workerd.errors import Trouble
-from workerd.worker.consumer import Connect, Consumer, Source
+from workerd.errors import BrokerError
+from workerd.worker.consumer import Connect, Consumer, Subscription
 from workerd.worker.drain import Drain
-from workerd.worker.executor import Attempts
-from workerd.worker.memory_pressure import INTERVAL, Pressure, own_file
+from workerd.worker.executor import Executor
+from workerd.worker.memory_pressure import INTERVAL, MemoryPressure, own_file
 from workerd.worker.outbox import Outbox
 from workerd.worker.status import Notifier, Status, watch_ages
 
@@ -32,7 +32,7 @@ from workerd.worker.status import Notifier, Status, watch_ages
 LOOK_INTERVAL = 0.1
 #: A message that has come back so often is published anew where the broker might drop it at
 #: its 21st return.
-WORN = 10
+NEAR_DELIVERY_LIMIT = 10
 
 
 class Worker:
@@ -41,25 +41,25 @@ class Worker:
     def __init__(
         self,
         settings: Settings,
-        register: Register,
-        place: Place,
+        registry: Registry,
+        origin: Origin,
         connect: Connect,
         notifier: Notifier,
-        memory: Memory | None = None,
+        dedup: Dedup | None = None,
     ) -> None:
         self.settings = settings
-        self.register = register
+        self.registry = registry
         self.notifier = notifier
-        self.attempts = Attempts(self)
+        self.attempts = Executor(self)
         self.ledger = Ledger(
-            _slots(settings), memory, self.attempts.begins_at_once, self.attempts.capacity
+            _slots(settings), dedup, self.attempts.begins_at_once, self.attempts.capacity
         )
-        self.consumer = Consumer(settings, f"workerd@{place.instance}.{place.host}", self)
+        self.consumer = Consumer(settings, f"workerd@{origin.instance}.{origin.host}", self)
         self.drain = Drain(self)
-        self.outbox = Outbox(self, place)
-        self.pressure = Pressure(own_file())
+        self.outbox = Outbox(self, origin)
+        self.pressure = MemoryPressure(own_file())
         self.status = Status(self)
-        self.figures = Figures(settings.handlers)
+        self.counters = Counters(settings.handlers)
         #: Jobs that came over the local socket and that the broker has not confirmed yet.
         self.submissions = 0
         #: Every open channel on which a delivery may still have to be settled, by serial.
@@ -97,14 +97,14 @@ class Worker:
                 log.event("ready")
             await self.drain.wanted.wait()
             await self.drain.run()
-            await self.register.close()
+            await self.registry.close()
             for task in (*background, *self._performing):
                 task.cancel()
             await asyncio.gather(*self._performing, return_exceptions=True)
 
     def stop(self) -> None:
         """Drain and return from `run`. Called again, it cuts the drain short."""
-        self.register.hold()
+        self.registry.hold()
         self.drain.request()
         self.changed()
 
@@ -114,7 +114,7 @@ class Worker:
         self.attempts.configure()
         self.ledger.slots.configure(_slots(settings))
         self.consumer.reload(settings)
-        self.figures.know(settings.handlers)
+        self.counters.know(settings.handlers)
         self._start_more()
 
     async def perform(self, run: Run) -> None:
@@ -124,7 +124,7 @@ class Worker:
             report = await self.attempts.make(run)
             self.ledger.ended(run)
             verdict = await self._carry_out(self._judge(job, report), run, report)
-            self.figures.settled(job, verdict)
+            self.counters.settled(job, verdict)
             self.status.count(verdict, job, report)
             order = self.ledger.finished(run, verdict)
             if order:
@@ -158,7 +158,7 @@ class Worker:
                 confirmed = await self.outbox.postpone(run, max(1.0, seconds))
             case Verdict.DEAD:
                 confirmed = await self.outbox.bury(run, report)
-            case Verdict.RETURN if self._wears_out(job) and await self.outbox.renew(job):
+            case Verdict.RETURN if self._near_delivery_limit(job) and await self.outbox.renew(job):
                 return Verdict.POSTPONE
             case _:
                 return verdict
@@ -166,14 +166,14 @@ class Worker:
             return verdict
         return Verdict.SPEND if report.ran and verdict is not Verdict.POSTPONE else Verdict.RETURN
 
-    def _wears_out(self, job: Job) -> bool:
+    def _near_delivery_limit(self, job: Job) -> bool:
         """Whether the broker might drop the job because it returns too often.
 
         RabbitMQ 4.0 to 4.2 drop a message of a quorum queue that was declared without a limit
         at its 21st return, of whatever kind; later ones do not count returns like ours.
         """
         return (
-            job.returns >= WORN
+            job.returns >= NEAR_DELIVERY_LIMIT
             and job.queue not in self.consumer.declarations.intact
             and (4,) <= self.consumer.version < (4, 3)
         )
@@ -186,22 +186,24 @@ class Worker:
             case Verdict.DONE | Verdict.RETRY | Verdict.POSTPONE | Verdict.DEAD:
                 channel.ack(tag)
             case Verdict.RETURN | Verdict.SPEND:
-                channel.give_back(tag)
+                channel.requeue(tag)
             case Verdict.REJECT:
                 channel.reject(tag)
         self._close_retired()
 
-    async def give_back(self, deliveries: Iterable[Delivery]) -> None:
+    async def requeue(self, deliveries: Iterable[Delivery]) -> None:
         """Return deliveries that have not started, in this order."""
         for delivery in deliveries:
-            renewed = self._wears_out(delivery.job) and await self.outbox.renew(delivery.job)
+            renewed = self._near_delivery_limit(delivery.job) and await self.outbox.renew(
+                delivery.job
+            )
             channel = self.channels.get(delivery.channel)
             if channel:
-                (channel.ack if renewed else channel.give_back)(delivery.tag)
+                (channel.ack if renewed else channel.requeue)(delivery.tag)
 
-    def hold_back(self, queues: Iterable[str]) -> None:
+    def pause_by_operator(self, queues: Iterable[str]) -> None:
         """Consume nothing for these queues, as an operator wishes, and for all others."""
-        self.consumer.hold_back(queues)
+        self.consumer.pause_by_operator(queues)
         self.pause_queues()
 
     def pause_queues(self) -> None:
@@ -210,8 +212,8 @@ class Worker:
         Of the latter, some may still come until the broker knows.
         """
         refused = {run.job.queue for run in self.outbox.refused}
-        self.ledger.slots.paused = refused | self.consumer.held_back
-        self.register.recall()
+        self.ledger.slots.paused = refused | self.consumer.operator_paused
+        self.registry.recall()
         self._start_more()
 
     # What the consumer tells: called synchronously from the broker's callbacks.
@@ -224,17 +226,17 @@ class Worker:
     def opened(self, channel: Channel) -> None:
         self.channels[channel.serial] = channel
         # Once the broker has forgotten a job, nobody but the memory knows that it is finished.
-        channel.before_acks = self.ledger.memory.flush
+        channel.before_acks = self.ledger.dedup.flush
         self.ledger.opened(channel.serial)
 
-    def delivered(self, source: Source, channel: Channel, incoming: Incoming) -> None:
-        queue = source.queue.name
+    def delivered(self, subscription: Subscription, channel: Channel, incoming: Incoming) -> None:
+        queue = subscription.queue.name
         # None after a reload without this queue: what still comes from it goes back soon.
         configured = self.settings.queues.get(queue)
         default = configured.default_handler if configured else None
         job = decode(incoming.message, queue, incoming.redelivered, default, time.time())
         now = self.loop.time()
-        delivery = Delivery(channel.serial, incoming.tag, now, job, delayed=source.due)
+        delivery = Delivery(channel.serial, incoming.tag, now, job, delayed=subscription.due)
         self._act(self.ledger.delivered(delivery))
         self.changed()
 
@@ -273,7 +275,7 @@ class Worker:
         """A channel consumes no more: close it when nothing is left to be settled on it."""
 
         async def leave() -> None:
-            await self.give_back(unstarted)
+            await self.requeue(unstarted)
             self._retiring.add(channel)
             self._close_retired()
 
@@ -315,8 +317,8 @@ class Worker:
 
     def _start_all(self) -> None:
         self._starting = None
-        if self.ledger.slots.has_slot_ahead:
-            self.register.hand_out()
+        if self.ledger.slots.has_free_slot:
+            self.registry.hand_out()
         while run := self.ledger.next():
             self._begin(run)
         self.changed()
@@ -328,7 +330,7 @@ class Worker:
 
     @staticmethod
     async def _close_channel(channel: Channel) -> None:
-        with contextlib.suppress(Trouble):
+        with contextlib.suppress(BrokerError):
             await channel.close()
 
     async def _grow_older(self) -> None:
@@ -356,7 +358,7 @@ class Worker:
                 else:
                     log.event("memory enough")
                 self.ledger.slots.one_at_a_time = self.pressure.short
-                self.register.recall()
+                self.registry.recall()
                 self._start_more()
 
 

@@ -16,7 +16,7 @@ from tests.harness.waiting import TIMEOUT
 from workerd.broker.acks import Acks
 from workerd.broker.channel import Channel
 from workerd.broker.codec import Incoming
-from workerd.broker.connection import Link
+from workerd.broker.connection import Connection
 from workerd.config import model
 from workerd.config.url import BrokerURL
 
@@ -109,7 +109,7 @@ def settling(broker: Broker, queue: str, count: int, order: Iterable[tuple[str, 
     happened: list[str] = []
 
     async def settle() -> None:
-        link = await Link.open(BrokerURL.parse(broker.url), model.Broker(), "test", {})
+        link = await Connection.open(BrokerURL.parse(broker.url), model.Broker(), "test", {})
         channel = await link.channel()
         channel.before_acks = lambda: happened.append("before")
         came: list[int] = []

@@ -19,7 +19,7 @@ from tests.harness.octets import field
 from tests.harness.waiting import TIMEOUT
 from workerd.broker.channel import Channel
 from workerd.broker.codec import Incoming, message_of
-from workerd.broker.connection import Link
+from workerd.broker.connection import Connection
 from workerd.broker.frames import arrival_at
 from workerd.config import model
 from workerd.config.url import BrokerURL
@@ -139,7 +139,7 @@ def test_messages_of_all_sizes_come_whole_and_in_order(client: Client, broker: B
         client.publish("mixed", body, message_id=str(number))
 
     async def receive() -> list[tuple[int, object, bytes]]:
-        link = await Link.open(BrokerURL.parse(broker.url), model.Broker(), "test", {})
+        link = await Connection.open(BrokerURL.parse(broker.url), model.Broker(), "test", {})
         channel = await link.channel()
         came: list[tuple[int, object, bytes]] = []
         all_came = asyncio.Event()

@@ -1,17 +1,17 @@
-"""Pauses of handlers that cannot run, and for how long their jobs are put off."""
+"""Breaker of handlers that cannot run, and for how long their jobs are put off."""
 
 from __future__ import annotations
 
 import pytest
 
-from workerd.core.breaker import FIRST_PAUSE, LONGEST_DELAY, LONGEST_PAUSE, Pauses
+from workerd.core.breaker import FIRST_PAUSE, LONGEST_DELAY, LONGEST_PAUSE, Breaker
 
 NOW = 1000.0
 
 
-def paused(error: str = "No such file") -> Pauses:
+def paused(error: str = "No such file") -> Breaker:
     """Where the handler "broken" could not run, at NOW."""
-    pauses = Pauses()
+    pauses = Breaker()
     pauses.unavailable("broken", error, NOW)
     return pauses
 
@@ -28,7 +28,7 @@ def test_a_pause_is_of_one_handler_alone() -> None:
 
 
 def test_an_error_is_new_once() -> None:
-    pauses = Pauses()
+    pauses = Breaker()
     errors = ["No such file", "No such file", "Permission denied", "Permission denied"]
     told = [pauses.unavailable("broken", error, NOW) for error in errors]
     assert told == [True, False, True, False]
@@ -74,7 +74,7 @@ def test_a_job_is_put_off_for_half_the_time_that_its_handler_is_paused(
 
 
 def test_a_job_is_put_off_a_little_when_its_handler_has_just_resumed() -> None:
-    assert 0.5 <= Pauses().delay("broken", NOW) <= 1.0
+    assert 0.5 <= Breaker().delay("broken", NOW) <= 1.0
 
 
 def test_jobs_that_were_put_off_together_do_not_come_back_together() -> None:

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.harness.samples import MESSAGE, NOW
 from workerd.cli import prometheus
-from workerd.core.counters import RUN_BOUNDS, UNKNOWN, WAIT_BOUNDS, Figures, Histogram
+from workerd.core.counters import RUN_BOUNDS, UNKNOWN, WAIT_BOUNDS, Counters, Histogram
 from workerd.core.decode import decode
 from workerd.core.job import ATTEMPT, REPLAY, Delivery, Job, Message, Run
 from workerd.core.retry import Verdict
@@ -28,35 +28,35 @@ def run(delayed: bool = False, **changes: Any) -> Run:
 
 
 def test_each_verdict_counts_as_what_has_become_of_the_job() -> None:
-    figures = Figures(["resize"])
+    counters = Counters(["resize"])
     for verdict in Verdict:
-        figures.settled(job(), verdict)
-    assert {outcome: count for (_, _, outcome), count in figures.jobs.items()} == {
+        counters.settled(job(), verdict)
+    assert {outcome: count for (_, _, outcome), count in counters.jobs.items()} == {
         "done": 1,
         "retried": 1,
         "postponed": 1,
         "dead": 2,
         "returned": 2,
     }
-    assert figures.total("dead") == 2
+    assert counters.total("dead") == 2
 
 
 def test_types_that_no_handler_has_are_counted_as_one() -> None:
-    figures = Figures(["resize"])
+    counters = Counters(["resize"])
     for number in range(1000):
         stranger = job(replace(MESSAGE, type=f"type-{number}"))
-        figures.settled(stranger, Verdict.DEAD)
-        figures.ended(stranger, 0.0, 1.0)
-    figures.settled(job(replace(MESSAGE, type=None)), Verdict.DEAD)
-    assert figures.jobs == {("photos", UNKNOWN, "dead"): 1001}
-    assert figures.runs.keys() == {("photos", UNKNOWN)}
+        counters.settled(stranger, Verdict.DEAD)
+        counters.ended(stranger, 0.0, 1.0)
+    counters.settled(job(replace(MESSAGE, type=None)), Verdict.DEAD)
+    assert counters.jobs == {("photos", UNKNOWN, "dead"): 1001}
+    assert counters.runs.keys() == {("photos", UNKNOWN)}
 
 
 def test_a_handler_that_was_removed_keeps_its_figures() -> None:
-    figures = Figures(["resize"])
-    figures.know(["other"])
-    figures.settled(job(), Verdict.DONE)
-    assert figures.jobs == {("photos", "resize", "done"): 1}
+    counters = Counters(["resize"])
+    counters.know(["other"])
+    counters.settled(job(), Verdict.DONE)
+    assert counters.jobs == {("photos", "resize", "done"): 1}
 
 
 def test_a_value_at_a_bound_is_in_the_bucket_of_that_bound() -> None:
@@ -68,17 +68,17 @@ def test_a_value_at_a_bound_is_in_the_bucket_of_that_bound() -> None:
 
 
 def test_a_job_that_never_began_has_no_run_time() -> None:
-    figures = Figures(["resize"])
-    figures.ended(job(), None, 5.0)
-    assert figures.runs == {}
-    figures.ended(job(), 3.0, 5.0)
-    assert figures.runs["photos", "resize"].sum == 2.0
+    counters = Counters(["resize"])
+    counters.ended(job(), None, 5.0)
+    assert counters.runs == {}
+    counters.ended(job(), 3.0, 5.0)
+    assert counters.runs["photos", "resize"].sum == 2.0
 
 
 def test_the_wait_is_from_the_timestamp_to_the_first_start() -> None:
-    figures = Figures(["resize"])
-    figures.began(run(), int(NOW) + 0.5)
-    assert figures.waits["photos"].sum == 10.5
+    counters = Counters(["resize"])
+    counters.began(run(), int(NOW) + 0.5)
+    assert counters.waits["photos"].sum == 10.5
 
 
 @pytest.mark.parametrize(
@@ -98,15 +98,15 @@ def test_the_wait_is_from_the_timestamp_to_the_first_start() -> None:
 def test_where_nobody_can_tell_how_long_a_job_waited_nothing_is_counted(other: Run) -> None:
     if other.delivery:
         other.job = other.delivery.job
-    figures = Figures(["resize"])
-    figures.began(other, NOW)
-    assert figures.waits == {}
+    counters = Counters(["resize"])
+    counters.began(other, NOW)
+    assert counters.waits == {}
 
 
 def test_a_clock_that_is_a_little_ahead_makes_no_negative_wait() -> None:
-    figures = Figures(["resize"])
-    figures.began(run(), NOW - 60)
-    assert figures.waits["photos"].sum == 0.0
+    counters = Counters(["resize"])
+    counters.began(run(), NOW - 60)
+    assert counters.waits["photos"].sum == 0.0
 
 
 # The text

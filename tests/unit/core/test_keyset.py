@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workerd.core.keyset import SIZE, Keys
+from workerd.core.keyset import SIZE, KeySet
 
 pytestmark = pytest.mark.pure
 
@@ -20,7 +20,7 @@ KEYS = st.lists(st.sampled_from([0, 1]), min_size=4, max_size=4).map(lambda part
 
 @given(st.lists(st.tuples(st.booleans(), KEYS)))
 def test_a_key_can_be_taken_out_as_often_as_it_was_put_in(steps: list[tuple[bool, bytes]]) -> None:
-    keys = Keys()
+    keys = KeySet()
     expected: Counter[bytes] = Counter()
     for put, key in steps:
         if put:
@@ -33,7 +33,7 @@ def test_a_key_can_be_taken_out_as_often_as_it_was_put_in(steps: list[tuple[bool
 
 @given(st.lists(st.tuples(st.booleans(), KEYS, st.binary(min_size=3, max_size=3))))
 def test_what_is_beside_a_key_is_found_in_order(steps: list[tuple[bool, bytes, bytes]]) -> None:
-    keys = Keys(beside=3)
+    keys = KeySet(beside=3)
     expected: list[tuple[bytes, bytes]] = []
     for put, key, beside in steps:
         if put:
@@ -50,7 +50,7 @@ def test_what_is_beside_a_key_is_found_in_order(steps: list[tuple[bool, bytes, b
 
 
 def test_a_key_is_not_found_across_two_others() -> None:
-    keys = Keys()
+    keys = KeySet()
     first, second = bytes(9) + b"1" * 7, bytes(8) + b"2" * 8
     keys.add(first)
     keys.add(second)
@@ -63,7 +63,7 @@ def test_a_key_is_not_found_across_two_others() -> None:
 
 def test_a_hundred_thousand_keys_take_less_than_three_megabytes() -> None:
     draw = random.Random(1).randbytes
-    keys = Keys()
+    keys = KeySet()
     tracemalloc.start()
     try:
         for _ in range(100_000):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.harness.episodes import STEPS, Episode
 from workerd.core.decode import decode
-from workerd.core.dedup import Elsewhere, Memory
+from workerd.core.dedup import Dedup, Elsewhere
 from workerd.core.job import ATTEMPT, COPY, REPLAY, Delivery, Message, Run
 from workerd.core.ledger import Ledger, Rejoined, Settle
 from workerd.core.retry import Verdict
@@ -371,7 +371,7 @@ def test_two_copies_are_two_jobs_when_their_marks_differ() -> None:
     channel.run(replace(COPIED, headers={COPY: "another mark"}))
 
 
-class Sibling(Memory):
+class Sibling(Dedup):
     """The memory of a host whose other instance says this of every job."""
 
     def __init__(self, says: Elsewhere) -> None:
@@ -549,7 +549,7 @@ def test_what_ran_already_goes_on_when_one_is_started_at_a_time() -> None:
 def cut_off(ledger: Ledger, message: Message, times: int = 1) -> None:
     """So many runs of this job have brought the daemon down, or were there when it died."""
     for _ in range(times):
-        ledger.memory.spent(decode(message, "queue").key)
+        ledger.dedup.spent(decode(message, "queue").key)
 
 
 def test_a_suspect_waits_until_no_handler_runs_and_none_starts_beside_it() -> None:
@@ -643,7 +643,7 @@ def test_one_that_may_have_begun_when_the_daemon_died_runs_alone_and_has_spent_n
     assert channel.deliver(Message(message_id="later")) is None
 
 
-class Died(Memory):
+class Died(Dedup):
     """Of a daemon that died when its processes had jobs ahead of them."""
 
     def cut_off(self, key: bytes) -> int | None:
@@ -653,15 +653,15 @@ class Died(Memory):
 # Jobs that are ahead of their slots, in the hands of a handler with warm processes.
 
 
-def ahead(capacity: int) -> tuple[Ledger, Channel]:
+def dispatched(capacity: int) -> tuple[Ledger, Channel]:
     ledger = Ledger({"queue": 1, "other": 1}, None, lambda _: False, lambda _: capacity)
     return ledger, Channel(ledger, 1)
 
 
 def test_a_handler_with_room_gets_more_jobs_than_have_slots() -> None:
-    ledger, channel = ahead(3)
+    ledger, channel = dispatched(3)
     runs = [channel.run(Message(message_id=str(n))) for n in range(3)]
-    assert [run.ahead for run in runs] == [False, True, True]
+    assert [run.dispatched for run in runs] == [False, True, True]
     assert channel.deliver(OTHER) is None
     assert (ledger.slots.busy("queue"), ledger.slots.waiting("queue")) == (1, 3)
     ledger.finished(runs[0], Verdict.DONE)
@@ -669,11 +669,11 @@ def test_a_handler_with_room_gets_more_jobs_than_have_slots() -> None:
 
 
 def test_a_job_that_is_ahead_begins_when_there_is_a_slot_or_behind_one_that_has_one() -> None:
-    ledger, channel = ahead(3)
+    ledger, channel = dispatched(3)
     first, second, third = (channel.run(Message(message_id=str(n))) for n in range(3))
     assert ledger.slots.may_begin(first)
     assert not ledger.slots.may_begin(second)
-    assert not ledger.slots.has_slot_ahead
+    assert not ledger.slots.has_free_slot
     assert ledger.slots.may_begin(second, "queue")
     # What ends there is no slot of this queue.
     assert not ledger.slots.may_begin(second, "other")
@@ -682,13 +682,13 @@ def test_a_job_that_is_ahead_begins_when_there_is_a_slot_or_behind_one_that_has_
     ledger.finished(first, Verdict.DONE)
     assert not ledger.slots.may_begin(third)
     ledger.finished(second, Verdict.DONE)
-    assert ledger.slots.has_slot_ahead
+    assert ledger.slots.has_free_slot
     assert ledger.slots.may_begin(third)
 
 
 @pytest.mark.parametrize("trouble", ["pause", "drain", "suspect", "memory"])
 def test_a_job_that_is_ahead_does_not_begin_where_nothing_may_start(trouble: str) -> None:
-    ledger, channel = ahead(3)
+    ledger, channel = dispatched(3)
     first, second = (channel.run(Message(message_id=str(n))) for n in range(2))
     match trouble:
         case "pause":
@@ -820,7 +820,7 @@ def test_a_verdict_is_owed_as_long_as_it_is_remembered() -> None:
     run = first.run()
     first.lose()
     ledger.finished(run, Verdict.DONE)
-    for _ in range(Memory.GENERATIONS - 1):
+    for _ in range(Dedup.GENERATIONS - 1):
         ledger.age()
         assert ledger.owes()
     ledger.age()
@@ -848,43 +848,41 @@ def anywhere(_channel: int) -> bool:
 
 
 def test_the_memory_keeps_the_newest_and_is_bounded() -> None:
-    memory = Memory(size=100)
+    dedup = Dedup(size=100)
     for number in range(1000):
-        memory.settled(number.to_bytes(16, "little"), number % 3)
-        assert len(memory) <= 100
-    kept = [
-        number for number in range(1000) if memory.take(number.to_bytes(16, "little"), anywhere)
-    ]
+        dedup.settled(number.to_bytes(16, "little"), number % 3)
+        assert len(dedup) <= 100
+    kept = [number for number in range(1000) if dedup.take(number.to_bytes(16, "little"), anywhere)]
     assert kept == list(range(1000 - len(kept), 1000))
     assert len(kept) >= 75
 
 
 def test_a_job_is_forgotten_after_four_ages() -> None:
-    memory = Memory()
-    memory.settled(KEY, 1)
-    for _ in range(Memory.GENERATIONS - 1):
-        memory.age()
-        assert len(memory) == 1
-    memory.age()
-    assert not memory.take(KEY, anywhere)
+    dedup = Dedup()
+    dedup.settled(KEY, 1)
+    for _ in range(Dedup.GENERATIONS - 1):
+        dedup.age()
+        assert len(dedup) == 1
+    dedup.age()
+    assert not dedup.take(KEY, anywhere)
 
 
 def test_each_of_equal_jobs_is_remembered_with_its_channel() -> None:
-    memory = Memory()
+    dedup = Dedup()
     for channel in (1, 1, 2):
-        memory.settled(KEY, channel)
-    memory.age()
-    assert memory.take(KEY, lambda channel: channel == 2)
-    assert not memory.take(KEY, lambda channel: channel == 2)
-    assert [memory.take(KEY, anywhere) for _ in range(3)] == [True, True, False]
+        dedup.settled(KEY, channel)
+    dedup.age()
+    assert dedup.take(KEY, lambda channel: channel == 2)
+    assert not dedup.take(KEY, lambda channel: channel == 2)
+    assert [dedup.take(KEY, anywhere) for _ in range(3)] == [True, True, False]
 
 
 def test_an_id_that_never_changes_costs_no_more_than_others() -> None:
-    memory = Memory()
+    dedup = Dedup()
     tracemalloc.start()
     try:
         for _ in range(10_000):
-            memory.settled(KEY, 1)
+            dedup.settled(KEY, 1)
         used, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -16,7 +16,7 @@ from workerd.core.decode import decode
 from workerd.core.job import Delivery, Message, Run
 from workerd.core.ledger import PATIENCE, Ledger, Rejoined, Settle
 from workerd.core.retry import Verdict
-from workerd.runlog.writer import HostMemory
+from workerd.runlog.writer import RunLog
 
 EXAMPLES = max(300, 50 * int(os.environ.get("WORKERD_TEST_SEEDS", "0")))
 
@@ -24,7 +24,7 @@ EXAMPLES = max(300, 50 * int(os.environ.get("WORKERD_TEST_SEEDS", "0")))
 @pytest.fixture
 def ledger(tmp_path: Path) -> Callable[[str], Ledger]:
     """Makes the ledger of an instance of one host."""
-    return lambda name: Ledger({"queue": 1}, HostMemory(tmp_path, name, 3600.0, pytest.fail))
+    return lambda name: Ledger({"queue": 1}, RunLog(tmp_path, name, 3600.0, pytest.fail))
 
 
 def deliver(
@@ -38,9 +38,9 @@ def deliver(
 
 
 def dies(ledger: Ledger) -> None:
-    assert isinstance(ledger.memory, HostMemory)
-    ledger.memory.close()
-    os.close(ledger.memory._lock)
+    assert isinstance(ledger.dedup, RunLog)
+    ledger.dedup.close()
+    os.close(ledger.dedup._lock)
 
 
 @pytest.mark.parametrize("stale_before", [0.0, 1.0], ids=["the worker did not know", "it knew"])

@@ -27,7 +27,7 @@ from workerd.core.job import (
     Outcome,
     Report,
 )
-from workerd.core.republish import Place, another_go, dead_letter, portable_headers
+from workerd.core.republish import Origin, dead_letter, next_attempt, portable_headers
 
 # Headers that may be published again.
 
@@ -179,7 +179,7 @@ def test_the_largest_dead_letter_fits_one_frame() -> None:
     longest: dict[str, Any] = dict.fromkeys(texts, "x" * 255)
     message = Message(headers=headers, timestamp=1, priority=9, **longest)
     report = Report(Outcome.FAILED, "exit-status", 255, "SIGKILL", "x" * 10_000)
-    letter, _ = dead_letter(decode(message, "q" * 200), report, Place("h" * 64, "i" * 32), NOW)
+    letter, _ = dead_letter(decode(message, "q" * 200), report, Origin("h" * 64, "i" * 32), NOW)
     assert 64 * 1024 < encoded_size(letter) < 131_072 - 22
 
 
@@ -231,7 +231,7 @@ def test_a_dead_letter_keeps_what_was_asked_for_and_forgets_whose_copy_it_is() -
 
 def test_the_next_attempt_is_the_message_with_one_more_that_is_spent() -> None:
     job = decode(replace(MESSAGE, headers={"traceparent": "00-1", ATTEMPT: 1}), "q")
-    copy, dropped = another_go(job, job.attempt, "mark", NOW)
+    copy, dropped = next_attempt(job, job.attempt, "mark", NOW)
     assert not dropped
     assert replace(copy, headers={}) == replace(MESSAGE, headers={})
     assert copy.headers == {
@@ -244,40 +244,40 @@ def test_the_next_attempt_is_the_message_with_one_more_that_is_spent() -> None:
 
 
 def test_a_job_that_is_put_off_has_failed_in_nothing() -> None:
-    copy, _ = another_go(decode(MESSAGE, "q"), 0, "mark", None)
+    copy, _ = next_attempt(decode(MESSAGE, "q"), 0, "mark", None)
     assert copy.headers == {"traceparent": "00-1", COPY: "mark"}
     assert decode(copy, "q").attempt == 1
 
 
 def test_the_next_attempt_keeps_what_was_asked_for_and_when_it_is_too_late() -> None:
     headers = {MAX_ATTEMPTS: 9, EXPIRES: 1_800_000_000_000, FIRST_FAILURE: "2025-12-31T00:00:00Z"}
-    copy, _ = another_go(decode(replace(MESSAGE, headers=headers), "q"), 1, "mark", NOW)
+    copy, _ = next_attempt(decode(replace(MESSAGE, headers=headers), "q"), 1, "mark", NOW)
     assert copy.headers == {**headers, ATTEMPT: 1, COPY: "mark"}
 
 
 def test_a_time_to_live_is_an_instant_from_then_on() -> None:
     # It would cut the delay short.
     job = decode(replace(MESSAGE, expiration="1500"), "q", now=1_700_000_001.0)
-    copy, _ = another_go(job, 1, "mark", NOW)
+    copy, _ = next_attempt(job, 1, "mark", NOW)
     assert copy.expiration is None
     assert copy.headers[EXPIRES] == job.expires == 1_700_000_002_499
 
 
 @pytest.mark.parametrize("wish", [0, -1, "3", True, 10**9])
 def test_a_wish_that_is_none_does_not_go_along(wish: object) -> None:
-    copy, _ = another_go(decode(replace(MESSAGE, headers={MAX_ATTEMPTS: wish}), "q"), 1, "m", NOW)
+    copy, _ = next_attempt(decode(replace(MESSAGE, headers={MAX_ATTEMPTS: wish}), "q"), 1, "m", NOW)
     assert MAX_ATTEMPTS not in copy.headers
 
 
 def test_no_two_goes_of_a_job_pass_for_each_other() -> None:
     # Nor for one of a replayed letter: the mark of the copy tells them apart.
     original = decode(replace(MESSAGE, headers={REPLAY: "r", LAST_FAILURE: "l"}), "q")
-    copies = [another_go(original, 1, mark, NOW)[0] for mark in ("a", "b")]
+    copies = [next_attempt(original, 1, mark, NOW)[0] for mark in ("a", "b")]
     assert len({original.key, *(decode(copy, "q").key for copy in copies)}) == 3
 
 
 def test_a_job_without_an_id_gets_the_one_from_the_log_for_all_its_attempts() -> None:
     job = decode(replace(MESSAGE, message_id=None), "q")
-    copy, _ = another_go(job, 1, "mark", NOW)
+    copy, _ = next_attempt(job, 1, "mark", NOW)
     assert copy.message_id == job.id
     assert decode(copy, "q").unique

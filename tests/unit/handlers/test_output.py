@@ -15,7 +15,7 @@ from workerd.handlers.output import MAX_LINE, Output
 
 def logged(*pieces: bytes, lines: int = 1000) -> list[str]:
     """The log of a job that prints these pieces; `-5` stands for five lines left out."""
-    records: list[log_formats.Record] = []
+    records: list[log_formats.LogRecord] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "_log", log.Log())
         patch.setattr(log._log, "_write", records.append)
@@ -30,7 +30,7 @@ def logged(*pieces: bytes, lines: int = 1000) -> list[str]:
 
 
 def test_every_line_is_an_event_as_soon_as_it_is_complete() -> None:
-    records: list[log_formats.Record] = []
+    records: list[log_formats.LogRecord] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "_log", log.Log())
         patch.setattr(log._log, "_write", records.append)

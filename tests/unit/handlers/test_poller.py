@@ -10,7 +10,7 @@ import select
 from collections.abc import Iterator
 
 from tests.harness.commands import in_loop, open_descriptors
-from workerd.handlers.poller import Readiness
+from workerd.handlers.poller import Poller
 
 FULL = b"x"
 
@@ -32,7 +32,7 @@ def test_each_is_called_when_it_is_ready_in_its_own_context() -> None:
     called: list[tuple[str, str]] = []
 
     async def scenario() -> None:
-        readiness, both = Readiness(), asyncio.Event()
+        readiness, both = Poller(), asyncio.Event()
 
         def ready(name: str) -> None:
             called.append((name, variable.get()))
@@ -60,7 +60,7 @@ def test_what_one_has_closed_is_not_called_any_more_whoever_has_its_number_now()
     called: list[str] = []
 
     async def scenario() -> None:
-        readiness, over = Readiness(), asyncio.Event()
+        readiness, over = Poller(), asyncio.Event()
         with pipes(3) as ((first, fill), (second, fill_too), (empty, _)):
 
             def ready(name: str, other: int) -> None:
@@ -86,7 +86,7 @@ def test_what_one_has_closed_is_not_called_any_more_whoever_has_its_number_now()
 
 def test_it_takes_up_a_descriptor_only_while_it_watches_any() -> None:
     async def scenario() -> None:
-        readiness = Readiness()
+        readiness = Poller()
         with pipes(2) as ((first, _), (second, _)):
             before = open_descriptors()
             for _ in range(2):

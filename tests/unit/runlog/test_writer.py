@@ -13,9 +13,9 @@ import pytest
 
 from tests.harness.trixie import CHECKOUT
 from workerd.core.dedup import ALL_CLOSED, GONE, NEVER_SENT, Elsewhere
-from workerd.runlog.reader import History
+from workerd.runlog.reader import RunLogReader
 from workerd.runlog.records import END, RECORD, START, decode, encode
-from workerd.runlog.writer import HostMemory
+from workerd.runlog.writer import RunLog
 
 HOUR = 3600.0
 SLEEP = bytes(range(16))
@@ -28,55 +28,55 @@ def troubles() -> list[str]:
 
 
 @pytest.fixture
-def remember(tmp_path: Path, troubles: list[str]) -> Callable[..., HostMemory]:
+def remember(tmp_path: Path, troubles: list[str]) -> Callable[..., RunLog]:
     """Make the memory of an instance: `remember("1")`. It is alive until `dies`."""
 
-    def make(instance: str = "1", seconds: float = HOUR, size: int = 100_000) -> HostMemory:
-        return HostMemory(tmp_path, instance, seconds, troubles.append, size)
+    def make(instance: str = "1", seconds: float = HOUR, size: int = 100_000) -> RunLog:
+        return RunLog(tmp_path, instance, seconds, troubles.append, size)
 
     return make
 
 
-def dies(memory: HostMemory) -> None:
+def dies(run_log: RunLog) -> None:
     """What the kernel does when the process ends."""
-    memory.close()
-    os.close(memory._lock)
+    run_log.close()
+    os.close(run_log._lock)
 
 
-def looking(memory: HostMemory) -> HostMemory:
+def looking(run_log: RunLog) -> RunLog:
     """The memory, after a look at the others."""
-    memory.look()
-    return memory
+    run_log.look()
+    return run_log
 
 
-def knows(memory: HostMemory, key: bytes) -> bool:
-    return memory.take(key, lambda _channel: True)
+def knows(run_log: RunLog, key: bytes) -> bool:
+    return run_log.take(key, lambda _channel: True)
 
 
 # One instance, one process after another.
 
 
 def test_a_finished_job_is_remembered_by_the_next_process(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
 ) -> None:
-    memory = remember()
-    memory.started(SLEEP, 1)
-    memory.settled(SLEEP, 1)
-    dies(memory)
+    run_log = remember()
+    run_log.started(SLEEP, 1)
+    run_log.settled(SLEEP, 1)
+    dies(run_log)
     assert knows(remember(), SLEEP)
 
 
 def test_a_job_that_was_cut_off_is_not_remembered_as_finished(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
 ) -> None:
-    memory = remember()
-    memory.started(SLEEP, 1)
-    dies(memory)
+    run_log = remember()
+    run_log.started(SLEEP, 1)
+    dies(run_log)
     assert not knows(remember(), SLEEP)
 
 
 def test_a_job_that_was_cut_off_runs_again_although_an_equal_one_had_finished(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
 ) -> None:
     one = remember("1")
     one.started(SLEEP, 1)
@@ -92,12 +92,12 @@ def test_a_job_that_was_cut_off_runs_again_although_an_equal_one_had_finished(
 
 
 def test_verdicts_of_a_killed_process_may_not_have_been_read(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
 ) -> None:
-    memory = remember()
-    memory.started(SLEEP, 1)
-    memory.settled(SLEEP, 1)
-    dies(memory)
+    run_log = remember()
+    run_log.started(SLEEP, 1)
+    run_log.settled(SLEEP, 1)
+    dies(run_log)
     assert remember().take(SLEEP, lambda channel: channel == GONE)
 
 
@@ -106,53 +106,50 @@ def test_a_folder_that_could_not_be_made_at_the_start_is_used_later(
 ) -> None:
     state = tmp_path / "state"
     state.write_text("in the way")
-    memory = HostMemory(state, "1", HOUR, troubles.append)
+    run_log = RunLog(state, "1", HOUR, troubles.append)
     assert len(troubles) == 1
     state.unlink()
-    monkeypatch.setattr(memory, "_retry_at", 0.0)
-    memory.settled(SLEEP, 1)
+    monkeypatch.setattr(run_log, "_retry_at", 0.0)
+    run_log.settled(SLEEP, 1)
     assert troubles[1:] == [""]
-    assert (
-        looking(HostMemory(state, "2", HOUR, troubles.append)).elsewhere(SLEEP)
-        is Elsewhere.ATTACHED
-    )
+    assert looking(RunLog(state, "2", HOUR, troubles.append)).elsewhere(SLEEP) is Elsewhere.ATTACHED
 
 
 def test_a_journal_that_could_not_be_read_at_the_start_is_used_later(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
     tmp_path: Path,
     troubles: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     in_the_way = tmp_path / "1" / "00000001"
     in_the_way.mkdir(parents=True)
-    memory = remember()
+    run_log = remember()
     assert len(troubles) == 1
     in_the_way.rmdir()
-    monkeypatch.setattr(memory, "_retry_at", 0.0)
-    memory.settled(SLEEP, 1)
+    monkeypatch.setattr(run_log, "_retry_at", 0.0)
+    run_log.settled(SLEEP, 1)
     assert troubles[1:] == [""]
-    dies(memory)
+    dies(run_log)
     assert knows(remember(), SLEEP)
 
 
 @pytest.mark.parametrize("name", ["²", "notes", "1~", "-1"])
 def test_what_is_no_segment_is_let_be(
-    name: str, remember: Callable[..., HostMemory], tmp_path: Path, troubles: list[str]
+    name: str, remember: Callable[..., RunLog], tmp_path: Path, troubles: list[str]
 ) -> None:
     stranger = tmp_path / "1" / name
     stranger.parent.mkdir()
     stranger.write_text("something else")
-    memory = remember()
-    memory.settled(SLEEP, 1)
-    dies(memory)
+    run_log = remember()
+    run_log.settled(SLEEP, 1)
+    dies(run_log)
     assert knows(remember(), SLEEP)
     assert stranger.read_text() == "something else"
     assert troubles == []
 
 
 def test_a_run_that_begins_as_the_disk_is_back_is_written_once(
-    remember: Callable[..., HostMemory], monkeypatch: pytest.MonkeyPatch
+    remember: Callable[..., RunLog], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = remember("1"), remember("2")
     one.close()
@@ -164,7 +161,7 @@ def test_a_run_that_begins_as_the_disk_is_back_is_written_once(
 
 
 def test_a_memory_that_has_no_lock_writes_nothing_when_it_grows_older(
-    remember: Callable[..., HostMemory], tmp_path: Path
+    remember: Callable[..., RunLog], tmp_path: Path
 ) -> None:
     first, second = remember(), remember()
     second.age()
@@ -174,19 +171,19 @@ def test_a_memory_that_has_no_lock_writes_nothing_when_it_grows_older(
 
 
 def test_a_job_that_went_back_runs_once_more_whatever_equal_one_has_finished(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
 ) -> None:
-    memory = remember()
-    memory.returned(SLEEP, ran=False)
-    memory.settled(SLEEP, 1)
-    dies(memory)
-    memory = remember()
-    assert [looking(memory).recall(SLEEP) for _ in range(2)] == [True, False]
-    assert knows(memory, SLEEP)
+    run_log = remember()
+    run_log.returned(SLEEP, ran=False)
+    run_log.settled(SLEEP, 1)
+    dies(run_log)
+    run_log = remember()
+    assert [looking(run_log).recall(SLEEP) for _ in range(2)] == [True, False]
+    assert knows(run_log, SLEEP)
 
 
 def test_a_job_that_one_instance_gave_back_and_another_took_up_is_known_to_both(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
 ) -> None:
     one, two = remember("1"), remember("2")
     one.returned(SLEEP, ran=False)
@@ -198,97 +195,97 @@ def test_a_job_that_one_instance_gave_back_and_another_took_up_is_known_to_both(
 
 
 def test_runs_that_ended_with_their_daemon_are_counted_until_the_job_has_its_verdict(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
 ) -> None:
     for _ in range(2):
-        memory = remember()
-        memory.started(SLEEP, 1)
-        dies(memory)
+        run_log = remember()
+        run_log.started(SLEEP, 1)
+        dies(run_log)
     other = remember("2")
     assert looking(other).cut_off(SLEEP) == 2
-    memory = remember()
-    assert looking(memory).cut_off(SLEEP) == 2
-    memory.started(SLEEP, 1)
-    memory.returned(SLEEP, ran=True)
-    assert looking(memory).cut_off(SLEEP) == 2
-    memory.settled(SLEEP, 1)
-    assert looking(memory).cut_off(SLEEP) is None
+    run_log = remember()
+    assert looking(run_log).cut_off(SLEEP) == 2
+    run_log.started(SLEEP, 1)
+    run_log.returned(SLEEP, ran=True)
+    assert looking(run_log).cut_off(SLEEP) == 2
+    run_log.settled(SLEEP, 1)
+    assert looking(run_log).cut_off(SLEEP) is None
     assert looking(other).cut_off(SLEEP) is None
 
 
 def test_runs_that_had_not_begun_when_their_daemon_ended_are_suspects_without_a_lost_start(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
 ) -> None:
-    memory = remember()
-    memory.started(SLEEP, 1, begun=False)
-    dies(memory)
+    run_log = remember()
+    run_log.started(SLEEP, 1, begun=False)
+    dies(run_log)
     assert looking(remember("2")).cut_off(SLEEP) == 0
-    memory = remember()
-    assert looking(memory).cut_off(SLEEP) == 0
-    memory.started(SLEEP, 1, begun=False)
-    memory.begun(SLEEP)
-    dies(memory)
+    run_log = remember()
+    assert looking(run_log).cut_off(SLEEP) == 0
+    run_log.started(SLEEP, 1, begun=False)
+    run_log.begun(SLEEP)
+    dies(run_log)
     assert looking(remember()).cut_off(SLEEP) == 1
 
 
 def test_equal_jobs_that_ended_with_one_daemon_are_blamed_once(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
 ) -> None:
-    memory = remember()
+    run_log = remember()
     for _ in range(4):
-        memory.started(SLEEP, 1)
-    dies(memory)
+        run_log.started(SLEEP, 1)
+    dies(run_log)
     assert looking(remember("2")).cut_off(SLEEP) == 1
 
 
 def test_a_start_leaves_one_segment_however_many_there_were(
-    remember: Callable[..., HostMemory], tmp_path: Path
+    remember: Callable[..., RunLog], tmp_path: Path
 ) -> None:
     for number in range(10):
-        memory = remember()
-        memory.settled(bytes([number]) * 16, 1)
-        dies(memory)
+        run_log = remember()
+        run_log.settled(bytes([number]) * 16, 1)
+        dies(run_log)
     assert len(list((tmp_path / "1").iterdir())) == 1
-    memory = remember()
-    assert all(knows(memory, bytes([number]) * 16) for number in range(10))
+    run_log = remember()
+    assert all(knows(run_log, bytes([number]) * 16) for number in range(10))
 
 
 def test_what_is_older_than_remember_is_forgotten(
-    remember: Callable[..., HostMemory], tmp_path: Path
+    remember: Callable[..., RunLog], tmp_path: Path
 ) -> None:
-    memory = remember()
-    memory.settled(RESIZE, 1)
-    dies(memory)
+    run_log = remember()
+    run_log.settled(RESIZE, 1)
+    dies(run_log)
     segment = max((tmp_path / "1").iterdir())
     with segment.open("ab") as file:
         file.write(encode(END, 1, SLEEP, 0.0))
-    memory = remember()
-    assert not knows(memory, SLEEP)
-    assert knows(memory, RESIZE)
+    run_log = remember()
+    assert not knows(run_log, SLEEP)
+    assert knows(run_log, RESIZE)
 
 
 def test_verdicts_of_channels_that_were_closed_in_order_are_told_apart(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
 ) -> None:
-    memory = remember()
-    memory.settled(SLEEP, 1)
-    memory.settled(RESIZE, 2)
-    memory.lost(2)
-    memory.closed(1)
-    dies(memory)
-    memory = remember()
-    assert memory.take(SLEEP, lambda channel: channel == ALL_CLOSED)
-    assert memory.take(RESIZE, lambda channel: channel == GONE)
+    run_log = remember()
+    run_log.settled(SLEEP, 1)
+    run_log.settled(RESIZE, 2)
+    run_log.lost(2)
+    run_log.closed(1)
+    dies(run_log)
+    run_log = remember()
+    assert run_log.take(SLEEP, lambda channel: channel == ALL_CLOSED)
+    assert run_log.take(RESIZE, lambda channel: channel == GONE)
 
 
 @pytest.mark.parametrize("size", range(3 * RECORD + 1))
 def test_a_journal_that_is_torn_anywhere_loses_only_its_end(
-    size: int, remember: Callable[..., HostMemory], tmp_path: Path, troubles: list[str]
+    size: int, remember: Callable[..., RunLog], tmp_path: Path, troubles: list[str]
 ) -> None:
-    memory = remember()
-    memory.started(SLEEP, 1)
-    memory.settled(SLEEP, 1)
-    dies(memory)
+    run_log = remember()
+    run_log.started(SLEEP, 1)
+    run_log.settled(SLEEP, 1)
+    dies(run_log)
     segment = tmp_path / "1" / "00000001"
     assert segment.stat().st_size == 3 * RECORD
     os.truncate(segment, size)
@@ -304,22 +301,22 @@ def test_a_record_with_a_changed_byte_is_skipped_and_the_next_is_read(offset: in
 
 
 def test_old_segments_are_removed_and_running_jobs_are_carried_on(
-    remember: Callable[..., HostMemory], tmp_path: Path
+    remember: Callable[..., RunLog], tmp_path: Path
 ) -> None:
-    memory = remember(size=40)
-    memory.started(SLEEP, 1)
+    run_log = remember(size=40)
+    run_log.started(SLEEP, 1)
     for number in range(200):
         key = number.to_bytes(16, "big")
-        memory.started(key, 1)
-        memory.settled(key, 1)
-    assert len(list((tmp_path / "1").iterdir())) == memory.GENERATIONS
-    assert len(memory) <= 40
-    memory.lost(1)
+        run_log.started(key, 1)
+        run_log.settled(key, 1)
+    assert len(list((tmp_path / "1").iterdir())) == run_log.GENERATIONS
+    assert len(run_log) <= 40
+    run_log.lost(1)
     assert looking(remember("2")).elsewhere(SLEEP) is Elsewhere.ORPHANED
 
 
 def test_two_processes_never_write_one_journal(
-    remember: Callable[..., HostMemory], troubles: list[str], tmp_path: Path
+    remember: Callable[..., RunLog], troubles: list[str], tmp_path: Path
 ) -> None:
     first = remember()
     first.settled(SLEEP, 1)
@@ -334,7 +331,7 @@ def test_two_processes_never_write_one_journal(
 
 
 def test_a_job_that_another_instance_has_finished_is_found_once_its_channel_is_lost(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
 ) -> None:
     one, two = remember("1"), remember("2")
     one.started(SLEEP, 1)
@@ -346,7 +343,7 @@ def test_a_job_that_another_instance_has_finished_is_found_once_its_channel_is_l
 
 
 def test_a_verdict_of_another_instance_settles_one_delivery(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
 ) -> None:
     one, two = remember("1"), remember("2")
     one.settled(SLEEP, 1)
@@ -356,7 +353,7 @@ def test_a_verdict_of_another_instance_settles_one_delivery(
 
 
 def test_a_job_that_another_instance_runs_without_its_channel_is_waited_for(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
 ) -> None:
     one, two = remember("1"), remember("2")
     one.started(SLEEP, 1)
@@ -367,7 +364,7 @@ def test_a_job_that_another_instance_runs_without_its_channel_is_waited_for(
 
 
 def test_a_job_that_another_instance_gave_back_is_not_waited_for(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
 ) -> None:
     one, two = remember("1"), remember("2")
     one.started(SLEEP, 1)
@@ -377,7 +374,7 @@ def test_a_job_that_another_instance_gave_back_is_not_waited_for(
 
 
 def test_a_dead_instance_runs_nothing_and_what_it_finished_counts(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
 ) -> None:
     one, two = remember("1"), remember("2")
     one.started(SLEEP, 1)
@@ -388,7 +385,7 @@ def test_a_dead_instance_runs_nothing_and_what_it_finished_counts(
 
 
 def test_what_another_instance_finished_long_ago_does_not_count(
-    remember: Callable[..., HostMemory],
+    remember: Callable[..., RunLog],
 ) -> None:
     one = remember("1")
     one.settled(SLEEP, 1)
@@ -397,13 +394,13 @@ def test_what_another_instance_finished_long_ago_does_not_count(
 
 
 def test_what_another_instance_has_finished_takes_little_memory(
-    remember: Callable[..., HostMemory], tmp_path: Path
+    remember: Callable[..., RunLog], tmp_path: Path
 ) -> None:
     # Every instance of a host reads the journals of all the others when a broker has restarted.
-    memory = remember()
+    run_log = remember()
     for number in range(10_000):
-        memory.settled(os.urandom(16), number // 1000)
-    history = History(tmp_path / "1")
+        run_log.settled(os.urandom(16), number // 1000)
+    history = RunLogReader(tmp_path / "1")
     tracemalloc.start()
     try:
         history.catch_up()
@@ -416,8 +413,8 @@ def test_what_another_instance_has_finished_takes_little_memory(
 
 def test_the_lock_of_an_instance_ends_with_its_process(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from workerd.runlog.writer import HostMemory;"
-        "memory = HostMemory(Path(sys.argv[1]), '1', 3600.0, print);"
+        "import sys; from pathlib import Path; from workerd.runlog.writer import RunLog;"
+        "memory = RunLog(Path(sys.argv[1]), '1', 3600.0, print);"
         "memory.started(bytes(16), 1); memory.lost(1);"
         "print('ready', flush=True); sys.stdin.read()"
     )
@@ -429,7 +426,7 @@ def test_the_lock_of_an_instance_ends_with_its_process(tmp_path: Path) -> None:
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"ready\n"
-        here = HostMemory(tmp_path, "2", HOUR, print)
+        here = RunLog(tmp_path, "2", HOUR, print)
         assert looking(here).elsewhere(bytes(16)) is Elsewhere.ORPHANED
         other.kill()
         other.wait()
@@ -459,33 +456,33 @@ def unmount(tmp_path: Path) -> object:
 def test_a_full_disk_is_told_once_and_used_again_when_it_has_room(
     full_disk: Path, troubles: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = HostMemory(full_disk, "1", HOUR, troubles.append)
+    run_log = RunLog(full_disk, "1", HOUR, troubles.append)
     filler = full_disk / "filler"
     with pytest.raises(OSError, match="No space"):
         filler.write_bytes(bytes(1 << 20))
     for number in range(1000):
-        memory.settled(number.to_bytes(16, "big"), 1)
+        run_log.settled(number.to_bytes(16, "big"), 1)
     assert len(troubles) == 1
     assert "No space" in troubles[0]
-    assert knows(memory, (999).to_bytes(16, "big"))
+    assert knows(run_log, (999).to_bytes(16, "big"))
     filler.unlink()
-    monkeypatch.setattr(memory, "_retry_at", 0.0)
-    memory.settled(SLEEP, 1)
+    monkeypatch.setattr(run_log, "_retry_at", 0.0)
+    run_log.settled(SLEEP, 1)
     assert troubles[1:] == [""]
-    dies(memory)
-    assert knows(HostMemory(full_disk, "1", HOUR, troubles.append), SLEEP)
+    dies(run_log)
+    assert knows(RunLog(full_disk, "1", HOUR, troubles.append), SLEEP)
 
 
 @pytest.mark.usefixtures("unmount")
 def test_a_read_only_disk_is_told_once_and_jobs_go_on(full_disk: Path, troubles: list[str]) -> None:
-    first = HostMemory(full_disk, "1", HOUR, troubles.append)
+    first = RunLog(full_disk, "1", HOUR, troubles.append)
     first.settled(SLEEP, 1)
     dies(first)
     subprocess.run(["mount", "-o", "remount,ro", full_disk], check=True)
-    memory = HostMemory(full_disk, "1", HOUR, troubles.append)
-    memory.started(RESIZE, 1)
-    memory.settled(RESIZE, 1)
+    run_log = RunLog(full_disk, "1", HOUR, troubles.append)
+    run_log.started(RESIZE, 1)
+    run_log.settled(RESIZE, 1)
     assert len(troubles) == 1
     assert "Read-only" in troubles[0]
-    assert knows(memory, RESIZE)
-    assert knows(memory, SLEEP)
+    assert knows(run_log, RESIZE)
+    assert knows(run_log, SLEEP)

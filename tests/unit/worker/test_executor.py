@@ -50,10 +50,10 @@ class Faulty:
 @pytest.mark.parametrize(("begins", "outcome"), [(False, "unavailable"), (True, "failed")])
 def test_a_bug_costs_an_attempt_only_where_one_had_begun(begins: bool, outcome: str) -> None:
     async def scenario() -> Report:
-        register: Any = Faulty(begins)
+        registry: Any = Faulty(begins)
         notifier: Any = SimpleNamespace()
         connect: Any = None
-        worker = Worker(SETTINGS, register, PLACE, connect, notifier)
+        worker = Worker(SETTINGS, registry, PLACE, connect, notifier)
         worker.ledger.opened(1)
         run = worker.ledger.delivered(Delivery(1, 1, 0.0, decode(MESSAGE, "q")))
         assert isinstance(run, Run)

@@ -15,7 +15,7 @@ from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
 from tests.harness.processes import MissingTool
 from tests.harness.tables import config
-from workerd.worker.memory_pressure import Pressure, own_file
+from workerd.worker.memory_pressure import MemoryPressure, own_file
 
 Start = Callable[..., Daemon]
 
@@ -30,7 +30,7 @@ def told(percent: float) -> str:
 
 def test_it_is_short_from_a_tenth_of_the_time_on_until_that_is_halved(tmp_path: Path) -> None:
     file = tmp_path / "memory.pressure"
-    pressure = Pressure(file)
+    pressure = MemoryPressure(file)
     seen = []
     for percent in (0, 9.99, 10, 6, 5, 4.99, 9.99, 100):
         file.write_text(told(percent))
@@ -51,9 +51,9 @@ def test_it_is_short_from_a_tenth_of_the_time_on_until_that_is_halved(tmp_path: 
 def test_what_the_kernel_does_not_tell_is_no_pressure(tmp_path: Path, content: str) -> None:
     file = tmp_path / "memory.pressure"
     file.write_text(content)
-    assert not Pressure(file).look()
-    assert not Pressure(tmp_path / "missing").look()
-    assert not Pressure(None).look()
+    assert not MemoryPressure(file).look()
+    assert not MemoryPressure(tmp_path / "missing").look()
+    assert not MemoryPressure(None).look()
 
 
 def test_the_file_is_the_kernels_own_where_there_is_one() -> None:

@@ -7,24 +7,24 @@ from typing import Any, cast
 
 import pytest
 
-from workerd.errors import Kind, Trouble
+from workerd.errors import BrokerError, ErrorKind
 from workerd.worker import queue_depths
-from workerd.worker.queue_depths import Depths
+from workerd.worker.queue_depths import QueueDepths
 
 
 class Broker:
     """A connection and all of its channels; what it is asked is in `asked`."""
 
-    def __init__(self, **counts: int | Kind) -> None:
+    def __init__(self, **counts: int | ErrorKind) -> None:
         self.counts = counts
         self.asked: list[str] = []
         self.ended: asyncio.Future[None] = asyncio.Future()
         self.answers = asyncio.Event()
         self.answers.set()
-        # As the worker that Depths looks at.
+        # As the worker that QueueDepths looks at.
         self.consumer = self
         self.ledger = self.slots = self
-        self.link: Broker | None = self
+        self.connection: Broker | None = self
         self.concurrency = {"jobs": 1}
 
     async def channel(self) -> Broker:
@@ -36,15 +36,15 @@ class Broker:
         assert timeout is None
         self.asked.append(queue)
         await self.answers.wait()
-        answer = self.counts.get(queue.replace(".", "_"), Kind.MISSING)
-        if isinstance(answer, Kind):
+        answer = self.counts.get(queue.replace(".", "_"), ErrorKind.MISSING)
+        if isinstance(answer, ErrorKind):
             self.ended.set_result(None)
-            raise Trouble(answer, "no")
+            raise BrokerError(answer, "no")
         return answer, 0
 
 
-def looks(broker: Broker) -> Depths:
-    return Depths(cast(Any, broker))
+def looks(broker: Broker) -> QueueDepths:
+    return QueueDepths(cast(Any, broker))
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_without_a_connection_nobody_knows() -> None:
         broker = Broker(jobs=3, jobs_due=0, jobs_dead=1)
         looking = looks(broker)
         assert await looking.look()
-        broker.link = None
+        broker.connection = None
         assert await looking.look() == {}
 
     asyncio.run(scenario())
@@ -108,6 +108,6 @@ def test_without_a_connection_nobody_knows() -> None:
 
 def test_a_connection_that_is_lost_meanwhile_leaves_no_half_of_an_answer() -> None:
     async def scenario() -> None:
-        assert await looks(Broker(jobs=3, jobs_due=Kind.AWAY)).look() == {}
+        assert await looks(Broker(jobs=3, jobs_due=ErrorKind.AWAY)).look() == {}
 
     asyncio.run(scenario())

@@ -26,7 +26,7 @@ class Asker:
         self._only = None if name is None else {name: client.folder_of(name)}
         self._folders: dict[str, Path] = {}
         #: The last answer of each, and when those were asked that have not answered yet.
-        self._answers: dict[str, protocol.Answer] = {}
+        self._answers: dict[str, protocol.Reply] = {}
         self._asked: dict[str, float] = {}
 
     def look(self) -> set[str]:
@@ -51,11 +51,11 @@ class Asker:
         finally:
             del self._asked[name]
 
-    def states(self) -> list[protocol.Answer]:
+    def states(self) -> list[protocol.Reply]:
         """What is known of each, by name."""
         return [self._state(name) for name in sorted(self._folders)]
 
-    def _state(self, name: str) -> protocol.Answer:
+    def _state(self, name: str) -> protocol.Reply:
         nothing = {"instance": name, "state": "silent", "healthy": False, "why": None}
         known = self._answers.get(name, nothing)
         seconds = time.monotonic() - self._asked.get(name, float("inf"))

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from workerd.cli.watch.asker import Asker
-from workerd.errors import EX_OK, EX_UNAVAILABLE, EX_USAGE, Refused
+from workerd.errors import EX_OK, EX_UNAVAILABLE, EX_USAGE, CommandError
 
 #: Seconds between two looks.
 INTERVAL = 1.0
@@ -41,17 +41,17 @@ _SIGNALS = (
 def watch(name: str | None) -> int:
     """Show the instances until somebody types q; returns the exit status.
 
-    Raises Refused where that cannot be shown, NoAnswer for an instance that nobody knows.
+    Raises CommandError where that cannot be shown, NoAnswer for an instance that nobody knows.
     """
     if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
-        raise Refused(EX_USAGE, "--watch needs a terminal; for a program: --watch --json")
+        raise CommandError(EX_USAGE, "--watch needs a terminal; for a program: --watch --json")
     try:
         from workerd.cli.watch.layout import Paint
         from workerd.cli.watch.sections import screen
     except ImportError as error:
         if not str(error.name).startswith("rich"):
             raise
-        raise Refused(
+        raise CommandError(
             EX_UNAVAILABLE,
             "--watch needs the Python package rich: apt install python3-rich (or pip install rich)",
         ) from None

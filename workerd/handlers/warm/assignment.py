@@ -13,12 +13,12 @@ from workerd.core.job import Job, Report
 from workerd.handlers.output import Transcript
 
 if TYPE_CHECKING:
-    from workerd.handlers.warm.child_process import Runner
+    from workerd.handlers.warm.child_process import ChildProcess
 
 _arrivals = itertools.count()
 
 
-class Turn:
+class Assignment:
     """A job that waits for a warm process, or is in the hands of one."""
 
     def __init__(self, job: Job, started: Started, may_begin: MayBegin, lines: int) -> None:
@@ -32,7 +32,7 @@ class Turn:
         self.began = 0.0
         self.report: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
         #: The process that holds it.
-        self.runner: Runner | None = None
+        self.child: ChildProcess | None = None
         #: Its number among the jobs of that process, and the bytes that it takes there.
         self.number = self.size = 0
         self._started: Started | None = started
@@ -46,8 +46,8 @@ class Turn:
         self.began = time.monotonic()
         if self._started is not None:
             started, self._started = self._started, None
-            assert self.runner is not None
-            self._context.run(started, self.runner.pid)
+            assert self.child is not None
+            self._context.run(started, self.child.pid)
 
     @property
     def said(self) -> Transcript:

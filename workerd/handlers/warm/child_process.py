@@ -19,18 +19,18 @@ from workerd.handlers.output import Records, Transcript
 from workerd.handlers.process import Process, ending
 from workerd.handlers.program import Program
 from workerd.handlers.warm import results
-from workerd.handlers.warm.assignment import Turn
-from workerd.handlers.warm.inbox import Inbox, Permits
+from workerd.handlers.warm.assignment import Assignment
+from workerd.handlers.warm.inbox import Inbox, Tokens
 from workerd.handlers.warm.protocol import (
     VERSION,
     Answer,
-    Broken,
+    LogLine,
     Message,
     Parser,
     Printed,
+    ProtocolError,
     Ready,
-    Record,
-    Unfit,
+    StartupError,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _CHUNK = 1 << 16
 State = Literal["starting", "ready", "leaving", "ended"]
 
 
-class Runner:
+class ChildProcess:
     """One process, from its start to its end. Its jobs are answered in the order they came.
 
     One that ``asks`` begins a job only when it has read its number from a socket, and the jobs
@@ -64,7 +64,7 @@ class Runner:
         self.taken = 0
         self.count = 0
         #: What it holds: the first is being done, the others are in its pipe.
-        self.turns: deque[Turn] = deque()
+        self.assignments: deque[Assignment] = deque()
         self._pool = pool
         self._settings = pool.settings
         self._lines = lines
@@ -74,7 +74,7 @@ class Runner:
         self._pinned = False
         #: The job that it has heard printing by itself: until that has ended, no other is to lie
         #: behind it, only to be taken back when it prints again.
-        self._speaker: Turn | None = None
+        self._speaker: Assignment | None = None
         #: Printed while it had no job; it is logged with the fields of its handler.
         self._between = Transcript(contextvars.copy_context(), lines)
         #: What it did against the protocol.
@@ -85,8 +85,8 @@ class Runner:
             frames, ours = _pipe(theirs, undo)
             answers, self._answers = reversed(_pipe(undo, theirs))
             os.set_blocking(self._answers, False)
-            permits = undo.enter_context(contextlib.closing(Permits())) if asks else None
-            self._inbox = Inbox(ours, permits, pool.before_sending)
+            tokens = undo.enter_context(contextlib.closing(Tokens())) if asks else None
+            self._inbox = Inbox(ours, tokens, pool.before_sending)
             self._process = Process(
                 [program.path, *arguments],
                 program.environment | {b"WORKERD_PROTOCOL": b"%d" % VERSION},
@@ -95,7 +95,7 @@ class Runner:
                 functools.partial(self._printed, "stdout"),
                 functools.partial(self._printed, "stderr"),
                 guardian,
-                [frames, answers, *([permits.fileno()] if permits else ())],
+                [frames, answers, *([tokens.fileno()] if tokens else ())],
                 self._hear,
             )
             undo.pop_all()
@@ -111,37 +111,37 @@ class Runner:
         """How many more jobs it may be given."""
         if self.state != "ready" or self._pinned or self._process.over or self._process.cause:
             return 0
-        if self.turns and self.turns[0] is self._speaker:
+        if self.assignments and self.assignments[0] is self._speaker:
             return 0
         left = depth
         if self._settings.recycle_after:
             left = min(left, self._settings.recycle_after - self.count)
-        return left - len(self.turns)
+        return left - len(self.assignments)
 
-    def take(self, turn: Turn) -> None:
+    def take(self, assignment: Assignment) -> None:
         """Have it do a job; `send` sends all that it was given since the last time."""
         self.taken += 1
-        turn.runner = self
-        idle = not self.turns
+        assignment.child = self
+        idle = not self.assignments
         if idle:
             self._between.close()
             self._watch()
-        self.turns.append(turn)
+        self.assignments.append(assignment)
         if idle or not self.asks:
-            turn.begin()
-        self._inbox.put(turn, limit(turn.job, self._settings.retry))
+            assignment.begin()
+        self._inbox.put(assignment, limit(assignment.job, self._settings.retry))
 
     def send(self) -> None:
         """Send what it was given."""
         self._inbox.send()
 
-    def take_back(self) -> list[Turn]:
+    def take_back(self) -> list[Assignment]:
         """The jobs behind the first that it has not begun, and will not."""
-        if len(self.turns) < 2:
+        if len(self.assignments) < 2:
             return []
-        back = self._inbox.take_back(list(itertools.islice(self.turns, 1, None)))
+        back = self._inbox.take_back(list(itertools.islice(self.assignments, 1, None)))
         for _ in back:
-            self.turns.pop()
+            self.assignments.pop()
         self.taken -= len(back)
         return back
 
@@ -153,7 +153,7 @@ class Runner:
         self._pool.leaves(self, reason)
         if was == "starting":
             self.end("leave")
-        elif not self.turns:
+        elif not self.assignments:
             self._hang_up()
 
     @property
@@ -167,7 +167,7 @@ class Runner:
         self._pool.returned(back)
         self._pool.hand_out()
 
-    def pin_down(self) -> None:
+    def freeze(self) -> None:
         """Have it begin no other job, and read all its answers: it is at the first without one.
 
         Whoever calls this has the pool `hand_out` again.
@@ -183,7 +183,7 @@ class Runner:
         """It does not become ready. Those who wait need not wait for its end as well."""
         self._starting.cancel()
         self.state = "leaving"
-        self._pool.unfit(self, text)
+        self._pool.startup_failed(self, text)
         self.end("unfit")
 
     def _listen(self) -> None:
@@ -199,8 +199,8 @@ class Runner:
         Which one that is can be told when it can begin no other, and all its answers are read:
         the first that has none.
         """
-        self.pin_down()
-        self._speaker = self.turns[0] if self.turns else None
+        self.freeze()
+        self._speaker = self.assignments[0] if self.assignments else None
         self._process.read_now()
         self._pool.hand_out()
 
@@ -213,7 +213,7 @@ class Runner:
                     # What the job has printed by itself is in the pipes by now.
                     self._process.read_now()
                 self._act(message)
-        except Broken as broken:
+        except ProtocolError as broken:
             self._fault = f"broke the protocol: {broken}"
             if self.state == "starting":
                 self._unfit(self._fault)
@@ -226,37 +226,37 @@ class Runner:
                 self._answered(message)
             case Printed():
                 self._printed(message.stream, message.data)
-            case Record():
+            case LogLine():
                 self._recorded(message)
             case Ready() if self.state == "starting":
                 self._starting.cancel()
                 self.state = "ready"
                 self._between.close()
                 self._pool.ready(self)
-            case Unfit() if self.state == "starting":
+            case StartupError() if self.state == "starting":
                 self._unfit(results.safe(message.text))
             case Ready():
-                if self.count or self.turns:
-                    raise Broken("ready again")
-            case Unfit():
+                if self.count or self.assignments:
+                    raise ProtocolError("ready again")
+            case StartupError():
                 pass  # it was given up before
 
     def _answered(self, answer: Answer) -> None:
-        turn = self.turns[0] if self.turns else None
-        if turn is None or turn.number != answer.frame:
-            raise Broken(f"an answer to frame {answer.frame}, which it is not doing")
-        self.turns.popleft()
+        assignment = self.assignments[0] if self.assignments else None
+        if assignment is None or assignment.number != answer.frame:
+            raise ProtocolError(f"an answer to frame {answer.frame}, which it is not doing")
+        self.assignments.popleft()
         self.count += 1
         self._watch()
-        seconds = time.monotonic() - turn.began
-        if self.asks and self.turns and not answer.last:
-            self.turns[0].begin()
-            self._inbox.send_permits()
-        turn.end(results.answered(answer, self._process.cause))
+        seconds = time.monotonic() - assignment.began
+        if self.asks and self.assignments and not answer.last:
+            self.assignments[0].begin()
+            self._inbox.send_tokens()
+        assignment.end(results.answered(answer, self._process.cause))
         if answer.last:
             self.leave("last")
             # It may take its time to end.
-            back, self.turns = self.turns, deque()
+            back, self.assignments = self.assignments, deque()
             self.taken -= len(back)
             self._pool.returned(list(back))
             self._pool.hand_out()
@@ -270,7 +270,7 @@ class Runner:
                 self._pool.hand_out()
             elif not self._process.cause:
                 self._pool.free(self, seconds)
-        if self.state == "leaving" and not self.turns:
+        if self.state == "leaving" and not self.assignments:
             self._hang_up()
 
     def _hang_up(self) -> None:
@@ -299,37 +299,37 @@ class Runner:
         self._inbox.close()
         self._between.close()
         self.taken -= len(unbegun)
-        for turn in begun:
-            error = "\n".join(filter(None, (self._fault, turn.said.stderr)))
-            turn.end(results.unanswered(status, self._process.cause, error))
-        self.turns.clear()
+        for assignment in begun:
+            error = "\n".join(filter(None, (self._fault, assignment.said.stderr)))
+            assignment.end(results.unanswered(status, self._process.cause, error))
+        self.assignments.clear()
         self._pool.ended(self, unbegun)
 
-    def _divide(self) -> tuple[list[Turn], list[Turn]]:
+    def _divide(self) -> tuple[list[Assignment], list[Assignment]]:
         """The jobs that end with it, and those that it never came to."""
-        turns = list(self.turns)
-        if not turns:
+        assignments = list(self.assignments)
+        if not assignments:
             return [], []
         if self.asks:
-            unbegun = self._inbox.take_back(turns)
-            return turns[: len(turns) - len(unbegun)], unbegun
+            unbegun = self._inbox.take_back(assignments)
+            return assignments[: len(assignments) - len(unbegun)], unbegun
         if self._process.cause == "drain":
-            return turns, []  # nobody waits any more for those that it has not begun
+            return assignments, []  # nobody waits any more for those that it has not begun
         # What it was sent and never read, it never looked at.
-        unread = self._inbox.unread() >= sum(turn.size for turn in turns)
+        unread = self._inbox.unread() >= sum(assignment.size for assignment in assignments)
         if unread and self._process.cause != "timeout":
-            return [], turns
-        return turns[:1], turns[1:]
+            return [], assignments
+        return assignments[:1], assignments[1:]
 
     # What it prints.
 
     def _printed(self, stream: str, data: bytes) -> None:
-        said = self.turns[0].said if self.turns else self._between
+        said = self.assignments[0].said if self.assignments else self._between
         said.printed(stream, data)
 
-    def _recorded(self, record: Record) -> None:
-        if self.turns:
-            self.turns[0].said.recorded(record)
+    def _recorded(self, record: LogLine) -> None:
+        if self.assignments:
+            self.assignments[0].said.recorded(record)
         else:
             # At once: nobody knows when the next job comes.
             records = Records(self._lines)
@@ -347,13 +347,13 @@ class Runner:
     def _look(self) -> None:
         # One timer for all jobs, one after another: most of them end long before.
         self._timer = None
-        if self.turns and self._loop.time() >= self._deadline:
-            self.pin_down()  # it may be at the next one, and the daemon not know it yet
-            if self.turns and self._loop.time() >= self._deadline:
+        if self.assignments and self._loop.time() >= self._deadline:
+            self.freeze()  # it may be at the next one, and the daemon not know it yet
+            if self.assignments and self._loop.time() >= self._deadline:
                 self.end("timeout")
                 return
             self._pool.hand_out()
-        if self.turns and self._timer is None:
+        if self.assignments and self._timer is None:
             self._timer = self._loop.call_at(self._deadline, self._look)
 
 

@@ -12,7 +12,7 @@ import struct
 import termios
 from collections.abc import Callable
 
-from workerd.handlers.warm.assignment import Turn
+from workerd.handlers.warm.assignment import Assignment
 from workerd.handlers.warm.protocol import frame
 
 _CHUNK = 1 << 16
@@ -22,7 +22,7 @@ _MOST_FRAMES = 64
 _PERMIT = struct.Struct("=Q")
 
 
-class Permits:
+class Tokens:
     """A socket with the numbers of the jobs that may begin: whoever reads one has the job.
 
     Both ends stay open here, to take them back.
@@ -66,18 +66,18 @@ class Permits:
 class Inbox:
     """The pipe of one process, with its jobs.
 
-    With ``permits``, it begins a job only when it has read the permit for it, and those that it
+    With ``tokens``, it begins a job only when it has read the permit for it, and those that it
     has not begun can be taken back. ``before_sending`` is called before it is sent any.
     """
 
     def __init__(
-        self, pipe: int, permits: Permits | None, before_sending: Callable[[], object]
+        self, pipe: int, tokens: Tokens | None, before_sending: Callable[[], object]
     ) -> None:
         """``pipe`` is the end to write to."""
         os.set_blocking(pipe, False)
         self._loop = asyncio.get_running_loop()
         self._pipe = pipe
-        self._permits = permits
+        self._tokens = tokens
         self._before_sending = before_sending
         #: Counts the frames.
         self._number = 0
@@ -86,21 +86,23 @@ class Inbox:
         #: Whether the pipe has no room at present.
         self._is_full = False
 
-    def put(self, turn: Turn, max_attempts: int) -> None:
+    def put(self, assignment: Assignment, max_attempts: int) -> None:
         """One more job; `send` sends all that were put since the last time."""
-        self._number = turn.number = self._number + 1
-        data = self._unsent[turn.number] = frame(turn.number, turn.job, max_attempts)
-        turn.size = len(data)
-        if self._permits is not None:
-            self._permits.add(turn.number)
+        self._number = assignment.number = self._number + 1
+        data = self._unsent[assignment.number] = frame(
+            assignment.number, assignment.job, max_attempts
+        )
+        assignment.size = len(data)
+        if self._tokens is not None:
+            self._tokens.add(assignment.number)
 
     def send(self) -> None:
         """Write as far as the pipe takes it; a process that does not read holds nobody up."""
         if self._pipe < 0:
             return
         self._before_sending()
-        if self._permits is not None:
-            self._permits.send()
+        if self._tokens is not None:
+            self._tokens.send()
         try:
             while self._unsent:
                 pieces = list(itertools.islice(self._unsent.items(), _MOST_FRAMES))
@@ -121,25 +123,25 @@ class Inbox:
             self._is_full = False
             self._loop.remove_writer(self._pipe)
 
-    def send_permits(self) -> None:
+    def send_tokens(self) -> None:
         """Those that there was no room for, once it has read others."""
-        if self._permits is not None:
-            self._permits.send()
+        if self._tokens is not None:
+            self._tokens.send()
 
-    def take_back(self, turns: list[Turn]) -> list[Turn]:
+    def take_back(self, assignments: list[Assignment]) -> list[Assignment]:
         """Those of these that it has not begun, and never will: always the last."""
-        if self._permits is None:
+        if self._tokens is None:
             return []
-        unread = self._permits.take_back()
-        back = [turn for turn in turns if turn.number in unread]
-        for turn in back:
-            unread.remove(turn.number)
+        unread = self._tokens.take_back()
+        back = [assignment for assignment in assignments if assignment.number in unread]
+        for assignment in back:
+            unread.remove(assignment.number)
             # Of a frame that is in the pipe in part, the rest has to follow.
-            if len(self._unsent.get(turn.number, b"")) == turn.size:
-                del self._unsent[turn.number]
+            if len(self._unsent.get(assignment.number, b"")) == assignment.size:
+                del self._unsent[assignment.number]
         if unread:
             for number in sorted(unread):
-                self._permits.add(number)
+                self._tokens.add(number)
             self.send()
         return back
 
@@ -158,5 +160,5 @@ class Inbox:
             self._loop.remove_writer(self._pipe)
             os.close(self._pipe)
             self._pipe = -1
-            if self._permits is not None:
-                self._permits.close()
+            if self._tokens is not None:
+                self._tokens.close()

@@ -18,9 +18,9 @@ from workerd.core.handler import Degraded, MayBegin, Started
 from workerd.core.job import Job, Outcome, Report
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.program import Program
-from workerd.handlers.warm.assignment import Turn
-from workerd.handlers.warm.child_process import Runner
-from workerd.handlers.warm.respawn import Starts
+from workerd.handlers.warm.assignment import Assignment
+from workerd.handlers.warm.child_process import ChildProcess
+from workerd.handlers.warm.respawn import Respawner
 
 #: Run by the application's interpreter, by its path.
 CHILD = Path(__file__).parents[1] / "child_boot.py"
@@ -72,14 +72,14 @@ class WarmHandler:
             self._arguments = [argument.encode() for argument in arguments]
         self._program = Program(program, settings, environ)
         #: Jobs that no process has, first come first.
-        self._waiting: deque[Turn] = deque()
+        self._waiting: deque[Assignment] = deque()
         #: Processes that start, wait or work; `_leaving`: that take no job any more.
-        self._runners: list[Runner] = []
-        self._leaving: set[Runner] = set()
+        self._children: list[ChildProcess] = []
+        self._leaving: set[ChildProcess] = set()
         self._held = False
         self._draining = False
         self._retired = False
-        self._starts = Starts(settings.name, self._try_again, changed)
+        self._respawner = Respawner(settings.name, self._try_again, changed)
         self._gone = asyncio.Event()
         self._handing_out: asyncio.Handle | None = None
 
@@ -88,12 +88,12 @@ class WarmHandler:
         """How many jobs it could have in hand: more than may run, when the pipes take some."""
         if not self._asks or self._held or self._retired:
             return 0
-        return len(self._runners) * self._depth
+        return len(self._children) * self._depth
 
     @property
     def processes(self) -> int:
         """How many there are."""
-        return len(self._runners) + len(self._leaving)
+        return len(self._children) + len(self._leaving)
 
     @property
     def in_use(self) -> bool:
@@ -103,12 +103,12 @@ class WarmHandler:
     @property
     def degraded(self) -> Degraded | None:
         """See `handling.Handler`."""
-        return self._starts.degraded(self._runners)
+        return self._respawner.degraded(self._children)
 
     def start(self) -> None:
         """Have a process ready before the first job comes; try one that failed again at once."""
-        if self._starts.paused or not self._runners:
-            self._starts.end_pause()
+        if self._respawner.paused or not self._children:
+            self._respawner.end_pause()
             self._spawn()
 
     async def run(
@@ -125,20 +125,20 @@ class WarmHandler:
         """
         if self._draining or stop.done():
             return NOT_BEGUN
-        turn = Turn(job, started, may_begin, self._output_lines)
+        assignment = Assignment(job, started, may_begin, self._output_lines)
 
         def interrupt(_stop: object) -> None:
-            self._interrupt(turn)
+            self._interrupt(assignment)
 
-        self._waiting.append(turn)
+        self._waiting.append(assignment)
         self._hand_out_soon()
         stop.add_done_callback(interrupt)
         try:
-            return await turn.report
+            return await assignment.report
         finally:
             stop.remove_done_callback(interrupt)
-            if not turn.report.done() or turn.report.cancelled():
-                self._interrupt(turn)
+            if not assignment.report.done() or assignment.report.cancelled():
+                self._interrupt(assignment)
 
     def hold(self) -> None:
         """Start no job any more; those that wait go on waiting until `drain`."""
@@ -147,9 +147,9 @@ class WarmHandler:
 
     def recall(self) -> None:
         """Nothing that has not begun begins, unless it still may."""
-        for runner in (*self._runners, *self._leaving):
-            if runner.turns:
-                runner.pin_down()
+        for child in (*self._children, *self._leaving):
+            if child.assignments:
+                child.freeze()
         self.hand_out()
 
     def retire(self) -> None:
@@ -171,8 +171,8 @@ class WarmHandler:
             await self._gone.wait()
 
     def _turn_away(self) -> None:
-        for turn in self._waiting:
-            turn.stopped = True
+        for assignment in self._waiting:
+            assignment.stopped = True
         self._line_up(())
 
     # From jobs to processes.
@@ -187,13 +187,13 @@ class WarmHandler:
         self._share()
         takers = set()
         while (found := self._next()) is not None:
-            turn, runner = found
-            self._waiting.remove(turn)
-            runner.take(turn)
-            takers.add(runner)
-        for runner in takers:
-            runner.send()
-        if len(self._runners) < self.settings.processes:
+            assignment, child = found
+            self._waiting.remove(assignment)
+            child.take(assignment)
+            takers.add(child)
+        for child in takers:
+            child.send()
+        if len(self._children) < self.settings.processes:
             self._start_more()
 
     def _hand_out_soon(self) -> None:
@@ -208,70 +208,70 @@ class WarmHandler:
     def _start_more(self) -> None:
         """Start processes for jobs that could begin, or tell why there is none."""
         behind = itertools.chain.from_iterable(
-            itertools.islice(runner.turns, 1, None) for runner in self._runners
+            itertools.islice(child.assignments, 1, None) for child in self._children
         )
-        ready = [turn for turn in (*self._waiting, *behind) if turn.may_begin()]
-        starting = sum(runner.state == "starting" for runner in self._runners)
+        ready = [assignment for assignment in (*self._waiting, *behind) if assignment.may_begin()]
+        starting = sum(child.state == "starting" for child in self._children)
         for _ in range(len(ready) - starting):
-            if len(self._runners) >= self.settings.processes or not self._spawn():
+            if len(self._children) >= self.settings.processes or not self._spawn():
                 break
-        if ready and not self._runners:
-            assert self._starts.trouble is not None
-            for turn in ready:
-                self._waiting.remove(turn)
-                turn.end(self._starts.trouble)
+        if ready and not self._children:
+            assert self._respawner.trouble is not None
+            for assignment in ready:
+                self._waiting.remove(assignment)
+                assignment.end(self._respawner.trouble)
 
-    def _next(self) -> tuple[Turn, Runner] | None:
+    def _next(self) -> tuple[Assignment, ChildProcess] | None:
         """A job that waits, and the process that is to have it."""
         if not self._waiting:
             return None
         # Those that have nothing to do come first, even if they take few more before they leave.
-        rooms = [(not each.turns, each.room(self._depth), each) for each in self._runners]
+        rooms = [(not each.assignments, each.room(self._depth), each) for each in self._children]
         free = sorted(
             (each for each in rooms if each[1] > 0), key=operator.itemgetter(0, 1), reverse=True
         )
-        for number, (_, _, runner) in enumerate(free):
-            if not runner.turns or not runner.asks:
+        for number, (_, _, child) in enumerate(free):
+            if not child.assignments or not child.asks:
                 if number:
                     continue  # nothing could begin in the first of these
                 queue = None
             else:
                 # Without a slot it can only be the next of a process that has one of its queue.
-                queue = runner.turns[-1].job.queue
-            for turn in self._waiting:
-                if turn.may_begin(queue):
-                    return turn, runner
+                queue = child.assignments[-1].job.queue
+            for assignment in self._waiting:
+                if assignment.may_begin(queue):
+                    return assignment, child
         return None
 
     def _share(self) -> None:
         """Where a process has nothing to do, jobs are not to wait behind others."""
         if self._waiting or not any(
-            self._room(each) > 0 and not each.turns for each in self._runners
+            self._room(each) > 0 and not each.assignments for each in self._children
         ):
             return
-        longest = max(self._runners, key=lambda each: len(each.turns))
-        if len(longest.turns) > 1 and longest.turns[1].may_begin():
+        longest = max(self._children, key=lambda each: len(each.assignments))
+        if len(longest.assignments) > 1 and longest.assignments[1].may_begin():
             self._line_up(longest.take_back())
 
-    def _line_up(self, turns: Iterable[Turn]) -> None:
+    def _line_up(self, assignments: Iterable[Assignment]) -> None:
         """They wait again, in the order in which they came, unless they are not to run any more."""
-        waiting = sorted((*self._waiting, *turns), key=lambda turn: turn.arrival)
-        self._waiting = deque(turn for turn in waiting if not turn.stopped)
-        for turn in waiting:
-            if turn.stopped:
-                turn.end(NOT_BEGUN)
+        waiting = sorted((*self._waiting, *assignments), key=lambda assignment: assignment.arrival)
+        self._waiting = deque(assignment for assignment in waiting if not assignment.stopped)
+        for assignment in waiting:
+            if assignment.stopped:
+                assignment.end(NOT_BEGUN)
 
-    def _room(self, runner: Runner) -> int:
-        return runner.room(self._depth)
+    def _room(self, child: ChildProcess) -> int:
+        return child.room(self._depth)
 
     def _spawn(self) -> bool:
         """Start one more process, unless one has just failed; returns whether it was started."""
-        if self._starts.paused:
+        if self._respawner.paused:
             return False
         # What happens to processes is no business of the job that happens to cause it.
         with log.job_fields(handler=self.settings.name):
             try:
-                runner = Runner(
+                child = ChildProcess(
                     self,
                     self._program,
                     self._arguments,
@@ -281,9 +281,9 @@ class WarmHandler:
                 )
             except OSError as error:
                 trouble = self._program.cannot_run(error)
-                self._starts.failed("cannot-run", trouble, self._runners)
+                self._respawner.failed("cannot-run", trouble, self._children)
                 return False
-        self._runners.append(runner)
+        self._children.append(child)
         return True
 
     def _try_again(self) -> None:
@@ -291,80 +291,80 @@ class WarmHandler:
         self._replace()
         self.hand_out()
 
-    def _interrupt(self, turn: Turn) -> None:
-        turn.stopped = True
-        runner = turn.runner
-        if turn in self._waiting:
+    def _interrupt(self, assignment: Assignment) -> None:
+        assignment.stopped = True
+        child = assignment.child
+        if assignment in self._waiting:
             self._line_up(())
-        elif runner is not None and turn in runner.turns:
-            runner.pin_down()
-            if turn in runner.turns:
-                runner.end("drain")
+        elif child is not None and assignment in child.assignments:
+            child.freeze()
+            if assignment in child.assignments:
+                child.end("drain")
             self.hand_out()
         self._dismiss_idle()
 
     def _dismiss_idle(self) -> None:
         if self._retired and not self._waiting:
-            for runner in list(self._runners):
-                runner.leave("retired")
+            for child in list(self._children):
+                child.leave("retired")
 
     # What the processes tell.
 
-    def ready(self, runner: Runner) -> None:
+    def ready(self, child: ChildProcess) -> None:
         """It takes jobs."""
-        log.debug("child ready", child=runner.pid)
-        self._starts.ready(runner)
+        log.debug("child ready", child=child.pid)
+        self._respawner.ready(child)
         self.hand_out()
         self._dismiss_idle()
 
-    def unfit(self, runner: Runner, text: str) -> None:
+    def startup_failed(self, child: ChildProcess, text: str) -> None:
         """It never came so far, or ended before it did anything."""
-        self._runners.remove(runner)
-        self._leaving.add(runner)
-        self._starts.failed("cannot-start", text, self._runners)
+        self._children.remove(child)
+        self._leaving.add(child)
+        self._respawner.failed("cannot-start", text, self._children)
         self.hand_out()
 
-    def free(self, runner: Runner, seconds: float) -> None:
+    def free(self, child: ChildProcess, seconds: float) -> None:
         """It has done a job in this time, and could take another."""
-        self._starts.works(runner)
+        self._respawner.works(child)
         self._learn(seconds)
-        if self._waiting or not runner.turns:
+        if self._waiting or not child.assignments:
             self._hand_out_soon()
         if self._retired and not self._waiting:
-            runner.leave("retired")
+            child.leave("retired")
 
-    def returned(self, turns: list[Turn]) -> None:
+    def returned(self, assignments: list[Assignment]) -> None:
         """Their process does not come to these, and another may have them."""
-        if turns:
-            self._line_up(turns)
+        if assignments:
+            self._line_up(assignments)
 
-    def leaves(self, runner: Runner, reason: str) -> None:
+    def leaves(self, child: ChildProcess, reason: str) -> None:
         """It takes no further job; what it has it will still do."""
         log.debug(
             "child leaves",
             handler=self.settings.name,
-            child=runner.pid,
+            child=child.pid,
             reason=reason,
-            jobs=runner.count,
+            jobs=child.count,
         )
-        self._runners.remove(runner)
-        self._leaving.add(runner)
-        if runner.count:
-            self._starts.works(runner)
+        self._children.remove(child)
+        self._leaving.add(child)
+        if child.count:
+            self._respawner.works(child)
         self._replace()
 
-    def ended(self, runner: Runner, unbegun: list[Turn]) -> None:
+    def ended(self, child: ChildProcess, unbegun: list[Assignment]) -> None:
         """It is over; these jobs were in its pipe, and it never came to them."""
-        self._leaving.discard(runner)
-        vacant = runner in self._runners or self._starts.paused
-        if runner.count:
+        self._leaving.discard(child)
+        vacant = child in self._children or self._respawner.paused
+        if child.count:
             # Where it was there is room for another, whatever there was none of.
-            self._starts.end_pause()
-        if runner in self._runners:
-            self._runners.remove(runner)
-            if not runner.taken and not runner.told_to_end:
+            self._respawner.end_pause()
+        if child in self._children:
+            self._children.remove(child)
+            if not child.taken and not child.told_to_end:
                 text = "it ended as soon as it was ready"
-                self._starts.failed("cannot-start", text, self._runners)
+                self._respawner.failed("cannot-start", text, self._children)
         if vacant:
             self._replace()
         self._line_up(unbegun)
@@ -385,5 +385,5 @@ class WarmHandler:
 
     def _replace(self) -> None:
         """As many as there were: the next job is not to wait for a start."""
-        if not (self._held or self._retired) and len(self._runners) < self.settings.processes:
+        if not (self._held or self._retired) and len(self._children) < self.settings.processes:
             self._spawn()

@@ -22,7 +22,7 @@ _OUTCOMES = {each.value: each for each in (Outcome.DONE, Outcome.FAILED, Outcome
 _LEVELS = frozenset(("debug", "info", "warning", "error"))
 
 
-class Broken(Exception):
+class ProtocolError(Exception):
     """A process has sent something that is not in the protocol."""
 
 
@@ -83,7 +83,7 @@ class Ready:
 
 
 @value
-class Unfit:
+class StartupError:
     """The process cannot start, and says why."""
 
     text: str
@@ -98,7 +98,7 @@ class Printed:
 
 
 @value
-class Record:
+class LogLine:
     """A line, or several, for the log."""
 
     level: Any
@@ -123,7 +123,7 @@ class Answer:
     printed: bool = False
 
 
-Message = Ready | Unfit | Printed | Record | Answer
+Message = Ready | StartupError | Printed | LogLine | Answer
 
 
 class Parser:
@@ -141,7 +141,7 @@ class Parser:
         self._payload = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Message]:
-        """More of the stream; the messages that it completes. Raises Broken."""
+        """More of the stream; the messages that it completes. Raises ProtocolError."""
         if self._rest:
             data = self._rest + data
         start = 0
@@ -180,7 +180,7 @@ class Parser:
                 yield _message(head)
         self._rest = data[start:]
         if len(self._rest) > MAX_LINE:
-            raise Broken(f"a line of more than {MAX_LINE} bytes")
+            raise ProtocolError(f"a line of more than {MAX_LINE} bytes")
 
     def _cut(self) -> None:
         # Not `-keep`, which for 0 is the beginning.
@@ -193,18 +193,18 @@ def _head(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         head = None
     if not isinstance(head, dict):
-        raise Broken(f"a line that is not a JSON object: {line[:80]!r}")
+        raise ProtocolError(f"a line that is not a JSON object: {line[:80]!r}")
     if "output" in head and head["output"] not in ("stdout", "stderr"):
-        raise Broken(f"no such output: {str(head['output'])[:80]!r}")
+        raise ProtocolError(f"no such output: {str(head['output'])[:80]!r}")
     return head
 
 
 def _length(head: dict[str, Any]) -> int:
     length = head.get("length", 0)
     if type(length) is not int or length < 0:
-        raise Broken(f"no length: {str(length)[:80]!r}")
+        raise ProtocolError(f"no length: {str(length)[:80]!r}")
     if length and not ("frame" in head or "output" in head):
-        raise Broken("bytes after a line that has none")
+        raise ProtocolError("bytes after a line that has none")
     return length
 
 
@@ -214,25 +214,25 @@ def _message(head: dict[str, Any]) -> Message:
     if "log" in head:
         level = head["log"]
         if level not in _LEVELS:
-            raise Broken(f"no such level: {str(level)[:80]!r}")
-        return Record(level, str(head.get("logger", "")), str(head.get("text", "")))
+            raise ProtocolError(f"no such level: {str(level)[:80]!r}")
+        return LogLine(level, str(head.get("logger", "")), str(head.get("text", "")))
     if "ready" in head:
         if head["ready"] != VERSION:
-            raise Broken(f"it speaks version {str(head['ready'])[:80]}, not {VERSION}")
+            raise ProtocolError(f"it speaks version {str(head['ready'])[:80]}, not {VERSION}")
         return Ready()
     if "error" in head:
-        return Unfit(str(head["error"]))
-    raise Broken(f"an unknown message: {str(head)[:80]}")
+        return StartupError(str(head["error"]))
+    raise ProtocolError(f"an unknown message: {str(head)[:80]}")
 
 
 def _answer(head: dict[str, Any], output: bytes) -> Answer:
     number = head["frame"]
     outcome = _OUTCOMES.get(str(head.get("outcome")))
     if type(number) is not int or outcome is None:
-        raise Broken(f"an answer with frame {str(number)[:80]} and no known outcome")
+        raise ProtocolError(f"an answer with frame {str(number)[:80]} and no known outcome")
     retry_after = head.get("retry_after")
     if retry_after is not None and not _is_delay(retry_after):
-        raise Broken(f"retry_after is not a number of seconds: {str(retry_after)[:80]!r}")
+        raise ProtocolError(f"retry_after is not a number of seconds: {str(retry_after)[:80]!r}")
     return Answer(
         number,
         outcome,

@@ -12,7 +12,7 @@ from workerd.core.handler import Degraded
 from workerd.core.job import Outcome, Report
 
 if TYPE_CHECKING:
-    from workerd.handlers.warm.child_process import Runner
+    from workerd.handlers.warm.child_process import ChildProcess
 
 #: Seconds without an attempt to start a process after one that failed: at first, and at most.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
@@ -20,7 +20,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 TRIAL = 1.0
 
 
-class Starts:
+class Respawner:
     """What has become of the attempts of one handler to start processes.
 
     ``try_again`` is called when a pause is over, ``changed`` when the trouble has begun, has
@@ -36,7 +36,7 @@ class Starts:
         self._try_again = try_again
         self._changed = changed
         #: The processes that were ready before that: what they do proves nothing.
-        self._veterans: set[Runner] = set()
+        self._veterans: set[ChildProcess] = set()
         self._pauses: Iterator[float] = iter(())
         self._pause: asyncio.TimerHandle | None = None
 
@@ -45,13 +45,13 @@ class Starts:
         """Whether none is to be started: one has just failed."""
         return self._pause is not None
 
-    def degraded(self, runners: Iterable[Runner]) -> Degraded | None:
+    def degraded(self, children: Iterable[ChildProcess]) -> Degraded | None:
         """See `handling.Handler`; these are the processes that there are."""
         if self.trouble is None:
             return None
-        return Degraded(not any(_is_ready(runner) for runner in runners), self.trouble.error)
+        return Degraded(not any(_is_ready(child) for child in children), self.trouble.error)
 
-    def failed(self, reason: str, text: str, runners: Iterable[Runner]) -> None:
+    def failed(self, reason: str, text: str, children: Iterable[ChildProcess]) -> None:
         """One could not be started, or did not come up; these are those that there are."""
         if self.trouble is None:
             self._pauses = backoff(FIRST_PAUSE, LONGEST_PAUSE)
@@ -59,24 +59,24 @@ class Starts:
         if self.trouble is None or self.trouble.error != text:
             log.error("child failed", reason=reason, error=text[-2000:])
         self.trouble = Report(Outcome.UNAVAILABLE, reason, error=text)
-        self._veterans = set(filter(_is_ready, runners))
+        self._veterans = set(filter(_is_ready, children))
         self.end_pause()
         self._pause = asyncio.get_running_loop().call_later(pause, self._pause_is_over)
         self._changed()
 
-    def ready(self, runner: Runner) -> None:
+    def ready(self, child: ChildProcess) -> None:
         """This one has come up. Whether it stays will be seen."""
         self.end_pause()
         if self.trouble:
-            asyncio.get_running_loop().call_later(TRIAL, self._stays, runner)
+            asyncio.get_running_loop().call_later(TRIAL, self._stays, child)
 
-    def works(self, runner: Runner) -> None:
+    def works(self, child: ChildProcess) -> None:
         """It has done a job, or could: if it came up since another did not, the trouble is over."""
-        if self.trouble is not None and runner not in self._veterans:
+        if self.trouble is not None and child not in self._veterans:
             self.trouble = None
             self._veterans.clear()
             self.end_pause()
-            log.event("child recovered", handler=self._handler, child=runner.pid)
+            log.event("child recovered", handler=self._handler, child=child.pid)
             self._changed()
 
     def end_pause(self) -> None:
@@ -89,10 +89,10 @@ class Starts:
         self._pause = None
         self._try_again()
 
-    def _stays(self, runner: Runner) -> None:
-        if _is_ready(runner):
-            self.works(runner)
+    def _stays(self, child: ChildProcess) -> None:
+        if _is_ready(child):
+            self.works(child)
 
 
-def _is_ready(runner: Runner) -> bool:
-    return runner.state == "ready"
+def _is_ready(child: ChildProcess) -> bool:
+    return child.state == "ready"

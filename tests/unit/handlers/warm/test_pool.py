@@ -21,7 +21,7 @@ from tests.harness.pools import Warm, do, do_all, in_loop, job, logged, outcome,
 from tests.harness.waiting import TIMEOUT, until
 from workerd.config.model import Handler
 from workerd.core.job import Job, Outcome, Report
-from workerd.handlers.registry import Handlers
+from workerd.handlers.registry import HandlerRegistry
 from workerd.handlers.warm import respawn
 from workerd.handlers.warm.pool import LOOK_AHEAD, NOT_BEGUN
 
@@ -156,8 +156,8 @@ async def ahead(
         stop = stops[number] if number < len(stops) else None
         tasks.append(warm.soon(named(str(number), b"str(os.getpid())"), stop))
     await told(events, "begun", job_id="first")
-    [works] = [runner for runner in warm._runners if runner.turns]
-    assert len(works.turns) == 5
+    [works] = [runner for runner in warm._children if runner.assignments]
+    assert len(works.assignments) == 5
     return tasks
 
 
@@ -228,7 +228,7 @@ def test_no_job_lies_behind_a_long_one_while_a_process_that_leaves_soon_has_noth
             stops[0].set_result(None)
             await tasks[0]
             await warm.do(named("short", b"0"))
-            [idle] = [runner for runner in warm._runners if not runner.turns]
+            [idle] = [runner for runner in warm._children if not runner.assignments]
             object.__setattr__(warm.settings, "recycle_after", idle.count + 2)
             await asyncio.wait_for(warm.do(named("shorter", b"0")), TIMEOUT)
             assert not tasks[1].done()
@@ -343,9 +343,9 @@ def test_after_a_job_a_process_may_start_though_one_has_just_failed(
         async with pool(sh(script, processes=2)) as warm:
             warm.start()
             await warm.await_ready()
-            runner = warm._runners[0]
+            runner = warm._children[0]
             warm._spawn()
-            while len(warm._runners) != 1 or warm._runners[0] is not runner or warm._leaving:
+            while len(warm._children) != 1 or warm._children[0] is not runner or warm._leaving:
                 await asyncio.sleep(0.01)
             first = await warm.do(job(b"1"))
             return [first, *await asyncio.gather(warm.do(job(b"2")), warm.do(job(b"3")))]
@@ -530,7 +530,7 @@ def test_a_job_that_nobody_waits_for_any_more_is_ended(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pauses between two starts are short."""
+    """Breaker between two starts are short."""
     monkeypatch.setattr(respawn, "FIRST_PAUSE", 0.05)
     monkeypatch.setattr(respawn, "LONGEST_PAUSE", 0.05)
 
@@ -622,7 +622,7 @@ def test_a_process_that_hangs_at_its_start_is_given_up_and_started_again_after_p
             while len(started) < 6:
                 tasks.append(warm.soon(job()))
                 await asyncio.sleep(0.01)
-                started.update(runner.pid for runner in warm._runners)
+                started.update(runner.pid for runner in warm._children)
             # A storm of jobs is no storm of starts: two at a time, and a pause of 0.4 s at least.
             assert time.monotonic() - before >= 2 * (0.3 + 0.4)
         return list(await asyncio.gather(*tasks))
@@ -741,7 +741,7 @@ def test_jobs_do_not_wait_for_a_busy_process_once_others_can_be_had(
                 assert {report.output for report in reports} == {b"short"}
                 assert not long.done()
                 # Not one for each job.
-                assert len(warm._runners) == 2
+                assert len(warm._children) == 2
                 gate.touch()
                 await long
                 assert warm.degraded is None
@@ -1145,7 +1145,7 @@ def test_the_end_of_a_job_that_is_done_already_does_not_hit_the_next_one(
                 warm.soon(named("next", following.encode())),
             ]
             await told(events, "begun", job_id="first")
-            [runner] = warm._runners
+            [runner] = warm._children
             gate.touch()
             # Without the loop: its answer has come, and was not read.
             until(at_next.exists, "that the next one has begun")
@@ -1176,7 +1176,7 @@ def test_jobs_that_are_taken_out_of_a_pipe_again_and_again_take_no_more_memory(
             tasks = [warm.soon(named("first", wait.encode()))]
             tasks += [warm.soon(named(str(n), large)) for n in range(4)]
             await told(events, "begun", job_id="first")
-            [runner] = warm._runners
+            [runner] = warm._children
             for _ in range(50):
                 warm.recall()
                 await asyncio.sleep(0)
@@ -1237,7 +1237,7 @@ def test_a_job_that_waits_without_a_process_is_not_forgotten_by_reloads(tmp_path
         return SimpleNamespace(handlers=handlers, log=log_settings, queues={}, worker=worker)
 
     async def scenario() -> Report:
-        handlers = Handlers(ENVIRONMENT, unguarded)
+        handlers = HandlerRegistry(ENVIRONMENT, unguarded)
         warm = handlers.of(configured(test=python(tmp_path, PID)))["test"]
         stop = asyncio.get_running_loop().create_future()
         slots: list[None] = []

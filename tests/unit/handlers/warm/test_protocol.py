@@ -19,7 +19,15 @@ from tests.harness.processes import MissingTool
 from tests.harness.trixie import CHECKOUT
 from workerd.config.model import Handler
 from workerd.core.job import Outcome, Report
-from workerd.handlers.warm.protocol import Answer, Parser, Printed, Ready, Record, Unfit, frame
+from workerd.handlers.warm.protocol import (
+    Answer,
+    LogLine,
+    Parser,
+    Printed,
+    Ready,
+    StartupError,
+    frame,
+)
 
 TEXT = (CHECKOUT / "docs" / "protocol.md").read_text()
 
@@ -162,11 +170,11 @@ def test_messages_are_the_same_however_they_are_cut(cuts: list[int], keep: int) 
     done, failed, rejected = (Outcome.DONE, Outcome.FAILED, Outcome.REJECTED)
     assert [each for each in found if not isinstance(each, Printed)] == [
         Ready(),
-        Record("warning", "a.b", "c"),
+        LogLine("warning", "a.b", "c"),
         Answer(1, done, b"12345"[max(0, 5 - keep) :], "", "", None, False, printed=False),
         Answer(2, failed, b"", "e", "n", 1.5, False, printed=False),
         Answer(3, rejected, b"", "", "", None, True, printed=False),
-        Unfit("gone"),
+        StartupError("gone"),
     ]
 
 
