@@ -5,102 +5,65 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from workerd import __version__, log
-from workerd.control.session import Reply
-from workerd.core import topology
+from workerd.config.model import Settings
+from workerd.control.protocol import Reply
 from workerd.core.counters import OUTCOMES, UNKNOWN, Histogram
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from workerd.worker.worker import Worker
+from workerd.worker.inspect import Inspector, at_broker
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def metrics(worker: Worker, depths: Mapping[str, int]) -> Reply:
+def metrics(inspector: Inspector, settings: Settings, depths: Mapping[str, int]) -> Reply:
     """All of it, but for what `Requests` knows; ``depths`` are ready messages by full name."""
-    consumer, publisher = worker.consumer, worker.outbox.publisher
-    queues = sorted(worker.ledger.slots.concurrency)
+    counters = inspector.counters
     return {
         "release": __version__,
         "python": platform.python_version(),
-        "connected": consumer.connection is not None,
-        "publishing_blocked": bool(publisher.blocked),
-        "lost_connections": {"consume": consumer.losses, "publish": publisher.losses},
+        "connected": bool(inspector.broker),
+        "publishing_blocked": bool(inspector.publishing_blocked),
+        "lost_connections": inspector.losses,
         "log_records_dropped": log.dropped(),
-        "submissions": worker.submissions,
-        "submitted": {
-            queue: worker.counters.submitted[queue] for queue in sorted(worker.settings.queues)
-        },
-        "queues": [_queue(worker, name, depths) for name in queues],
-        "handlers": _handlers(worker),
-        "jobs": _jobs(worker),
+        "submissions": counters.submitting,
+        "submitted": {queue: counters.submitted[queue] for queue in sorted(settings.queues)},
+        "queues": [_queue(inspector, name, depths) for name in inspector.consumed],
+        "handlers": _handlers(inspector, settings),
+        "jobs": _jobs(inspector, settings),
         "run_seconds": [
             {"queue": queue, "handler": handler, **_histogram(histogram)}
-            for (queue, handler), histogram in worker.counters.runs.items()
+            for (queue, handler), histogram in counters.runs.items()
         ],
         "wait_seconds": [
-            {"queue": queue, **_histogram(histogram)}
-            for queue, histogram in worker.counters.waits.items()
+            {"queue": queue, **_histogram(histogram)} for queue, histogram in counters.waits.items()
         ],
         "process": _process(),
     }
 
 
-def _queue(worker: Worker, name: str, depths: Mapping[str, int]) -> Reply:
-    consumer = worker.consumer
-    refused = any(run.job.queue == name for run in worker.outbox.refused)
+def _queue(inspector: Inspector, name: str, depths: Mapping[str, int]) -> Reply:
     return {
-        **in_hand(worker, name),
-        "paused": refused or name in consumer.paused or name in consumer.operator_paused,
+        **inspector.in_hand(name),
+        "paused": inspector.paused(name) is not None,
         **at_broker(name, depths),
     }
 
 
-def _handlers(worker: Worker) -> list[Reply]:
-    degraded = worker.attempts.degraded
+def _handlers(inspector: Inspector, settings: Settings) -> list[Reply]:
+    degraded = inspector.paused_handlers
     return [
-        {
-            "handler": name,
-            "paused": name in degraded and degraded[name].paused,
-            "degraded": name in degraded,
-        }
-        for name in sorted(worker.settings.handlers)
+        {"handler": name, "paused": degraded.get(name, False), "degraded": name in degraded}
+        for name in sorted(settings.handlers)
     ]
 
 
-def in_hand(worker: Worker, name: str) -> Reply:
-    """What an instance has of a queue."""
-    ledger, slots = worker.ledger, worker.ledger.slots
-    return {
-        "queue": name,
-        "slots": slots.concurrency[name],
-        "running": slots.busy(name),
-        "waiting": slots.waiting(name),
-        "held": sum(delivery.job.queue == name for delivery in ledger.held),
-        "consuming": name in worker.consumer.channels,
-    }
-
-
-def at_broker(name: str, depths: Mapping[str, int]) -> Reply:
-    """What waits at the broker for a queue, None for what is not known."""
-    return {
-        "ready": depths.get(name),
-        "due": depths.get(topology.due(name)),
-        "dead": depths.get(topology.dead(name)),
-    }
-
-
-def _jobs(worker: Worker) -> list[Reply]:
+def _jobs(inspector: Inspector, settings: Settings) -> list[Reply]:
     """Attempts by queue, handler and outcome: also those that can be foreseen, as 0.
 
     A counter that begins with 1 looks to Prometheus as if nothing had happened.
     """
-    settings = worker.settings
-    consumed = worker.ledger.slots.concurrency
+    consumed = inspector.consumed
     pairs = {(queue, UNKNOWN) for queue in consumed}
     pairs |= {(each.queue, each.name) for each in settings.handlers.values()}
     foreseen = {
@@ -109,7 +72,7 @@ def _jobs(worker: Worker) -> list[Reply]:
         if queue in consumed
         for outcome in OUTCOMES.values()
     }
-    jobs = worker.counters.jobs
+    jobs = inspector.counters.jobs
     return [
         {"queue": queue, "handler": handler, "outcome": outcome, "count": jobs[key]}
         for key in sorted(foreseen | set(jobs))

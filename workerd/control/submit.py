@@ -11,21 +11,19 @@ import os
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from workerd import log
 from workerd.backoff import backoff
 from workerd.control.peer import Peer
 from workerd.control.protocol import NotServedHere
 from workerd.control.session import Reply, Request
-from workerd.core import times, topology
+from workerd.core import times
 from workerd.core.job import SUBMITTER, Message
 from workerd.core.jobspec import JobSpec
 from workerd.core.submission import Submission, explained, is_short_text, prepare, with_copy_id
 from workerd.errors import EX_DATAERR, EX_UNAVAILABLE, BrokerError, CommandError, ErrorKind
-
-if TYPE_CHECKING:
-    from workerd.worker.worker import Worker
+from workerd.worker.worker import Worker
 
 #: In seconds; a client that wants to wait longer than the second asks again.
 _USUAL_WAIT = 30.0
@@ -58,7 +56,7 @@ def accept(worker: Worker, request: Request, body: bytes, peer: Peer) -> Corouti
 
     Raises CommandError; NotServedHere, when it has to be submitted in another way.
     """
-    if worker.drain.wanted.is_set():
+    if worker.stopping:
         raise NotServedHere(EX_UNAVAILABLE, "the instance is draining")
     found = _checked(request)
     config: str | None = found["config"]
@@ -68,7 +66,7 @@ def accept(worker: Worker, request: Request, body: bytes, peer: Peer) -> Corouti
     wanted = prepare(spec, worker.settings)
     if wanted.queue not in worker.settings.queues:
         raise NotServedHere(EX_UNAVAILABLE, f"the instance knows no queue {wanted.queue!r}")
-    if wanted.due is not None and not _comes_due(worker, wanted.queue):
+    if wanted.due is not None and not worker.comes_due(wanted.queue):
         raise NotServedHere(EX_UNAVAILABLE, "the instance does not know of delays there")
     message = with_copy_id(wanted.message(body), found["mark"], _timestamp(found["timestamp"]))
     message = replace(message, headers={**message.headers, SUBMITTER: peer.uid})
@@ -76,11 +74,11 @@ def accept(worker: Worker, request: Request, body: bytes, peer: Peer) -> Corouti
     deadline = time.monotonic() + min(patience, _LONGEST_WAIT)
 
     async def publish() -> Reply:
-        worker.submissions += 1
+        worker.counters.submitting += 1
         try:
             await _publish(worker, wanted, message, deadline)
         finally:
-            worker.submissions -= 1
+            worker.counters.submitting -= 1
         worker.counters.submitted[wanted.queue] += 1
         log.event(
             "submitted",
@@ -128,14 +126,6 @@ def _is_among(config: str, worker: Worker) -> bool:
     return any(os.path.realpath(file) == config for file in worker.settings.files)
 
 
-def _comes_due(worker: Worker, queue: str) -> bool:
-    """Whether delayed jobs of a queue have somewhere to come due, as far as is known here."""
-    consumer = worker.consumer
-    return consumer.declarations.levels.is_set() and (
-        topology.due(queue) in consumer.channels or queue in consumer.operator_paused
-    )
-
-
 async def _publish(
     worker: Worker, submission: Submission, message: Message, deadline: float
 ) -> None:
@@ -143,13 +133,13 @@ async def _publish(
 
     Raises BrokerError, Unencodable.
     """
-    publisher = worker.outbox.publisher
+    publisher = worker.publisher
     trouble = BrokerError(
-        ErrorKind.AWAY, worker.consumer.outage or "the broker did not confirm in time"
+        ErrorKind.AWAY, worker.inspector.outage or "the broker did not confirm in time"
     )
     for delay in backoff(0.2, 2.0):
         publish = submission.publish_at(message, time.time())
-        publishing = publisher.publish(publish.exchange, publish.key, publish.message)
+        publishing = publisher.publish(*publish)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 return await publishing

@@ -63,6 +63,8 @@ class Counters:
         self.waits = defaultdict[str, Histogram](lambda: Histogram(WAIT_BOUNDS))
         #: Jobs that came over the local socket and were confirmed, by queue.
         self.submitted: Counter[str] = Counter()
+        #: Those that the broker has not confirmed yet.
+        self.submitting = 0
         self._handlers: set[str] = set()
         self.know(handlers)
 

@@ -98,6 +98,14 @@ def _length(text: str | bytes) -> int:
     return len(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
 
 
+class Publish(NamedTuple):
+    """A message with its address: the exchange of a delay level, or "" and a queue."""
+
+    exchange: str
+    key: str
+    message: Message
+
+
 class Origin(NamedTuple):
     """Where a job ran, for its dead letter."""
 
@@ -106,15 +114,15 @@ class Origin(NamedTuple):
 
 
 def next_attempt(
-    job: Job, spent: int, mark: str, failed: float | None
+    job: Job, spent: int, copy_id: str, failed: float | None
 ) -> tuple[Message, list[str]]:
     """The message that brings a job once more, and the names of headers that had to be dropped.
 
-    ``spent`` of its attempts are spent. ``mark`` is a text never used before: copies that
+    ``spent`` of its attempts are spent. ``copy_id`` is a text never used before: copies that
     were published twice, for want of a confirm, share it, and nothing else does. ``failed``
     is when this attempt failed, in seconds since 1970; None: it did not.
     """
-    return _copy(job, {ATTEMPT: spent or None, COPY: mark, FIRST_FAILURE: _first(job, failed)})
+    return _copy(job, {ATTEMPT: spent or None, COPY: copy_id, FIRST_FAILURE: _first(job, failed)})
 
 
 def dead_letter(job: Job, report: Report, origin: Origin, now: float) -> tuple[Message, list[str]]:

@@ -11,7 +11,7 @@ from workerd.config.text import did_you_mean
 from workerd.core import times, topology
 from workerd.core.job import COPY, EXPIRES, MAX_ATTEMPTS, Message
 from workerd.core.jobspec import JobSpec
-from workerd.core.republish import is_reserved, portable_headers
+from workerd.core.republish import Publish, is_reserved, portable_headers
 from workerd.errors import EX_DATAERR, EX_USAGE, BrokerError, CommandError, ErrorKind
 from workerd.ids import new_id
 
@@ -25,14 +25,6 @@ _LARGEST_BODY = 512 << 20
 _MOST_ATTEMPTS = 1000
 #: In seconds; a hundred years fit every header.
 _LONGEST_TTL = 36_500 * 86_400.0
-
-
-class Publish(NamedTuple):
-    """A message with its address: the exchange of a delay level, or "" and the queue itself."""
-
-    exchange: str
-    key: str
-    message: Message
 
 
 class Submission(NamedTuple):

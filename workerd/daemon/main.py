@@ -149,13 +149,12 @@ async def _serve(
 
     reload = Reload(worker, systemd, lambda: _load(config, instance), apply)
     loop.add_signal_handler(signal.SIGHUP, reload.request)
-    loop.add_signal_handler(signal.SIGUSR1, worker.status.log_state)
+    loop.add_signal_handler(signal.SIGUSR1, worker.log_state)
     folder = paths.runtime_directory() / instance
     rundir.well(folder)
     requests = Requests(worker, instance)
     control = Control(folder, requests)
     await control.open()
-    ping = loop.create_task(requests.ping.run(), name="pulse")
     # What there is now stays. Messages that come together are no garbage, though many: looking
     # for some whenever there are 700 new objects took a twelfth of all time.
     gc.collect()
@@ -165,7 +164,6 @@ async def _serve(
         await worker.run()
     finally:
         control.close()
-        ping.cancel()
     return EX_SOFTWARE if bugs else 0
 
 

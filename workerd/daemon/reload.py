@@ -39,7 +39,7 @@ class Reload:
     def _reload(self) -> None:
         self._timer = None
         worker = self._worker
-        if worker.drain.wanted.is_set():
+        if worker.stopping:
             log.event("reload ignored", reason="draining")
             return
         self._systemd.reloading()
@@ -48,13 +48,13 @@ class Reload:
         except SettingsError as error:
             for problem in error.problems:
                 log.error("reload refused", problem=problem)
-            worker.status.refused = len(error.problems)
+            problems = len(error.problems)
         else:
             changes = differences(worker.settings, settings)
             self._apply(settings)
-            worker.status.refused = 0
+            problems = 0
             log.event("reloaded", changes=", ".join(changes) or "none")
-        worker.status.show()
+        worker.reloaded(problems)
         self._systemd.ready()
 
 

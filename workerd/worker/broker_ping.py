@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING
 
 from workerd.errors import BrokerError
-
-if TYPE_CHECKING:
-    from workerd.worker.worker import Worker
+from workerd.worker.consumer import Consumer
 
 
 class BrokerPing:
@@ -23,8 +20,8 @@ class BrokerPing:
     INTERVAL = 2.0
     PATIENCE = 3.0
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+    def __init__(self, consumer: Consumer) -> None:
+        self._consumer = consumer
         self._asked_at: float | None = None
 
     @property
@@ -35,7 +32,7 @@ class BrokerPing:
     async def run(self) -> None:
         while True:
             await asyncio.sleep(self.INTERVAL)
-            channel = next(iter(self._worker.consumer.channels.values()), None)
+            channel = next(iter(self._consumer.channels.values()), None)
             if channel is None:
                 continue
             self._asked_at = time.monotonic()

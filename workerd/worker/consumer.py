@@ -141,6 +141,12 @@ class Consumer:
         """The host that it is connected to, "" when there is none."""
         return self.connection.url.host if self.connection else ""
 
+    def comes_due(self, queue: str) -> bool:
+        """Whether delayed jobs of a queue have somewhere to come due, as far as is known."""
+        return self.declarations.levels.is_set() and (
+            topology.due(queue) in self.channels or queue in self.operator_paused
+        )
+
     async def run(self, connect: Connect) -> None:
         async for connection in connect("consume", self._failed, self.wake):
             if not self._receiver.wanted:

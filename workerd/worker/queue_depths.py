@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
 
+from workerd.broker.channel import Channel
+from workerd.broker.connection import Connection
 from workerd.core import topology
 from workerd.errors import BrokerError, ErrorKind
-
-if TYPE_CHECKING:
-    from workerd.broker.channel import Channel
-    from workerd.broker.connection import Connection
-    from workerd.worker.worker import Worker
+from workerd.worker.consumer import Consumer
 
 #: Seconds for which an answer of the broker's is good enough, however many ask.
 FRESH = 2.0
@@ -31,8 +28,10 @@ class QueueDepths:
     Nothing is asked but when somebody wants to know.
     """
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+    def __init__(self, consumer: Consumer, queues: Callable[[], Iterable[str]]) -> None:
+        """``queues`` names the work queues."""
+        self._consumer = consumer
+        self._queues = queues
         self._counts: Mapping[str, int] = {}
         self._at = float("-inf")
         #: When the broker last refused to count a queue.
@@ -45,7 +44,7 @@ class QueueDepths:
 
         What the broker does not tell is missing, and all of it while there is no connection.
         """
-        connection = self._worker.consumer.connection
+        connection = self._consumer.connection
         if connection is None:
             return {}
         idle = self._asking is None or self._asking.done()
@@ -56,7 +55,7 @@ class QueueDepths:
     async def look(self) -> Mapping[str, int]:
         """The same, but what is not known of late is waited for a little."""
         known = self.glance()
-        if self._worker.consumer.connection is None or self._asking is None or self._asking.done():
+        if self._consumer.connection is None or self._asking is None or self._asking.done():
             return known
         await asyncio.wait({self._asking}, timeout=PATIENCE)
         return self._known()
@@ -65,7 +64,7 @@ class QueueDepths:
         return self._counts if time.monotonic() - self._at < STALE else {}
 
     async def _ask(self, connection: Connection) -> None:
-        queues = sorted(self._worker.ledger.slots.concurrency)
+        queues = sorted(self._queues())
         names = [name for queue in queues for name in (queue, topology.due(queue))]
         names += map(topology.dead, queues)
         counts: dict[str, int] = {}

@@ -3,42 +3,130 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.harness.samples import MESSAGE
 from workerd.backoff import backoff
 from workerd.config.model import Retry
+from workerd.core import topology
 from workerd.core.decode import decode
-from workerd.core.job import MAX_ATTEMPTS, Message, Outcome
-from workerd.core.retry import Verdict, delay, judge, limit
+from workerd.core.job import ATTEMPT, COPY, MAX_ATTEMPTS, BadJob, Job, Message, Outcome, Report
+from workerd.core.republish import Origin
+from workerd.core.retry import Decision, Facts, Verdict, decide, delay, limit, requeue
+
+FACTS = Facts(now=1_000_000.0, copy_id="copy", origin=Origin("host", "1"), pause=7.0)
+STEADY = Retry(delay=5.0, multiplier=2.0, max_delay=3600.0, jitter=False)
+
+
+def job(attempt: int = 1, message: Message = MESSAGE) -> Job:
+    return replace(decode(message, "q"), attempt=attempt)
+
+
+def decided(outcome: Outcome, attempt: int = 1, facts: Facts = FACTS, **report: Any) -> Decision:
+    return decide(job(attempt), Report(outcome, **report), STEADY, lambda: facts)
+
+
+def nobody_asks() -> Facts:
+    raise AssertionError("facts cost time that a job that is just done does not have")
+
+
+def test_a_job_that_is_done_needs_nothing() -> None:
+    done = decide(job(), Report(Outcome.DONE), STEADY, nobody_asks)
+    assert done == Decision(Verdict.DONE)
+
+
+def test_a_failed_job_is_delayed_as_its_next_attempt() -> None:
+    decision = decided(Outcome.FAILED, attempt=2)
+    assert (decision.verdict, decision.delay) == (Verdict.RETRY, 10)
+    [(exchange, key, message)] = decision.publishes
+    assert (exchange, key) == topology.delayed("q", 10)
+    assert message.headers[ATTEMPT] == 2
+    assert message.headers[COPY] == "copy"
+
+
+@pytest.mark.parametrize("attempt", [5, 6, 1_000_001])
+def test_the_last_attempt_is_followed_by_a_dead_letter(attempt: int) -> None:
+    decision = decided(Outcome.FAILED, attempt, reason="exit-status")
+    assert decision.verdict is Verdict.DEAD
+    [(exchange, key, message)] = decision.publishes
+    assert (exchange, key) == ("", topology.dead("q"))
+    assert message.headers["x-workerd-reason"] == "exit-status"
+
+
+def test_a_job_may_ask_for_its_own_delay() -> None:
+    assert decided(Outcome.FAILED, retry_after=90.0).delay == 90
+    assert decided(Outcome.FAILED, retry_after=1e12).delay == topology.MAX_DELAY
+
+
+def test_a_job_whose_handler_cannot_run_is_the_same_attempt_later() -> None:
+    decision = decided(Outcome.UNAVAILABLE, attempt=2)
+    assert (decision.verdict, decision.delay) == (Verdict.POSTPONE, 7)
+    assert decision.publishes[0].message.headers[ATTEMPT] == 1
+
+
+def test_what_is_wrong_with_a_job_itself_is_no_matter_of_attempts() -> None:
+    assert decided(Outcome.REJECTED).verdict is Verdict.DEAD
+
+
+def test_what_no_handler_can_be_given_goes_to_the_dead_letters_as_it_came_if_that_can_be() -> None:
+    faulty = replace(job(), fault=BadJob("bad-headers", "no table"))
+    report = Report(Outcome.REJECTED, "bad-headers", ran=False)
+    moved = replace(FACTS, dead_letters=True)
+    assert decide(faulty, report, STEADY, lambda: moved) == Decision(Verdict.REJECT)
+    assert decide(faulty, report, STEADY, lambda: FACTS).verdict is Verdict.DEAD
+
+
+def test_an_interrupted_job_goes_back() -> None:
+    assert decided(Outcome.INTERRUPTED) == Decision(Verdict.RETURN)
+
+
+def test_a_job_that_the_broker_might_drop_is_published_anew_instead_of_returned() -> None:
+    decision = decided(Outcome.INTERRUPTED, facts=replace(FACTS, may_drop=True))
+    assert (decision.verdict, decision.unconfirmed) == (Verdict.POSTPONE, Verdict.RETURN)
+    [(exchange, key, message)] = decision.publishes
+    assert (exchange, key) == ("", "q")
+    assert ATTEMPT not in message.headers
+    assert decision.patience is not None
+    assert requeue(job(), replace(FACTS, may_drop=True)) == decision
 
 
 @pytest.mark.parametrize(
-    ("outcome", "verdict"),
+    ("outcome", "ran", "verdict"),
     [
-        (Outcome.DONE, Verdict.DONE),
-        (Outcome.FAILED, Verdict.RETRY),
-        (Outcome.REJECTED, Verdict.DEAD),
-        (Outcome.INTERRUPTED, Verdict.RETURN),
-        (Outcome.UNAVAILABLE, Verdict.POSTPONE),
+        (Outcome.FAILED, True, Verdict.SPEND),
+        (Outcome.FAILED, False, Verdict.RETURN),
+        (Outcome.REJECTED, True, Verdict.SPEND),
+        (Outcome.REJECTED, False, Verdict.RETURN),
+        (Outcome.UNAVAILABLE, True, Verdict.RETURN),
     ],
 )
-def test_every_outcome_has_its_verdict(outcome: Outcome, verdict: Verdict) -> None:
-    assert judge(outcome, attempt=1, limit=3) is verdict
+def test_without_a_confirm_a_job_goes_back_and_what_ran_is_an_attempt(
+    outcome: Outcome, ran: bool, verdict: Verdict
+) -> None:
+    assert decided(outcome, ran=ran).unconfirmed is verdict
 
 
-@pytest.mark.parametrize("outcome", [each for each in Outcome if each is not Outcome.FAILED])
-def test_only_a_failure_depends_on_the_attempts(outcome: Outcome) -> None:
-    verdicts = {judge(outcome, attempt, 3) for attempt in (1, 2, 3, 4, 1_000_001)}
-    assert len(verdicts) == 1
-
-
-@pytest.mark.parametrize("attempt", [3, 4, 1_000_001])
-def test_the_last_attempt_is_followed_by_none(attempt: int) -> None:
-    assert judge(Outcome.FAILED, 2, 3) is Verdict.RETRY
-    assert judge(Outcome.FAILED, attempt, 3) is Verdict.DEAD
+@given(
+    st.sampled_from(Outcome),
+    st.integers(1, 30),
+    st.booleans(),
+    st.booleans(),
+    st.none() | st.floats(0, 1e15),
+)
+def test_whatever_a_run_comes_to_is_decided(
+    outcome: Outcome, attempt: int, ran: bool, may_drop: bool, asked: float | None
+) -> None:
+    report = Report(outcome, ran=ran, retry_after=asked)
+    decision = decide(job(attempt), report, STEADY, lambda: replace(FACTS, may_drop=may_drop))
+    # What is acknowledged without having been done is published before.
+    acknowledged = decision.verdict.remembered and decision.verdict is not Verdict.DONE
+    assert acknowledged == bool(decision.publishes)
+    assert not decision.unconfirmed.remembered
 
 
 def test_only_what_was_acknowledged_is_remembered() -> None:
@@ -68,8 +156,6 @@ def test_no_job_has_more_attempts_than_the_handler_allows() -> None:
 
 
 # How long until the next one.
-
-STEADY = Retry(delay=5.0, multiplier=2.0, max_delay=3600.0, jitter=False)
 
 
 def test_delays_double_up_to_the_longest() -> None:

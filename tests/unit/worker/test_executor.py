@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.harness.commands import in_loop
 from tests.harness.pools import logged
-from tests.harness.samples import MESSAGE, PLACE
+from tests.harness.samples import MESSAGE
 from workerd.config.model import Handler, Queue, Settings
 from workerd.config.model import Worker as Options
+from workerd.core.counters import Counters
 from workerd.core.decode import decode
 from workerd.core.handler import MayBegin, Started
 from workerd.core.job import Delivery, Job, Outcome, Report, Run
-from workerd.worker.worker import Worker
+from workerd.core.ledger import Ledger
+from workerd.worker.executor import Executor
+from workerd.worker.stop import Stop
 
 pytestmark = pytest.mark.pure
 
@@ -51,19 +53,19 @@ class Faulty:
 def test_a_bug_costs_an_attempt_only_where_one_had_begun(begins: bool, outcome: str) -> None:
     async def scenario() -> Report:
         registry: Any = Faulty(begins)
-        notifier: Any = SimpleNamespace()
-        connect: Any = None
-        worker = Worker(SETTINGS, registry, PLACE, connect, notifier)
-        worker.ledger.opened(1)
-        run = worker.ledger.delivered(Delivery(1, 1, 0.0, decode(MESSAGE, "q")))
+        ledger = Ledger({"q": 1})
+        counters = Counters(SETTINGS.handlers)
+        executor = Executor(SETTINGS, registry, ledger, counters, Stop(), lambda: None)
+        ledger.opened(1)
+        run = ledger.delivered(Delivery(1, 1, 0.0, decode(MESSAGE, "q")))
         assert isinstance(run, Run)
-        report = await worker.attempts.make(run)
-        assert not worker.attempts.progress
+        report = await executor.execute(run)
+        assert not executor.progress
         return report
 
     with logged() as events:
         report = in_loop(scenario())
     assert (report.outcome, report.reason, report.ran) == (Outcome(outcome), "bug", begins)
     assert report.error.endswith("RuntimeError: a bug of ours")
-    told = "failed" if begins else "handler paused"
-    assert [event["reason"] for event in events if event["event"] == told] == ["bug"]
+    event = "failed" if begins else "handler paused"
+    assert [each["reason"] for each in events if each["event"] == event] == ["bug"]

@@ -44,7 +44,7 @@ class Broker:
 
 
 def looks(broker: Broker) -> QueueDepths:
-    return QueueDepths(cast(Any, broker))
+    return QueueDepths(cast(Any, broker), lambda: ["jobs"])
 
 
 @pytest.fixture
