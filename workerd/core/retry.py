@@ -55,7 +55,7 @@ class Facts:
     """What the worker knows when a run ends, besides the job and its report.
 
     ``now`` is in seconds since 1970, ``copy_id`` a text never used before. The broker itself
-    ``dead_letters`` what is rejected in the job's queue; it ``may_drop`` the job at one more return.
+    ``dead_letters`` what is rejected in the job's queue, and ``may_drop`` what returns once more.
     A job whose handler is paused is postponed for ``pause`` seconds.
     """
 

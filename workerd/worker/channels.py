@@ -19,8 +19,8 @@ Spawn = Callable[[Coroutine[object, object, None], str], object]
 class Channels:
     """Settles deliveries; closes a channel that consumes no more once nothing is left on it.
 
-    ``requeued`` decides what becomes of a delivery that goes back unstarted. ``spawn`` begins a task
-    by name.
+    ``requeued`` decides what becomes of a delivery that goes back unstarted. ``spawn`` begins
+    a task by its name.
     """
 
     def __init__(
