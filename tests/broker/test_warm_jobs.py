@@ -198,7 +198,7 @@ def test_a_job_that_waited_for_a_process_when_the_daemon_was_killed_has_spent_no
     done = again.wait_event("done", job_id="runs")
     assert done["attempt"] == 2
     # Nobody knows whether the process had come to the other one.
-    alone = {entry["job_id"] for entry in again.events("start", alone=True)}
+    alone = {entry["job_id"] for entry in again.events("start", isolated=True)}
     assert alone == {"runs", "waits"}
 
 
