@@ -1,0 +1,16 @@
+"""A running worker: from a delivery to its settlement.
+
+Start at `worker.Worker.perform`, the life of a job; then `executor` and `drain`.
+
+    worker           the shell around the ledger: starts runs, settles deliveries
+    executor         one attempt at a job: which handler has it, when it begins, how it ends
+    drain            how a worker comes to rest, line by line
+    outbox           copies that the broker must take before their originals are acknowledged
+    publisher        confirmed publishing, on a connection of its own
+    consumer         the consuming connection, a channel for each queue and for its due jobs
+    declarations     the queues that are declared, and those that are used as they are
+    status           the status line; warnings before the broker loses patience
+    queue_depths     how many messages wait at the broker
+    memory_pressure  one job is started at a time while the kernel is short of memory
+    broker_ping      whether the broker still answers
+"""
