@@ -9,7 +9,7 @@ Start at `ledger`, whose docstring has the rules of redelivery.
     orphans        runs whose channel is lost, which a redelivery may rejoin
     dedup          which jobs are finished, which went back to be run again
     keyset         many keys of jobs in little memory
-    retry          from an outcome to a verdict, and the delay before the next attempt
+    retry          `decide`: what becomes of a job after a run, and when
     republish      the copies of a job: its next attempt, its dead letter
     admission      whether a job may start, or is a dead letter at once
     breaker        handlers that cannot run here and now, and when they are tried again
