@@ -4,8 +4,8 @@
     rig          the broker, a crew of worker processes, loading a queue and seeing it empty
     crews        how each worker is started for a kind of job, and its messages
     workloads    what is measured, between whom, and what workerd aims at
-    report       medians, spreads, ratios: for a terminal, for docs/BENCHMARKS.md, as JSON
+    report       medians, spreads, ratios: for a terminal, for docs/benchmarks.md, as JSON
 
 Start at `workloads`. `make bench` runs `python -m benchmarks` in a virtualenv of its own;
-docs/BENCHMARKS.md says how it is measured.
+docs/benchmarks.md says how it is measured.
 """

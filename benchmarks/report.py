@@ -1,4 +1,4 @@
-"""What came out: for a terminal as it comes, as JSON, and as the table of docs/BENCHMARKS.md."""
+"""What came out: for a terminal as it comes, as JSON, and as the table of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def load(file: Path, workloads: Iterable[Workload]) -> list[tuple[Outcome, dict[
 
 
 def markdown(results: Sequence[tuple[Outcome, dict[str, Any]]]) -> str:
-    """The table of docs/BENCHMARKS.md."""
+    """The table of docs/benchmarks.md."""
     lines = []
     told: list[dict[str, Any]] = []
     for _outcome, facts in results:

@@ -11,8 +11,8 @@ from typing import Any
 import pika
 import pika.exceptions
 
-from . import network
-from .waiting import TIMEOUT, until
+from tests.harness import network
+from tests.harness.waiting import TIMEOUT, until
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import network, processes, trixie
-from .clock import Clock
-from .ports import Port
-from .processes import MissingTool
-from .waiting import SCALE, TIMEOUT, until
+from tests.harness import network, processes, trixie
+from tests.harness.clock import Clock
+from tests.harness.ports import Port
+from tests.harness.processes import MissingTool
+from tests.harness.waiting import SCALE, TIMEOUT, until
 
 # A start takes 2 to 4 s on an idle machine.
 START_TIMEOUT = 60.0 * SCALE

@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from .processes import MissingTool
+from tests.harness.processes import MissingTool
 
 # Not with libfaketime, with whose 0.9.10 Python's sleep fails unless the monotonic clock jumps too.
 DAEMON = """

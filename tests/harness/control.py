@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .daemon import Daemon
-from .processes import MissingTool
-from .programs import SUBMIT, WORKERD, Result, run
-from .waiting import TIMEOUT
+from tests.harness.daemon import Daemon
+from tests.harness.processes import MissingTool
+from tests.harness.programs import SUBMIT, WORKERD, Result, run
+from tests.harness.waiting import TIMEOUT
 
 Reply = dict[str, Any]
 

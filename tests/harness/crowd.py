@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from .control import Caller
+from tests.harness.control import Caller
 
 #: Seconds between two misdeeds of one client: it is the daemon that is tested, not the machine.
 PAUSE = 0.2

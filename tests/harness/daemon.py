@@ -23,9 +23,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import processes
-from .trixie import CHECKOUT
-from .waiting import TIMEOUT
+from tests.harness import processes
+from tests.harness.trixie import CHECKOUT
+from tests.harness.waiting import TIMEOUT
 
 Event = dict[str, Any]
 T = TypeVar("T")

@@ -17,8 +17,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .processes import MissingTool
-from .waiting import TIMEOUT
+from tests.harness.processes import MissingTool
+from tests.harness.waiting import TIMEOUT
 
 Entry = dict[str, str]
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from .processes import MissingTool
+from tests.harness.processes import MissingTool
 
 # The namespaces have no other network, so the same addresses serve every test.
 BROKER_ADDRESS = "192.168.213.1"

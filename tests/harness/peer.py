@@ -23,7 +23,7 @@ import pika
 import pika.frame
 import pika.spec
 
-from .waiting import TIMEOUT
+from tests.harness.waiting import TIMEOUT
 
 T = TypeVar("T")
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from . import processes
-from .trixie import CHECKOUT
-from .waiting import TIMEOUT
+from tests.harness import processes
+from tests.harness.trixie import CHECKOUT
+from tests.harness.waiting import TIMEOUT
 
 # What the installed script of that name does.
 SUBMIT = [sys.executable, "-c", "from workerd.cli.main import submit_main; submit_main()"]

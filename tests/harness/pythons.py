@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import trixie
-from .processes import MissingTool
+from tests.harness import trixie
+from tests.harness.processes import MissingTool
 
 TRIXIE = "Debian 13's"
 

@@ -22,11 +22,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from . import processes
-from .processes import MissingTool
-from .trixie import CHECKOUT
-from .trixie import OPTIONS as NO_DOCUMENTATION
-from .waiting import TIMEOUT, until
+from tests.harness import processes
+from tests.harness.processes import MissingTool
+from tests.harness.trixie import CHECKOUT
+from tests.harness.trixie import OPTIONS as NO_DOCUMENTATION
+from tests.harness.waiting import TIMEOUT, until
 
 #: The Debian that has a release of RabbitMQ.
 RELEASES = {"3.10": "bookworm", "4.0": "trixie"}

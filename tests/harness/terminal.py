@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import processes
-from .programs import environment
-from .waiting import TIMEOUT
+from tests.harness import processes
+from tests.harness.programs import environment
+from tests.harness.waiting import TIMEOUT
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ import time
 from typing import Literal
 from urllib.parse import urlsplit
 
-from .ports import Port
-from .waiting import until
+from tests.harness.ports import Port
+from tests.harness.waiting import until
 
 Direction = Literal["to_broker", "to_daemon"]
 

@@ -1,4 +1,4 @@
-"""The planted bugs as they stand in the TOML files, and as the table of docs/RELIABILITY.md."""
+"""The planted bugs as they stand in the TOML files, and as the table of docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Mutant:
     """A bug: in `file`, the text `find`, which is there once, becomes `replace`.
 
     `test` (a pytest node id) then fails. `row` is the number of the fault in
-    docs/RELIABILITY.md, 0 where the bug stands for a rule and not for a fault.
+    docs/reliability.md, 0 where the bug stands for a rule and not for a fault.
     """
 
     row: int

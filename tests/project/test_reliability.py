@@ -1,4 +1,4 @@
-"""docs/RELIABILITY.md and the planted bugs agree, and name code and tests that exist."""
+"""docs/reliability.md and the planted bugs agree, and name code and tests that exist."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from tests.harness.trixie import CHECKOUT
 from tests.mutants.catalogue import Mutant, load, table
 
-# The faults that the catalogue of docs/RELIABILITY.md must show.
+# The faults that the catalogue of docs/reliability.md must show.
 ROWS = {
     *range(1, 68),
     *range(69, 73),
@@ -30,5 +30,5 @@ def test_a_planted_bug_can_still_be_planted(mutant: Mutant) -> None:
 
 
 def test_the_table_is_current() -> None:
-    text = Path(CHECKOUT, "docs", "RELIABILITY.md").read_text()
+    text = Path(CHECKOUT, "docs", "reliability.md").read_text()
     assert table() in text, "python -m tests.mutants table"

@@ -1,0 +1,71 @@
+"""The tests are a mirror of the code: whoever knows a module finds its tests, and the other way."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.harness.trixie import CHECKOUT
+
+UNIT = CHECKOUT / "tests/unit"
+LINES = 500
+
+# Tests that are named for their subject, with the reason.
+NAMED_FOR_A_SUBJECT = {
+    "core/test_ledger_siblings.py": "a ledger beside those of other instances",
+    "handlers/test_interpreters.py": "child.py under every Python that is installed",
+}
+
+# What is too long and is about to be split. An entry that is no longer needed fails the test.
+NOT_YET = {
+    "tests/broker/test_dead.py",
+    "tests/broker/test_host.py",
+    "tests/broker/test_service.py",
+    "tests/unit/test_log.py",
+    "tests/unit/handlers/test_child.py",
+    "tests/unit/handlers/test_command.py",
+    "tests/unit/handlers/warm/test_pool.py",
+    "tests/unit/core/test_ledger.py",
+}
+
+
+def test_a_unit_test_is_named_for_the_module_that_it_tests() -> None:
+    places = {path.relative_to(UNIT) for path in UNIT.rglob("test_*.py")}
+    mirrored = {
+        place
+        for place in places
+        if (CHECKOUT / "workerd" / place.parent / place.name.removeprefix("test_")).exists()
+    }
+    assert {str(place) for place in places - mirrored} == set(NAMED_FOR_A_SUBJECT)
+
+
+@pytest.mark.parametrize("folder", ["broker", "system", "campaign", "project"])
+def test_nothing_but_scenarios_stands_beside_the_unit_tests(folder: str) -> None:
+    inside = [path for path in (CHECKOUT / "tests" / folder).iterdir() if path.suffix == ".py"]
+    assert [path.name for path in inside if not path.name.startswith("test_")] == []
+
+
+def test_no_test_file_is_long() -> None:
+    tests = (CHECKOUT / "tests").rglob("test_*.py")
+    assert {str(path.relative_to(CHECKOUT)) for path in tests if long(path)} == NOT_YET
+
+
+def long(path: Path) -> bool:
+    return len(path.read_text().splitlines()) > LINES
+
+
+PACKAGES = sorted(path.parent for path in (CHECKOUT / "workerd").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_a_package_says_what_each_of_its_modules_is(package: Path) -> None:
+    """Indented lines of its docstring: a module or a package, two spaces or more, what it is."""
+    tree = ast.parse((package / "__init__.py").read_text())
+    text = ast.get_docstring(tree, clean=False) or ""
+    listed = re.findall(r"^ {4}(\w+) {2,}\S", text, re.MULTILINE)
+    there = {path.name.removesuffix(".py") for path in package.iterdir()}
+    assert len(listed) == len(set(listed))
+    assert set(listed) == there - {"__init__", "__main__", "__pycache__", "py.typed"}
