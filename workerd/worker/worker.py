@@ -225,7 +225,7 @@ class Worker:
 
     def opened(self, channel: Channel) -> None:
         self.channels[channel.serial] = channel
-        # Once the broker has forgotten a job, nobody but the memory knows that it is finished.
+        # Once the broker has forgotten a job, nobody but the run log knows that it is finished.
         channel.before_acks = self.ledger.dedup.flush
         self.ledger.opened(channel.serial)
 
@@ -247,7 +247,7 @@ class Worker:
                 self._begin(decision)
             case Settle(delivery):
                 job = delivery.job
-                log.event("settled from memory", job_id=job.id, queue=job.queue)
+                log.event("settled again", job_id=job.id, queue=job.queue)
                 self._settle(decision)
             case Rejoined(run):
                 log.event("rejoined", job_id=run.job.id, queue=run.job.queue)
