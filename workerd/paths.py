@@ -1,7 +1,8 @@
-"""Where the files of a running instance are: its lock and socket, its memory of jobs."""
+"""Where the files of a running instance are: its lock and socket, its run log."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ def runtime_directory(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def state_directory(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the memory of jobs is: systemd's $STATE_DIRECTORY, else /var/lib/workerd when that
+    """Where run logs are: systemd's $STATE_DIRECTORY, else /var/lib/workerd when that
     is ours to write, else $XDG_STATE_HOME/workerd.
     """
     own = environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
@@ -30,6 +31,18 @@ def runtime_directories(environ: Mapping[str, str] = os.environ) -> list[Path]:
     given = environ.get("RUNTIME_DIRECTORY")
     places = [given.split(":")[0]] if given else [_RUNTIME, f"{_own_runtime(environ)}/workerd"]
     return [Path(place) for place in places]
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock on this file or folder, which must exist. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _own_runtime(environ: Mapping[str, str]) -> str:

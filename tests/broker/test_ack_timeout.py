@@ -59,7 +59,7 @@ def test_a_job_that_outlives_the_ack_timeout_is_rejoined_and_so_are_its_neighbou
     warned = workerd.log[: workerd.log.index(told)]
     assert len([e for e in warned if e["event"] == "ack timeout near" and e["job_id"] == "a"]) == 2
     assert not workerd.events("connected")[1:]
-    assert not workerd.events("settled from memory")
+    assert not workerd.events("settled again")
 
 
 def test_the_ack_timeout_that_the_broker_tells_is_the_one_that_is_warned_of(
@@ -134,7 +134,7 @@ def test_a_late_job_that_ends_before_it_comes_again_is_settled_on_the_new_channe
     oracle.release()
     workerd.wait_event("verdict kept")
     peer.resume()
-    workerd.wait_event("settled from memory")
+    workerd.wait_event("settled again")
 
     (settled,) = peer.until(lambda: peer.settled, "it is settled")
     assert settled.channel != old

@@ -322,7 +322,7 @@ def test_messages_of_one_id_all_run_unless_one_is_a_redelivery(
         workerd.wait_event("done", job_id="same", count=len(workerd.events("start")) or 1)
     workerd.wait_event("done", job_id="same", count=3)
     assert outputs(workerd, "same") == ["one", "two", "two"]
-    assert not workerd.events("settled from memory")
+    assert not workerd.events("settled again")
 
 
 def test_a_redelivery_of_a_job_that_is_unknown_here_runs(

@@ -329,7 +329,7 @@ def test_one_last_connection_acknowledges_what_ended_while_the_broker_was_away(
     worker.wait_event("draining")
     gate.touch()
     assert worker.wait_exit() == 0
-    assert worker.events("settled from memory", job_id="owed")
+    assert worker.events("settled again", job_id="owed")
     await_nobody(broker)
     oracle.check(ids)
 

@@ -84,7 +84,7 @@ def outlive_kills(
     report = oracle.check(ids)
     told = [
         (event, [len(worker.events(event)) for worker in workers])
-        for event in ("done", "rejoined", "settled from memory")
+        for event in ("done", "rejoined", "settled again")
     ]
     print(f"{kind['type']}: {report}; {told}")
     assert sum(report.starts.values()) == jobs
@@ -141,7 +141,7 @@ def test_a_redelivery_of_what_a_sibling_runs_waits_without_a_slot_and_is_settled
 
     oracle.release()
     one.wait_event("verdict kept", job_id="a")
-    two.wait_event("settled from memory", job_id="a")
+    two.wait_event("settled again", job_id="a")
     broker.await_depth("jobs")
     report = oracle.check(["a", *others])
     assert set(report.starts.values()) == {1}
@@ -205,7 +205,7 @@ def test_a_verdict_whose_ack_was_never_read_is_remembered_when_the_daemon_is_kil
     wire.break_connections()
 
     later = daemon(text, successor)
-    later.wait_event("settled from memory", job_id="a")
+    later.wait_event("settled again", job_id="a")
     broker.await_depth("jobs")
     report = oracle.check(jobs)
     assert report.starts == {"a": 1}
@@ -226,7 +226,7 @@ def test_a_confirmed_dead_letter_is_not_published_again_when_the_daemon_is_kille
     wire.break_connections()
 
     later = daemon(text, successor)
-    later.wait_event("settled from memory", job_id="a")
+    later.wait_event("settled again", job_id="a")
     broker.await_depth("jobs")
     client.await_ready("jobs.dead", 1)
     report = oracle.check(jobs, dead=jobs)
@@ -246,11 +246,11 @@ def test_a_sibling_holds_a_failed_job_until_its_dead_letter_is_confirmed(
     oracle.release()
     one.wait_event("dead letter refused", job_id="a")
     assert state_of(two)["held"] == 1
-    assert not two.events("settled from memory")
+    assert not two.events("settled again")
 
     client.declare("jobs.dead")
     one.wait_event("dead letter", job_id="a")
-    two.wait_event("settled from memory", job_id="a")
+    two.wait_event("settled again", job_id="a")
     broker.await_depth("jobs")
     client.await_ready("jobs.dead", 1)
     report = oracle.check(["a"], dead=["a"])
@@ -274,7 +274,7 @@ def test_a_dead_letter_that_was_not_confirmed_when_the_daemon_was_killed_is_publ
     broker.await_depth("jobs")
     client.await_ready("jobs.dead", 1)
     oracle.check(jobs, dead=jobs)
-    assert not later.events("settled from memory")
+    assert not later.events("settled again")
 
 
 def test_a_job_given_back_by_a_drain_runs_on_a_sibling_at_once(
@@ -362,7 +362,7 @@ def test_a_job_cut_off_by_a_kill_is_run_again_although_an_equal_one_was_finished
     later = daemon(text, successor)
     later.wait_event("done", job_id="cron")
     broker.await_depth("jobs")
-    assert not later.events("settled from memory")
+    assert not later.events("settled again")
 
 
 # A disk that cannot be written, and what does not belong there
@@ -390,16 +390,16 @@ def test_a_full_disk_costs_a_warning_and_no_job_and_is_used_again_when_it_has_ro
     text = config(broker.url, oracle.command(), worker={"remember": "3s"})
     env = {"STATE_DIRECTORY": str(disk)}
     worker = daemon(text, "1", env=env)
-    warning = worker.wait_event("memory not kept", level="warning")
+    warning = worker.wait_event("run log not kept", level="warning")
     assert "No space" in warning["text"]
     worker.wait_event("consuming")
     jobs = client.publish_jobs("jobs", ["a", "b"])
     worker.wait_event("done", count=2)
     broker.await_depth("jobs")
-    assert len(worker.events("memory not kept")) == 1
+    assert len(worker.events("run log not kept")) == 1
 
     filler.unlink()
-    worker.wait_event("memory kept")
+    worker.wait_event("run log kept")
     jobs += client.publish_jobs("jobs", ["c"])
     worker.wait_event("done", job_id="c")
     broker.await_depth("jobs")
@@ -413,7 +413,7 @@ def test_a_read_only_disk_costs_a_warning_and_no_job(
     text = config(broker.url, oracle.command(), worker={"remember": "3s"})
     env = {"STATE_DIRECTORY": str(disk)}
     worker = daemon(text, "1", env=env)
-    assert "Read-only" in worker.wait_event("memory not kept", level="warning")["text"]
+    assert "Read-only" in worker.wait_event("run log not kept", level="warning")["text"]
     worker.wait_event("consuming")
     oracle.hold("a")
     jobs = client.publish_jobs("jobs", ["a", "b"])
@@ -424,10 +424,10 @@ def test_a_read_only_disk_costs_a_warning_and_no_job(
     worker.wait_event("done", job_id="a")
     broker.await_depth("jobs")
     oracle.check(jobs)
-    assert len(worker.events("memory not kept")) == 1
+    assert len(worker.events("run log not kept")) == 1
 
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-    worker.wait_event("memory kept")
+    worker.wait_event("run log kept")
 
 
 def damage_with_garbage(journal: Path) -> None:
@@ -443,7 +443,7 @@ def damage_by_emptying(journal: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [damage_with_garbage, damage_by_truncation, damage_by_emptying])
-def test_a_damaged_journal_keeps_nobody_from_starting_and_loses_no_job(
+def test_a_damaged_run_log_keeps_nobody_from_starting_and_loses_no_job(
     broker: Broker,
     client: Client,
     daemon: Start,
@@ -468,7 +468,7 @@ def test_a_damaged_journal_keeps_nobody_from_starting_and_loses_no_job(
     for later in workers:
         later.wait_event("consuming")
     oracle.check(jobs, allowed_duplicates=2)
-    assert not [event for later in workers for event in later.events("memory not kept")]
+    assert not [event for later in workers for event in later.events("run log not kept")]
 
 
 def test_foreign_files_and_a_folder_that_nobody_may_read_do_no_harm(
@@ -505,9 +505,9 @@ def test_foreign_files_and_a_folder_that_nobody_may_read_do_no_harm(
     close_connections(broker, "1")
     await_held(two, 1)
     oracle.release()
-    two.wait_event("settled from memory", job_id="a")
+    two.wait_event("settled again", job_id="a")
     broker.await_depth("jobs")
     assert oracle.check(["a"]).starts == {"a": 1}
     for worker in (one, two):
-        assert not worker.events("memory not kept")
+        assert not worker.events("run log not kept")
         assert not [line for line in worker.output if not line.startswith("{")]

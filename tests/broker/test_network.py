@@ -131,7 +131,7 @@ def test_a_job_whose_ack_is_lost_on_the_way_is_settled_from_memory(
         # The acks were sent, as far as the daemon could know.
         assert not workerd.events("verdict kept")
         network.heal()
-        workerd.wait_event("settled from memory", count=2)
+        workerd.wait_event("settled again", count=2)
 
     distant.await_depth("jobs")
     oracle.check(jobs)

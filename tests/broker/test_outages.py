@@ -72,7 +72,7 @@ def test_a_job_that_runs_while_the_broker_is_killed_is_rejoined_and_settled_once
 
     broker.await_depth("jobs")
     oracle.check(jobs)
-    assert not workerd.events("settled from memory")
+    assert not workerd.events("settled again")
     # A second ack of one delivery would have closed the channel.
     assert warnings(workerd) == ["disconnected"]
 
@@ -95,7 +95,7 @@ def test_a_job_that_ends_while_the_broker_is_away_is_settled_from_memory(
     oracle.release()
     workerd.wait_event("verdict kept", count=2)
     broker.start()
-    workerd.wait_event("settled from memory", count=2)
+    workerd.wait_event("settled again", count=2)
 
     broker.await_depth("jobs")
     oracle.check(jobs)

@@ -291,7 +291,7 @@ def test_a_retry_whose_confirm_is_lost_is_published_again_and_runs_once(
     worker.wait_event("retry", job_id="a")
     worker.wait_event("done", job_id="a")
     # The copy that was confirmed, or the one that was not: whichever came second.
-    worker.wait_event("settled from memory", job_id="a")
+    worker.wait_event("settled again", job_id="a")
     assert starts(worker, "a") == [1, 2]
     assert worker.stop() == 0
     for queue in ("jobs", "jobs.due", "jobs.dead"):
@@ -312,7 +312,7 @@ def test_two_copies_of_one_retry_run_once_on_a_host(
     second.wait_event("consuming", queue="jobs.due")
     client.publish("jobs.due", message_id="a", headers=copy)
     client.publish("jobs.due", message_id="a", headers=copy)
-    second.wait_event("settled from memory", job_id="a")
+    second.wait_event("settled again", job_id="a")
     oracle.release()
     first.wait_event("done", job_id="a")
     # The third one, too, has come to one of the two.

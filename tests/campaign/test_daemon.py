@@ -138,7 +138,7 @@ def test_named_jobs_run_exactly_once_whatever_happens_to_the_broker(
     assert worker.stop() == 0
     work.check_logs()
     report = oracle.check(ids)
-    rejoined, settled = len(work.ids("rejoined")), len(work.ids("settled from memory"))
+    rejoined, settled = len(work.ids("rejoined")), len(work.ids("settled again"))
     print(f"{work.kind} {'+'.join(faults)}: {report}; {rejoined} rejoined, {settled} from memory")
     assert sum(report.starts.values()) == JOBS
 

@@ -7,20 +7,18 @@ import itertools
 import struct
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pika.exceptions
 import pika.spec
 
 from workerd.broker.acks import Acks
 from workerd.broker.codec import Incoming, message_of, properties_of
+from workerd.broker.confirms import Confirms
 from workerd.broker.errors import ANSWER_TIMEOUT, diagnose
 from workerd.core.job import Message
 from workerd.core.topology import BindExchange, BindQueue, DeclareExchange, DeclareQueue, Step
-from workerd.errors import BrokerError, ErrorKind, Unencodable, Unroutable
-
-if TYPE_CHECKING:
-    from workerd.broker.connection import Connection
+from workerd.errors import BrokerError, ErrorKind, Unencodable
 
 #: A basic.ack in its frame: type, channel, size; class, method, tag, multiple; end.
 _ACK = struct.Struct(">BHIHHQBB")
@@ -34,14 +32,13 @@ _serials = itertools.count(1)
 
 
 class Channel:
-    """One channel. ``serial`` is unique in this process, ``ended`` says why it ended.
+    """One channel. ``serial`` is unique in this process, ``ended`` says why the channel ended.
 
-    Every request raises BrokerError when the broker refuses it (which ends the channel) or
-    does not answer in time (which ends the connection).
+    Every request raises BrokerError when the broker refuses the request (which ends the channel)
+    or does not answer in time: then ``abort`` is called, which ends the connection.
     """
 
-    def __init__(self, connection: Connection, channel: Any) -> None:
-        self.connection = connection
+    def __init__(self, channel: Any, abort: Callable[[str], None]) -> None:
         self.serial = next(_serials)
         self.ended: asyncio.Future[BrokerError] = asyncio.get_running_loop().create_future()
         #: Whether it was we who closed it, the broker agreed, and what was settled here is settled.
@@ -50,6 +47,7 @@ class Channel:
         #: 4.3) deliveries not acknowledged in time. The channel stays open.
         self.cancelled = asyncio.Event()
         self._channel = channel
+        self._abort = abort
         #: How many messages have come.
         self.deliveries = 0
         #: Called before acknowledgements are sent.
@@ -60,10 +58,7 @@ class Channel:
         self._requests: set[asyncio.Future[Any]] = set()
         self._consumer_tag = ""
         self._on_lost: Callable[[Channel], None] | None = None
-        self._published = 0
-        self._confirms: dict[int, asyncio.Future[None]] = {}
-        self._ids: dict[int, tuple[str, str]] = {}
-        self._returned: set[int] = set()
+        self._confirms = Confirms()
         channel.add_on_close_callback(self._closed)
         channel.add_on_cancel_callback(lambda _frame: self.cancelled.set())
 
@@ -152,8 +147,8 @@ class Channel:
                 on_message_callback=lambda *_: None,
                 arguments=nonsense,
             )
-        except BrokerError as trouble:
-            if trouble.code != 406:
+        except BrokerError as error:
+            if error.code != 406:
                 raise
 
     async def consume(
@@ -235,8 +230,17 @@ class Channel:
 
     async def confirm(self) -> None:
         """Make the broker confirm what is published on this channel."""
-        self._channel.add_on_return_callback(self._on_return)
-        await self._ask(self._channel.confirm_delivery, self._on_confirm)
+
+        def returned(_channel: Any, _method: Any, properties: Any, _body: bytes) -> None:
+            self._confirms.returned(str(properties.message_id))
+
+        def answered(frame: Any) -> None:
+            method = frame.method
+            nack = isinstance(method, pika.spec.Basic.Nack)
+            self._confirms.answered(method.delivery_tag, method.multiple, nack)
+
+        self._channel.add_on_return_callback(returned)
+        await self._ask(self._channel.confirm_delivery, answered)
 
     def publish(self, exchange: str, key: str, message: Message) -> asyncio.Future[None]:
         """Publish, persistent and mandatory; the future is done when the broker confirms.
@@ -253,12 +257,8 @@ class Channel:
             raise diagnose(error) from error
         except (pika.exceptions.AMQPError, struct.error, ValueError, TypeError) as error:
             raise Unencodable(f"the message cannot be encoded: {error!r}") from error
-        self._published += 1
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._confirms[self._published] = future
         # The queue of a delay level has the name of its exchange.
-        self._ids[self._published] = (exchange or key, str(message.message_id))
-        return future
+        return self._confirms.publish(exchange or key, str(message.message_id))
 
     async def close(self) -> None:
         """Close, and wait for the answer: the proof that the broker has read our acks."""
@@ -299,23 +299,22 @@ class Channel:
 
     def _unanswered(self) -> BrokerError:
         text = f"no answer within {ANSWER_TIMEOUT:.0f} s"
-        self.connection.abort(text)
+        self._abort(text)
         return BrokerError(ErrorKind.AWAY, text)
 
     def _closed(self, _channel: Any, reason: BaseException) -> None:
-        trouble = diagnose(reason)
-        self.ended_in_order = trouble.kind is ErrorKind.CLOSED and not self._may_have_forgotten()
+        error = diagnose(reason)
+        self.ended_in_order = error.kind is ErrorKind.CLOSED and not self._may_have_forgotten()
         self._forget_consumer()
         if self._on_lost:
             self._on_lost(self)
-        for future in (*self._requests, *self._confirms.values()):
-            if not future.done():
-                future.set_exception(trouble)
-                future.exception()  # somebody may have stopped waiting for it
-        self._confirms.clear()
-        self._ids.clear()
+        for request in self._requests:
+            if not request.done():
+                request.set_exception(error)
+                request.exception()  # whoever asked may have stopped waiting
+        self._confirms.lose(error)
         if not self.ended.done():
-            self.ended.set_result(trouble)
+            self.ended.set_result(error)
 
     def _may_have_forgotten(self) -> bool:
         """Whether the broker may have lost an acknowledgement behind what went back."""
@@ -324,33 +323,3 @@ class Channel:
 
     def _forget_consumer(self) -> None:
         self._channel.connection.consumers.pop(self._channel.channel_number, None)
-
-    def _on_return(self, _channel: Any, _method: Any, properties: Any, _body: bytes) -> None:
-        # A return carries no number. It comes before the confirm of its message, and
-        # returns come in the order of publishing.
-        for number, (_place, message_id) in self._ids.items():
-            if message_id == str(properties.message_id) and number not in self._returned:
-                self._returned.add(number)
-                return
-
-    def _on_confirm(self, frame: Any) -> None:
-        method = frame.method
-        last = method.delivery_tag
-        # They were published in ascending order.
-        earlier = itertools.takewhile(lambda number: number <= last, self._confirms)
-        numbers = list(earlier) if method.multiple else [last]
-        for number in numbers:
-            future = self._confirms.pop(number, None)
-            place, _ = self._ids.pop(number, ("", ""))
-            returned = number in self._returned
-            self._returned.discard(number)
-            if future is None or future.done():
-                continue
-            if isinstance(method, pika.spec.Basic.Nack):
-                future.set_exception(
-                    BrokerError(ErrorKind.BUSY, f"the broker refused it: {place} is full")
-                )
-            elif returned:
-                future.set_exception(Unroutable(place))
-            else:
-                future.set_result(None)

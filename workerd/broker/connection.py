@@ -84,14 +84,11 @@ class Connection:
 
         Raises the last one's BrokerError.
         """
-        trouble: BrokerError | None = None
-        for url in random.sample(broker.urls, len(broker.urls)):
-            try:
+        urls = random.sample(broker.urls, len(broker.urls))
+        for url in urls[:-1]:
+            with contextlib.suppress(BrokerError):
                 return await cls.open(url, broker, name, environ)
-            except BrokerError as error:
-                trouble = error
-        assert trouble is not None
-        raise trouble
+        return await cls.open(urls[-1], broker, name, environ)
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -110,7 +107,7 @@ class Connection:
             {opened, self.ended}, timeout=ANSWER_TIMEOUT, return_when=asyncio.FIRST_COMPLETED
         )
         if opened.done():
-            return Channel(self, channel)
+            return Channel(channel, self.abort)
         if self.ended.done():
             raise self.ended.result()
         text = f"no answer within {ANSWER_TIMEOUT:.0f} s"
@@ -118,10 +115,10 @@ class Connection:
         raise BrokerError(ErrorKind.AWAY, text)
 
     async def declare(self, steps: Iterable[Step]) -> list[BrokerError]:
-        """Take these steps; returns what the broker objected to. Raises BrokerError without it.
+        """Take these steps; returns what the broker objected to. Raises BrokerError(AWAY).
 
-        What exists with other arguments stays as it is. The first refused permission ends
-        it, for the other steps would be refused too.
+        What exists with other arguments stays as it is. No step is taken after the first refused
+        permission: the others would be refused too.
         """
         objections: list[BrokerError] = []
         channel: Channel | None = None
@@ -130,15 +127,22 @@ class Connection:
                 channel = await self.channel()
             try:
                 await channel.declare(step)
-            except BrokerError as trouble:
-                if trouble.kind is ErrorKind.AWAY:
+            except BrokerError as error:
+                if error.kind is ErrorKind.AWAY:
                     raise
-                objections.append(trouble)
-                if trouble.kind is ErrorKind.REFUSED:
+                objections.append(error)
+                if error.kind is ErrorKind.REFUSED:
                     return objections
         if channel and not channel.ended.done():
             await channel.close()
         return objections
+
+    def unconfirmed(self) -> BrokerError:
+        """Why a message that was published here has no confirm in time: an alarm, or silence."""
+        if self.blocked:
+            text = f"the broker takes nothing at present: {self.blocked}"
+            return BrokerError(ErrorKind.BUSY, text)
+        return BrokerError(ErrorKind.AWAY, "the broker did not confirm in time")
 
     async def close(self, timeout: float) -> None:
         """Close politely; after ``timeout`` seconds drop the socket."""
@@ -168,9 +172,9 @@ async def connections(
     """Open connections, for ever: each is yielded once, when the one before has ended.
 
     ``settings`` gives those that are valid at each attempt. The brokers are tried in random
-    order; when none answers there is a pause, longer each
-    time up to ``reconnect_max``, and cut short by ``wake``. ``on_outage`` hears of each
-    failed attempt and each lost connection, and in how many seconds the next attempt comes.
+    order; when none answers there is a pause, longer each time up to ``reconnect_max``, and cut
+    short by ``wake``. ``on_outage`` is called after each failed attempt and each lost connection,
+    with the host, the error, and the seconds until the next attempt.
     """
     clock = asyncio.get_running_loop().time
     delays = backoff(FIRST_PAUSE, settings().reconnect_max)
@@ -180,8 +184,8 @@ async def connections(
         for url in random.sample(broker.urls, len(broker.urls)):
             try:
                 connection = await Connection.open(url, broker, name, environ)
-            except BrokerError as trouble:
-                failures.append(trouble)
+            except BrokerError as error:
+                failures.append(error)
                 continue
             opened_at = clock()
             try:
@@ -193,7 +197,7 @@ async def connections(
                 delays = backoff(FIRST_PAUSE, broker.reconnect_max)
             break
         # What only a human can mend is not asked for every second.
-        refused = all(trouble.kind is ErrorKind.REFUSED for trouble in failures)
+        refused = all(error.kind is ErrorKind.REFUSED for error in failures)
         delay = broker.reconnect_max if refused else next(delays)
         on_outage(url.host, failures[-1], delay)
         wake.clear()

@@ -99,9 +99,9 @@ def _plain(error: BaseException, text: str) -> str:
 _ACK_TIMEOUT_TEXT = re.compile(r"Timeout value used: (\d+) ms")
 
 
-def ack_timeout_in(trouble: BrokerError) -> float | None:
-    """The broker's acknowledgement timeout in seconds, where its message tells it."""
-    found = _ACK_TIMEOUT_TEXT.search(str(trouble))
+def ack_timeout_in(error: BrokerError) -> float | None:
+    """The broker's acknowledgement timeout in seconds, where the error's text names it."""
+    found = _ACK_TIMEOUT_TEXT.search(str(error))
     return int(found[1]) / 1000 if found else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -11,10 +10,12 @@ from pathlib import Path
 
 from workerd.control import client, protocol
 from workerd.errors import CommandError
+from workerd.paths import is_held
 
 #: In an instance's runtime folder: why its last start, or its run, has failed.
 FAILURE = "failure"
-_MAX_FAILURE = 4096
+#: How much of that is told, in characters.
+MAX_FAILURE = 4096
 #: Instances that are asked at the same time.
 _AT_ONCE = 16
 
@@ -45,11 +46,11 @@ def state(
     except protocol.NoAnswer as silent:
         if silent.listens:
             return _silent(instance, "stuck", "it listens, and does not answer")
-    held = _is_held(folder / "lock")
-    if held:
-        return _silent(instance, "silent", "it runs, and has no socket: it starts, or ends")
     with contextlib.suppress(OSError):
-        why = (folder / FAILURE).read_text(errors="replace")[:_MAX_FAILURE].strip()
+        if is_held(folder / "lock"):
+            return _silent(instance, "silent", "it runs, and has no socket: it starts, or ends")
+    with contextlib.suppress(OSError):
+        why = (folder / FAILURE).read_text(errors="replace")[:MAX_FAILURE].strip()
         return _silent(instance, "failed", why)
     if os.path.lexists(folder / protocol.SOCKET):
         return _silent(instance, "died", "it was killed, or the host went down")
@@ -58,19 +59,3 @@ def state(
 
 def _silent(instance: str, state: str, why: str | None) -> protocol.Reply:
     return {"instance": instance, "state": state, "healthy": False, "why": why}
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a process holds this lock, as far as we may know."""
-    try:
-        file = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(file)

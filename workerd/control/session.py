@@ -1,4 +1,4 @@
-"""A client of the local socket: its requests, one after the other, and their answers."""
+"""A session on the local socket: requests, one after the other, and their answers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 import json
 import time
 import traceback
-from collections.abc import Coroutine, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Protocol, cast
 
 from workerd import log
+from workerd.control.limits import Limits
 from workerd.control.peer import Peer
 from workerd.control.protocol import MAX_BODY, MAX_LINE, VERSION, Busy, NotServedHere
 from workerd.errors import (
@@ -21,24 +22,34 @@ from workerd.errors import (
     exit_status,
 )
 
-if TYPE_CHECKING:
-    from workerd.control.server import Control
-
 #: Seconds for a client to send its next request, all of it, and to read the answer.
 IDLE = 30.0
-#: RequestHandler that wait for the broker, as for the confirm of a job, of all clients. Fewer than
-#: clients, so that there is room for those who ask why.
-MOST_UNCONFIRMED = 32
 
 Request = Mapping[str, Any]
 Reply = Mapping[str, object]
 
 
-class Client(asyncio.Protocol):
-    """A connection; see docs/control.md for what is said on it."""
+class RequestHandler(Protocol):
+    """Who answers; called in the loop, one request at a time."""
 
-    def __init__(self, control: Control) -> None:
-        self._control = control
+    def answer(
+        self, request: Request, body: bytes, peer: Peer
+    ) -> Reply | Coroutine[Any, Any, Reply]:
+        """The answer, or what will bring it. Raises WorkerdError."""
+
+
+class Session(asyncio.Protocol):
+    """A connection of a client; see docs/control.md for what is said on it.
+
+    ``ready`` is called when a request is complete, and calls `serve` in its turn.
+    """
+
+    def __init__(
+        self, limits: Limits, handler: RequestHandler, ready: Callable[[Session], None]
+    ) -> None:
+        self._limits = limits
+        self._handler = handler
+        self._ready = ready
         self._transport: asyncio.Transport
         self.peer: Peer
         self._buffer = bytearray()
@@ -56,7 +67,7 @@ class Client(asyncio.Protocol):
 
     @property
     def quiet_since(self) -> float:
-        """Since when it owes us a request, or the reading of an answer."""
+        """Since when the client owes us a request, or the reading of an answer."""
         return float("inf") if self._serving else self._quiet_since
 
     @property
@@ -70,12 +81,12 @@ class Client(asyncio.Protocol):
         self._transport.set_write_buffer_limits(high=0)
         self.peer = Peer.of(transport.get_extra_info("socket"))
         self._expect()
-        if not self._control.enter(self):
+        if not self._limits.enter(self):
             self._refuse(EX_TEMPFAIL, "too many clients", "busy")
 
     def connection_lost(self, _error: Exception | None) -> None:
         self._gone = True
-        self._control.leave(self)
+        self._limits.leave(self)
         self._forget_body()
         self._buffer.clear()
         if self._timer:
@@ -99,11 +110,12 @@ class Client(asyncio.Protocol):
             self._advance()
 
     def drop(self) -> None:
+        """End the session now: the client learns no more."""
         self._forget_body()
         self._transport.abort()
 
     def _expect(self) -> None:
-        """It has IDLE seconds from now on for its next request."""
+        """The client has IDLE seconds from now on for its next request."""
         self._quiet_since = time.monotonic()
         if self._timer:
             self._timer.cancel()
@@ -114,14 +126,14 @@ class Client(asyncio.Protocol):
         if self._request is None and not self._read_line():
             return
         if not self._writable or len(self._buffer) < self._length:
-            # An answer that is not read: nothing more is read either, nor is its sender waited for.
+            # While an answer is not read, nothing more is read either.
             (self._transport.resume_reading if self._writable else self._transport.pause_reading)()
             return
         self._serving = True
         self._transport.pause_reading()
         if self._timer:
             self._timer.cancel()
-        self._control.ready(self)
+        self._ready(self)
 
     def _read_line(self) -> bool:
         end = self._buffer.find(b"\n", self._searched)
@@ -148,14 +160,14 @@ class Client(asyncio.Protocol):
         if type(length) is not int or not 0 <= length <= MAX_BODY:
             self._refuse(EX_DATAERR, f"length: a number from 0 to {MAX_BODY}")
             return False
-        if not self._control.reserve(length):
+        if not self._limits.reserve(length):
             self._refuse(EX_TEMPFAIL, "too many bytes are in memory", "busy")
             return False
         self._request, self._length = request, length
         return True
 
     def serve(self) -> None:
-        """It is its turn."""
+        """Answer the request that is complete."""
         if self._gone:
             return
         request, self._request = self._request, None
@@ -164,17 +176,16 @@ class Client(asyncio.Protocol):
             body = bytes(view[: self._length])
         del self._buffer[: self._length]
         try:
-            answer = self._control.answers.answer(request, body, self.peer)
+            answer = self._handler.answer(request, body, self.peer)
             if isinstance(answer, Mapping):
                 self._tell(answer)
                 return
-            if self._control.unconfirmed >= MOST_UNCONFIRMED:
+            if not self._limits.begin_waiting():
                 answer.close()
                 raise Busy(EX_TEMPFAIL, "too many others wait for the broker")
         except Exception as error:  # noqa: BLE001 - see `_tell_error`
             self._tell_error(error)
             return
-        self._control.unconfirmed += 1
         self._task = asyncio.get_running_loop().create_task(self._later(answer), name="answer")
 
     async def _later(self, answer: Coroutine[Any, Any, Reply]) -> None:
@@ -183,7 +194,7 @@ class Client(asyncio.Protocol):
         except Exception as error:  # noqa: BLE001 - see `_tell_error`
             self._tell_error(error)
         finally:
-            self._control.unconfirmed -= 1
+            self._limits.end_waiting()
             self._task = None
 
     def _tell_error(self, error: Exception) -> None:
@@ -199,7 +210,7 @@ class Client(asyncio.Protocol):
         self._tell(_refusal(exit_status(error), str(error), code))
 
     def _tell(self, answer: Reply) -> None:
-        """The answer; then it may send its next request."""
+        """Send the answer; then the client may send its next request."""
         self._forget_body()
         self._serving = False
         if self._gone:
@@ -219,7 +230,7 @@ class Client(asyncio.Protocol):
         self._transport.write(json.dumps({"version": VERSION, **answer}).encode() + b"\n")
 
     def _forget_body(self) -> None:
-        self._control.bytes -= self._length
+        self._limits.release(self._length)
         self._length = 0
 
 

@@ -1,6 +1,6 @@
 """What is remembered of jobs: which are finished, and which went back to be run again. Pure.
 
-What is kept on disk, and learnt from other instances, is the business of `journal.RunLog`.
+What is kept on disk, and learnt from other instances, is the business of `runlog.writer`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ import contextlib
 # getaddrinfo loads this codec at the first look-up of a name. By then an upgrade may have
 # replaced the files of a process that is still draining: load everything now.
 import encodings.idna  # noqa: F401
-import fcntl
 import gc
 import os
 import signal
@@ -24,7 +23,7 @@ from workerd.broker.connection import Connection, connections
 from workerd.broker.errors import is_noise
 from workerd.check.programs import untrusted_programs
 from workerd.config.load import load
-from workerd.config.model import Settings
+from workerd.config.model import Broker, Settings
 from workerd.control.requests import Requests
 from workerd.control.server import Control
 from workerd.core.republish import Origin
@@ -56,30 +55,31 @@ def run(
     shed_inheritance()
     try:
         settings = _load(config, instance)
-        lock = _lock(instance)
+        lock = rundir.lock(instance)
         if detached:
-            _detach(pidfile, log_file, lock)
+            detach(pidfile, log_file, [lock])
     except SettingsError as error:
         log.begin(log_formats.writer("auto"), "info", instance)
         for problem in error.problems:
             log.error("bad configuration", problem=problem)
-        _leave_word(instance, "\n".join(error.problems), ours=False)
+        rundir.failed(instance, "\n".join(error.problems), ours=False)
         _exit(EX_CONFIG)
     guard.forbid_dumps()
-    memory_lock = -1
-    with contextlib.suppress(OSError):  # it will be told when the memory is opened
-        memory_lock = writer.hold(paths.state_directory() / instance)
-    # It has a share in that lock: as long as it lives, the jobs of a killed daemon may live, and
-    # no other instance may start them.
     _begin_log(settings, instance)
+    run_log_lock = -1
+    with contextlib.suppress(OSError):  # `RunLog` tries again, and says why it cannot
+        run_log_lock = writer.hold(paths.state_directory() / instance)
     try:
-        guardian = Guardian(*([] if memory_lock < 0 else [memory_lock]))
+        # The guardian has a share in that lock: as long as it lives, the jobs of a killed daemon
+        # may live, and no other instance may start them.
+        guardian = Guardian(*([] if run_log_lock < 0 else [run_log_lock]))
+        daemon = Daemon(settings, config, instance, guardian, run_log_lock)
         # Not asyncio.run, which waits for a resolver that hangs in a thread.
-        serving = _serve(settings, config, instance, guardian, memory_lock)
-        status = asyncio.new_event_loop().run_until_complete(serving)
+        status = asyncio.new_event_loop().run_until_complete(daemon.serve())
     except Exception:  # noqa: BLE001 - a bug: tell it and end
         log.error("bug", traceback=traceback.format_exc())
-        _leave_word(instance, f"a bug, see the log: {traceback.format_exc(0).strip()}", ours=True)
+        why = f"a bug, see the log: {traceback.format_exc(0).strip()}"
+        rundir.failed(instance, why, ours=True)
         _exit(EX_SOFTWARE, pidfile)
     # Or systemd would kill it, and say so in the log of every stop.
     guardian.close()
@@ -97,36 +97,88 @@ def _exit(status: int, pidfile: str | None = None) -> NoReturn:
     os._exit(status)
 
 
-async def _serve(
-    settings: Settings, config: Path | None, instance: str, guardian: Guardian, memory_lock: int
-) -> int:
-    """Work until the drain is over; returns the exit status."""
-    files = ", ".join(map(str, settings.files))
-    log.event("starting", version=__version__, pid=os.getpid(), files=files)
-    origin = Origin(socket.gethostname(), instance)
+class Daemon:
+    """A running instance: the worker and all that is beside it."""
 
-    def connect(
-        purpose: str, on_outage: OnOutage, wake: asyncio.Event
+    def __init__(
+        self,
+        settings: Settings,
+        config: Path | None,
+        instance: str,
+        guardian: Guardian,
+        run_log_lock: int,
+    ) -> None:
+        self._settings = settings
+        self._config = config
+        self._instance = instance
+        self._guardian = guardian
+        self._run_log_lock = run_log_lock
+        self._origin = Origin(socket.gethostname(), instance)
+        #: What went wrong in callbacks, where no job or request answers for it.
+        self._bugs: list[object] = []
+
+    async def serve(self) -> int:
+        """Work until the drain is over; returns the exit status."""
+        control = await self._start()
+        try:
+            await self._worker.run()
+        finally:
+            control.close()
+        return EX_SOFTWARE if self._bugs else 0
+
+    async def _start(self) -> Control:
+        """Put the parts together; returns the one that has to be closed in the end."""
+        files = ", ".join(map(str, self._settings.files))
+        log.event("starting", version=__version__, pid=os.getpid(), files=files)
+        loop = asyncio.get_running_loop()
+        self._run_log = writer.RunLog(
+            paths.state_directory(),
+            self._instance,
+            self._settings.worker.remember,
+            _run_log_failed,
+            lock=self._run_log_lock,
+            soon=loop.call_soon,
+        )
+        # What ends the daemon when it begins must not be forgotten with it.
+        handlers = HandlerRegistry(os.environ, self._guardian, self._run_log.flush)
+        systemd = Systemd()
+        self._worker = Worker(
+            self._settings, handlers, self._origin, self._connect, systemd, self._run_log
+        )
+        loop.set_exception_handler(self._on_error)
+        self._handle_signals(loop, systemd)
+        folder = paths.runtime_directory() / self._instance
+        rundir.well(folder)
+        control = Control(folder, Requests(self._worker, self._instance))
+        await control.open()
+        _collect_less_garbage()
+        return control
+
+    def _connect(
+        self, purpose: str, on_outage: OnOutage, wake: asyncio.Event
     ) -> AsyncIterator[Connection]:
-        name = f"workerd@{instance} {origin.host} {purpose}"
-        return connections(lambda: worker.settings.broker, name, os.environ, on_outage, wake)
+        name = f"workerd@{self._instance} {self._origin.host} {purpose}"
 
-    run_log = writer.RunLog(
-        paths.state_directory(),
-        instance,
-        settings.worker.remember,
-        _memory_trouble,
-        lock=memory_lock,
-        soon=asyncio.get_running_loop().call_soon,
-    )
-    systemd = Systemd()
-    # What ends the daemon when it begins must not be forgotten with it.
-    handlers = HandlerRegistry(os.environ, guardian, run_log.flush)
-    worker = Worker(settings, handlers, origin, connect, systemd, run_log)
-    loop = asyncio.get_running_loop()
-    bugs: list[object] = []
+        def settings() -> Broker:
+            return self._worker.settings.broker
 
-    def broken(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        return connections(settings, name, os.environ, on_outage, wake)
+
+    def _handle_signals(self, loop: asyncio.AbstractEventLoop, systemd: Systemd) -> None:
+        worker = self._worker
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            loop.add_signal_handler(number, worker.stop)
+        reload = Reload(worker, systemd, lambda: _load(self._config, self._instance), self._apply)
+        loop.add_signal_handler(signal.SIGHUP, reload.request)
+        loop.add_signal_handler(signal.SIGUSR1, worker.log_state)
+
+    def _apply(self, settings: Settings) -> None:
+        """Put new settings into force."""
+        _begin_log(settings, self._instance)
+        self._run_log.remember = settings.worker.remember
+        self._worker.reload(settings)
+
+    def _on_error(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         # Out of descriptors for somebody who asks; asyncio tries again by itself.
         if is_noise(error) or (isinstance(error, OSError) and "socket" in context):
@@ -135,43 +187,26 @@ async def _serve(
         log.error("bug", traceback=text)
         # A callback that broke off may have left a job that nobody will settle any more.
         if "handle" in context:
-            bugs.append(error)
-            worker.stop()
+            self._bugs.append(error)
+            self._worker.stop()
 
-    loop.set_exception_handler(broken)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-        loop.add_signal_handler(number, worker.stop)
 
-    def apply(new: Settings) -> None:
-        _begin_log(new, instance)
-        run_log.remember = new.worker.remember
-        worker.reload(new)
+def _collect_less_garbage() -> None:
+    """Look for cycles of objects less often, and never among those that there are now.
 
-    reload = Reload(worker, systemd, lambda: _load(config, instance), apply)
-    loop.add_signal_handler(signal.SIGHUP, reload.request)
-    loop.add_signal_handler(signal.SIGUSR1, worker.log_state)
-    folder = paths.runtime_directory() / instance
-    rundir.well(folder)
-    requests = Requests(worker, instance)
-    control = Control(folder, requests)
-    await control.open()
-    # What there is now stays. Messages that come together are no garbage, though many: looking
-    # for some whenever there are 700 new objects took a twelfth of all time.
+    Messages that come together are no garbage, though many: looking for some whenever there are
+    700 new objects took a twelfth of all time.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(GARBAGE)
-    try:
-        await worker.run()
-    finally:
-        control.close()
-    return EX_SOFTWARE if bugs else 0
 
 
-def _memory_trouble(text: str) -> None:
+def _run_log_failed(text: str) -> None:
     if text:
-        log.warning("memory not kept", text=text, remedy="until then a crash may rerun jobs")
+        log.warning("run log not kept", text=text, remedy="until then a crash may rerun jobs")
     else:
-        log.event("memory kept")
+        log.event("run log kept")
 
 
 def _load(config: Path | None, instance: str) -> Settings:
@@ -185,34 +220,3 @@ def _load(config: Path | None, instance: str) -> Settings:
 
 def _begin_log(settings: Settings, instance: str) -> None:
     log.begin(log_formats.writer(settings.log.format), settings.log.level, instance)
-
-
-def _leave_word(instance: str, why: str, ours: bool) -> None:
-    """For `workerd status`, as long as nothing of this name runs."""
-    if instance not in (".", "..") and "/" not in instance:
-        rundir.failed(paths.runtime_directory() / instance, why, ours)
-
-
-def _lock(instance: str) -> int:
-    """Hold the instance's name on this host. Raises SettingsError when another daemon does."""
-    try:
-        path = paths.runtime_directory() / instance / "lock"
-        rundir.make_folder(path.parent)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise SettingsError(f"{error.filename}: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SettingsError(
-            f"instance {instance} is already running on this host (it holds {path}); "
-            "give this one another --instance NAME"
-        ) from None
-    return file
-
-
-def _detach(pidfile: str | None, log_file: str | None, lock: int) -> None:
-    try:
-        detach(pidfile, log_file, [lock])
-    except OSError as error:
-        raise SettingsError(f"cannot detach: {error}") from None

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
-from workerd.broker.channel import Channel
 from workerd.broker.connection import Connection
 from workerd.broker.errors import CONFIRM_TIMEOUT
 from workerd.config.model import Broker, Queue
@@ -27,9 +26,7 @@ from workerd.deadletters.browser import Browser, tell
 from workerd.deadletters.letter import DeadLetter, Filter, Irreplaceable, renewed, replayed
 from workerd.errors import (
     EX_TEMPFAIL,
-    BrokerError,
     CommandError,
-    ErrorKind,
     Unencodable,
     WorkerdError,
 )
@@ -130,9 +127,9 @@ async def _move(
     connection = await Connection.to_any(broker, "workerd dead", os.environ)
     flight: deque[tuple[DeadLetter, asyncio.Future[None]]] = deque()
 
-    async def land(timeout: float) -> None:
+    async def land() -> None:
         letter, confirm = flight[0]
-        await _confirmed(channel, confirm, timeout)
+        await _confirmed(connection, confirm)
         flight.popleft()
         browser.ack(letter)
         moved(letter)
@@ -148,9 +145,9 @@ async def _move(
                     browser.keep(letter, wrong)
                     continue
                 while len(flight) >= WINDOW:
-                    await land(CONFIRM_TIMEOUT)
+                    await land()
             while flight:
-                await land(CONFIRM_TIMEOUT)
+                await land()
         finally:
             # Others may have arrived all the same; what was confirmed must not stay.
             if flight:
@@ -163,17 +160,16 @@ async def _move(
         await connection.close(_GOODBYE)
 
 
-async def _confirmed(channel: Channel, confirm: asyncio.Future[None], timeout: float) -> None:
+async def _confirmed(connection: Connection, confirm: asyncio.Future[None]) -> None:
     """Wait for a confirm, but not for the end of an alarm. Raises BrokerError."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + CONFIRM_TIMEOUT
     while time.monotonic() < deadline:
         await asyncio.wait({confirm}, timeout=1.0)
         if confirm.done():
             return confirm.result()
-        if channel.connection.blocked:
-            text = f"the broker takes nothing at present: {channel.connection.blocked}"
-            raise BrokerError(ErrorKind.BUSY, text)
-    raise BrokerError(ErrorKind.AWAY, f"not confirmed within {timeout:.0f} s")
+        if connection.blocked:
+            break
+    raise connection.unconfirmed()
 
 
 async def requeue(

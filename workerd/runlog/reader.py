@@ -1,4 +1,4 @@
-"""The journal of an instance, as it is read: by that instance when it starts, and by others.
+"""A run log as it is read: by its own instance when that starts, and by the others of the host.
 
 <state>/<instance>/<number> are segments of 36-byte records. A record is its kind, a channel,
 the job's key, the time and a checksum; one that is torn or spoilt is skipped. The lock on the
@@ -8,7 +8,6 @@ begun and not ended is over, killed with its daemon.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import struct
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 from workerd.core.dedup import ALL_CLOSED, NEVER_SENT, Elsewhere
 from workerd.core.keyset import KeySet
+from workerd.paths import is_held
 from workerd.runlog.records import (
     BACK,
     BEGIN,
@@ -62,7 +62,7 @@ Returns = list[tuple[float, int]]
 
 
 class RunLogReader:
-    """What the journal of an instance tells: its finished jobs, and those that it runs."""
+    """What the run log of an instance tells: its finished jobs, and those that it runs."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -91,7 +91,7 @@ class RunLogReader:
         self._closed: set[tuple[int, int]] = set()
 
     def ask(self, key: bytes, oldest: float, lost_at: float) -> Elsewhere:
-        """What it knows of a job; a verdict from before ``oldest`` is none.
+        """What the instance knows of a job; a verdict from before ``oldest`` is none.
 
         ``lost_at`` is when we last lost a channel, which may have been a broker that forgot
         what it had read before. Both are in seconds since 1970.
@@ -215,7 +215,7 @@ class RunLogReader:
 
 
 def outstanding(returns: Iterable[tuple[float, int]]) -> int:
-    """How many jobs went back and have not come again, by what several journals say of them."""
+    """How many jobs went back and have not come again, by what several run logs say of them."""
     count = 0
     for _when, change in sorted(returns):
         count = max(0, count + change)
@@ -223,7 +223,7 @@ def outstanding(returns: Iterable[tuple[float, int]]) -> int:
 
 
 def segments(folder: Path) -> list[Path]:
-    """The segments of a journal, oldest first. Raises OSError."""
+    """The segments of a run log, oldest first. Raises OSError."""
     return sorted(folder / name for name in os.listdir(folder) if _SEGMENT.fullmatch(name))
 
 
@@ -233,15 +233,3 @@ def _read(segment: Path, offset: int) -> bytes:
         file.seek(offset)
         data = file.read()
     return data[: len(data) - len(data) % RECORD]
-
-
-def is_held(folder: Path) -> bool:
-    """Whether the process that writes this journal is alive. Raises OSError."""
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(lock)
-    return False

@@ -16,7 +16,7 @@ START = b"S"
 TAKE = b"T"
 #: A run that had its slot begins.
 BEGIN = b"G"
-#: A run has ended with a verdict, sent on this channel or one of `memory`'s stand-ins.
+#: A run has ended with a verdict, sent on this channel or one of `dedup`'s stand-ins.
 END = b"E"
 #: A run has ended with a verdict that must not settle a redelivery.
 OVER = b"V"

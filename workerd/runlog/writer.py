@@ -1,9 +1,9 @@
-"""What one host remembers of jobs: each instance writes a journal, the others read it.
+"""The run log of an instance: what is known of its jobs, written to disk; others read it.
 
 Records are appended without fsync: they survive the end of the process in any way, and the
-end of the host except for its last seconds. A new segment begins whenever the memory begins a
-new generation, and the segment of a forgotten generation is removed, so nothing is ever
-rewritten while jobs run. What a record says is in `history`.
+end of the host except for its last seconds. A new segment begins whenever `Dedup` begins a new
+generation, and the segment of a forgotten generation is removed, so nothing is ever rewritten
+while jobs run. What a record says is in `records`, what follows from it in `reader`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from workerd.runlog.records import (
 
 _NO_KEY = bytes(16)
 
-#: Seconds that a start waits for the lock of a journal: for an instant a sibling has it that
+#: Seconds that a start waits for the lock of a run log: for an instant a sibling has it that
 #: looks whether it is held, and the guardian of a killed process until it has killed the jobs.
 PATIENCE = 2.0
 #: Seconds for which it is remembered how often a job ended with its daemon: longer than a job
@@ -49,12 +49,13 @@ RETRY = 60.0
 
 
 class RunLog(Dedup):
-    """The memory of an instance, on disk, and a look into those of its siblings.
+    """The run log of an instance, and a look into those of the other instances of the host.
 
-    ``on_trouble`` is told, once, when the disk cannot be written (the memory is then in this
-    process alone) and, with "", when it can be again. ``remember`` is in seconds, ``lock``
-    what `hold` has returned, where that was done before. ``soon`` has a function called before
-    the loop does anything else: then records are written together, but before a job begins.
+    ``on_failure`` is called once when the disk cannot be written, with the reason (what is known
+    is then in this process alone), and with "" when the disk can be written again. ``remember``
+    is in seconds, ``lock`` is what `hold` has returned, where that was called before. ``soon``
+    has a function called before the loop does anything else: then records are written together,
+    but before a job begins.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class RunLog(Dedup):
         state: Path,
         instance: str,
         remember: float,
-        on_trouble: Callable[[str], None],
+        on_failure: Callable[[str], None],
         size: int = 100_000,
         lock: int = -1,
         soon: Callable[[Callable[[], None]], object] | None = None,
@@ -71,8 +72,8 @@ class RunLog(Dedup):
         self.remember = remember
         self._state = state
         self._folder = state / instance
-        self._on_trouble = on_trouble
-        self._troubled = False
+        self._on_failure = on_failure
+        self._failing = False
         self._file = -1
         self._soon = soon
         #: What is not written yet.
@@ -179,10 +180,10 @@ class RunLog(Dedup):
         for name in names:
             folder = self._state / name
             if folder != self._folder:
-                history = self._siblings.setdefault(name, RunLogReader(folder))
+                sibling = self._siblings.setdefault(name, RunLogReader(folder))
                 with contextlib.suppress(OSError):
-                    history.catch_up()
-                    self._readable.append(history)
+                    sibling.catch_up()
+                    self._readable.append(sibling)
 
     def recall(self, key: bytes) -> bool:
         known = [each.returns.get(key, ()) for each in self._readable]
@@ -211,19 +212,19 @@ class RunLog(Dedup):
 
     def _open(self) -> None:
         """Remember what earlier processes of this instance knew, and begin to write."""
-        history = RunLogReader(self._folder)
+        past = RunLogReader(self._folder)
         try:
             if self._held < 0:
                 # Without patience: this may be the event loop.
                 self._held = hold(self._folder, 0.0)
             self._segments = segments(self._folder)
-            history.catch_up()
+            past.catch_up()
         except OSError as error:
             self._fail(error)
             return
         self._lock = self._held
-        history.end_process()
-        records = list(self._take_over(history))
+        past.end_process()
+        records = list(self._take_over(past))
         self._begin_segment()
         if self._write(b"".join(records)):
             # The new segment says all that the old ones said.
@@ -232,25 +233,25 @@ class RunLog(Dedup):
                     segment.unlink()
             del self._segments[:-1]
 
-    def _take_over(self, history: RunLogReader) -> Iterable[bytes]:
-        """Remember what a history tells; returns the records for it."""
+    def _take_over(self, past: RunLogReader) -> Iterable[bytes]:
+        """Remember what an earlier run log tells; returns the records for that."""
         oldest = time.time() - self.remember
-        for key, sent in history.finished():
+        for key, sent in past.finished():
             if sent.when >= oldest:
-                channel = GONE if history.is_gone(sent) else ALL_CLOSED
+                channel = GONE if past.is_gone(sent) else ALL_CLOSED
                 self._put(key, channel)
                 yield encode(END, channel, key, sent.when)
-        for key, returns in history.returns.items():
+        for key, returns in past.returns.items():
             if returns[-1][0] >= oldest:
                 self._returns[key] = returns
                 for when, change in returns:
                     yield encode(RETURNED if change > 0 else RECALLED, NEVER_SENT, key, when)
-        self._cut_off = history.cut_off  # written into each new segment
+        self._cut_off = past.cut_off  # written into each new segment
 
     def _begin_segment(self) -> None:
         self.close()
         if self._lock < 0:
-            return  # somebody else's journal, or none
+            return  # somebody else's run log, or none
         numbers = [int(segment.name) for segment in self._segments]
         path = self._folder / f"{max(numbers, default=0) + 1:08d}"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -300,9 +301,9 @@ class RunLog(Dedup):
         except OSError as error:
             self._fail(error)
             return False
-        if self._troubled:
-            self._troubled = False
-            self._on_trouble("")
+        if self._failing:
+            self._failing = False
+            self._on_failure("")
         return True
 
     def close(self) -> None:
@@ -316,9 +317,9 @@ class RunLog(Dedup):
         # A record may be torn; whatever comes later goes into a segment of its own.
         self.close()
         self._retry_at = time.monotonic() + RETRY
-        if not self._troubled:
-            self._troubled = True
-            self._on_trouble(str(error))
+        if not self._failing:
+            self._failing = True
+            self._on_failure(str(error))
 
     def _end_wait(self, key: bytes) -> None:
         count = self._waiting.pop(key, 0)
@@ -334,7 +335,7 @@ class RunLog(Dedup):
 
 
 def hold(folder: Path, patience: float = PATIENCE) -> int:
-    """Take the lock on a journal's folder; the descriptor holds it until it is closed.
+    """Take the lock on a run log's folder; it is held until the returned descriptor is closed.
 
     Whoever inherits the descriptor holds the lock too. Raises OSError when the folder cannot
     be made, and BlockingIOError when the lock is another's for longer than ``patience`` seconds.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from workerd.aio import complete, first
 from workerd.broker.channel import Channel
+from workerd.broker.connection import Connection
 from workerd.config.model import Broker, Settings
 from workerd.core.jobspec import JobSpec
 from workerd.core.submission import Submission, explained, prepare
@@ -30,7 +31,7 @@ from workerd.errors import (
     WorkerdError,
     exit_status,
 )
-from workerd.submitting.direct import connect, late, until_deadline
+from workerd.submitting.direct import connect, until_deadline
 from workerd.submitting.one import open_input, print_id
 
 #: How far publishing may be ahead of the confirms: messages, and bytes of their bodies.
@@ -95,7 +96,8 @@ class Bulk:
         self._broker = broker
         self._submission = submission
         self._source = source
-        self._channel: Channel | None = None
+        self._connection: Connection | None = None
+        self._channel: Channel
         self._flight: deque[Sent] = deque()
         self._bytes_in_flight = 0
         #: Set whenever something has come into flight or out of it.
@@ -111,8 +113,8 @@ class Bulk:
         """Submit every line, or set `failure`."""
         try:
             await first(self._publish_all(), self._land_all(), _interrupted())
-            if self._channel:
-                await self._channel.connection.close(_CLOSE_TIMEOUT)
+            if self._connection:
+                await self._connection.close(_CLOSE_TIMEOUT)
         except (CommandError, BrokerError) as trouble:
             await self._give_up(trouble)
         except OSError as error:
@@ -159,9 +161,9 @@ class Bulk:
 
     async def _connected(self) -> Channel:
         # A connection that was lost while nothing was in flight has lost nothing.
-        if self._channel is None or (self._channel.ended.done() and not self._flight):
+        if self._connection is None or (self._channel.ended.done() and not self._flight):
             deadline = time.monotonic() + self._args.timeout
-            self._channel = await until_deadline(
+            self._connection, self._channel = await until_deadline(
                 lambda: connect(self._broker, self._submission), deadline
             )
         return self._channel
@@ -172,8 +174,8 @@ class Bulk:
                 await self._movement()
             await asyncio.wait({self._flight[0].confirm}, timeout=self._args.timeout)
             if not self._flight[0].confirm.done():
-                assert self._channel
-                raise late(self._channel)
+                assert self._connection
+                raise self._connection.unconfirmed()
             while self._flight and self._flight[0].confirm.done():
                 sent = self._flight[0]
                 try:

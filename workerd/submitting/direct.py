@@ -29,15 +29,15 @@ async def submit_one(
     """Publish until it is confirmed: again, under the same id, after a lost connection."""
 
     async def attempt() -> Connection:
-        channel = await connect(broker, submission)
+        connection, channel = await connect(broker, submission)
         publish = submission.publish_at(message, time.time())
         try:
             await channel.publish(publish.exchange, publish.key, publish.message)
         except asyncio.CancelledError:
-            raise late(channel) from None
-        except BrokerError as trouble:
-            raise explained(trouble, publish.exchange, submission.queue) from None
-        return channel.connection
+            raise connection.unconfirmed() from None
+        except BrokerError as error:
+            raise explained(error, publish.exchange, submission.queue) from None
+        return connection
 
     connection = await until_deadline(attempt, deadline)
     # RabbitMQ logs a warning about everybody who leaves without a goodbye.
@@ -64,14 +64,14 @@ async def until_deadline(attempt: Callable[[], Awaitable[T]], deadline: float) -
     raise AssertionError("backoff never ends")
 
 
-async def connect(broker: Broker, submission: Submission) -> Channel:
-    """A confirming channel to any of the brokers. Raises the last one's BrokerError."""
+async def connect(broker: Broker, submission: Submission) -> tuple[Connection, Channel]:
+    """A connection to any of the brokers, and a confirming channel. Raises BrokerError."""
     connection = await Connection.to_any(broker, "submit", os.environ)
     channel = await connection.channel()
     if submission.due is not None:
         await _find_due(channel, submission.queue)
     await channel.confirm()
-    return channel
+    return connection, channel
 
 
 async def _find_due(channel: Channel, queue: str) -> None:
@@ -81,12 +81,3 @@ async def _find_due(channel: Channel, queue: str) -> None:
         await channel.count(topology.due(queue))
     except BrokerError as trouble:
         raise explained(trouble, topology.DUE, queue) from None
-
-
-def late(channel: Channel) -> BrokerError:
-    """Why a message was not confirmed in time."""
-    if channel.connection.blocked:
-        return BrokerError(
-            ErrorKind.BUSY, f"the broker takes nothing at present: {channel.connection.blocked}"
-        )
-    return BrokerError(ErrorKind.AWAY, "the broker did not confirm in time")

@@ -95,7 +95,7 @@ class Publisher:
             await asyncio.wait({confirmed}, timeout=CONFIRM_TIMEOUT)
             if confirmed.done():
                 return confirmed.result()
-            if not channel.connection.blocked:
+            if not self.blocked:
                 # No majority of a quorum queue, or a broker that stopped answering.
                 raise BrokerError(ErrorKind.AWAY, f"not confirmed within {CONFIRM_TIMEOUT:.0f} s")
 

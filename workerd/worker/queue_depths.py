@@ -72,7 +72,7 @@ class QueueDepths:
             if time.monotonic() - self._refused.get(name, float("-inf")) < ABSENT:
                 continue
             try:
-                if self._channel is None or self._channel.connection is not connection:
+                if self._channel is None or self._channel.ended.done():
                     self._channel = await connection.channel()
                 # A connection that is slow to answer must not be lost over it.
                 counts[name], _ = await self._channel.count(name, timeout=None)

@@ -237,7 +237,7 @@ class Worker:
                 self._begin(decision)
             case Settle(delivery):
                 job = delivery.job
-                log.event("settled from memory", job_id=job.id, queue=job.queue)
+                log.event("settled again", job_id=job.id, queue=job.queue)
                 self._channels.settle(decision)
             case Rejoined(run):
                 log.event("rejoined", job_id=run.job.id, queue=run.job.queue)

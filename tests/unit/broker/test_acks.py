@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import tracemalloc
-from collections.abc import Iterable
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.harness.amqp import Client
-from tests.harness.broker import Broker
-from tests.harness.waiting import TIMEOUT
 from workerd.broker.acks import Acks
-from workerd.broker.channel import Channel
-from workerd.broker.codec import Incoming
-from workerd.broker.connection import Connection
-from workerd.config import model
-from workerd.config.url import BrokerURL
-
-pytestmark = pytest.mark.pika
 
 
 class Sent:
@@ -102,56 +89,3 @@ def test_what_ends_beside_a_long_job_takes_no_memory() -> None:
     assert size < 10_000
     acks.add(1)
     assert acks.take() == [(1, False)]
-
-
-def settling(broker: Broker, queue: str, count: int, order: Iterable[tuple[str, int]]) -> list[str]:
-    """Take so many messages, do this with the tags at once, and close; what happened, in order."""
-    happened: list[str] = []
-
-    async def settle() -> None:
-        link = await Connection.open(BrokerURL.parse(broker.url), model.Broker(), "test", {})
-        channel = await link.channel()
-        channel.before_acks = lambda: happened.append("before")
-        came: list[int] = []
-        all_came = asyncio.Event()
-
-        def take(_channel: Channel, incoming: Incoming) -> None:
-            came.append(incoming.tag)
-            if len(came) == count:
-                all_came.set()
-
-        await channel.consume(queue, count, "consumer", take, lambda _channel: None)
-        await asyncio.wait_for(all_came.wait(), TIMEOUT)
-        for verb, tag in order:
-            getattr(channel, verb)(tag)
-        happened.append("settled")
-        await channel.close()
-        happened.append("closed in order" if channel.ended_in_order else "closed")
-        await link.close(TIMEOUT)
-
-    asyncio.run(settle())
-    return happened
-
-
-def test_the_broker_has_it_all_when_a_channel_is_closed(broker: Broker, client: Client) -> None:
-    client.declare("jobs")
-    for number in range(8):
-        client.publish("jobs", message_id=str(number + 1))
-    order = [("ack", 3), ("ack", 1), ("give_back", 2), ("ack", 4), ("ack", 6), ("reject", 7)]
-    happened = settling(broker, "jobs", 8, order)
-    assert [message.id for message in client.drain("jobs")] == ["2", "5", "8"]
-    # The memory is asked to be written before they go.
-    assert happened == ["settled", "before", "closed in order"]
-
-
-@pytest.mark.parametrize(("verb", "end"), [("give_back", "closed"), ("ack", "closed in order")])
-def test_an_acknowledgement_behind_many_returns_is_not_taken_for_read(
-    broker: Broker, client: Client, verb: str, end: str
-) -> None:
-    """RabbitMQ (3.10, quorum queues) forgets it, more often than not, and answers all the same."""
-    client.declare("jobs")
-    for number in range(80):
-        client.publish("jobs", message_id=str(number + 1))
-    # One in two, so that acknowledgements go one by one as well.
-    order = [*((verb, tag) for tag in range(1, 79, 2)), ("ack", 80)]
-    assert settling(broker, "jobs", 80, order)[-1] == end

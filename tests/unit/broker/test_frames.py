@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import struct
 from typing import Any
 
@@ -13,16 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.harness.amqp import Client
-from tests.harness.broker import Broker
 from tests.harness.octets import field
-from tests.harness.waiting import TIMEOUT
-from workerd.broker.channel import Channel
-from workerd.broker.codec import Incoming, message_of
-from workerd.broker.connection import Connection
+from workerd.broker.codec import message_of
 from workerd.broker.frames import arrival_at
-from workerd.config import model
-from workerd.config.url import BrokerURL
 from workerd.core.job import UNREADABLE
 
 pytestmark = pytest.mark.pika
@@ -129,34 +121,3 @@ def test_spoilt_bytes_are_no_delivery_or_another_one(data: st.DataObject) -> Non
         whole[at] = data.draw(st.integers(0, 255))
     arrival = arrival_at(bytes(whole), 0)
     assert arrival is None or arrival.end <= len(whole)
-
-
-def test_messages_of_all_sizes_come_whole_and_in_order(client: Client, broker: Broker) -> None:
-    """Small ones are read here, and those of many frames by pika, on the same channel."""
-    client.declare("mixed")
-    bodies = [bytes([number % 256]) * (number**3 % 300_007) for number in range(120)]
-    for number, body in enumerate(bodies):
-        client.publish("mixed", body, message_id=str(number))
-
-    async def receive() -> list[tuple[int, object, bytes]]:
-        link = await Connection.open(BrokerURL.parse(broker.url), model.Broker(), "test", {})
-        channel = await link.channel()
-        came: list[tuple[int, object, bytes]] = []
-        all_came = asyncio.Event()
-
-        def take(_channel: Channel, incoming: Incoming) -> None:
-            message = incoming.message
-            came.append((incoming.tag, message.message_id, message.body))
-            channel.ack(incoming.tag)
-            if len(came) == len(bodies):
-                all_came.set()
-
-        await channel.consume("mixed", 30, "consumer", take, lambda _channel: None)
-        await asyncio.wait_for(all_came.wait(), TIMEOUT)
-        await channel.close()
-        await link.close(TIMEOUT)
-        return came
-
-    came = asyncio.run(receive())
-    assert came == [(number + 1, str(number), body) for number, body in enumerate(bodies)]
-    assert client.ready("mixed") == 0
