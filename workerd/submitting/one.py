@@ -1,4 +1,4 @@
-"""Sending a job: confirmed by the broker, or told exactly why not. For many of them see `bulk`.
+"""Sends one job: confirmed by the broker, or an error that says exactly why not.
 
 Through a running instance of this host, where there is one; otherwise, or when that goes away
 in between, at the broker itself (`direct`). The first way must stay cheap: nothing that takes
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -33,16 +32,17 @@ from workerd.errors import (
     exit_status,
 )
 from workerd.ids import new_id
+from workerd.output import print_json, print_line, warn
 
-#: Seconds by which the daemon is told to be earlier than we would give up.
+#: Seconds by which the daemon is to give up earlier than we would.
 _MARGIN = 0.2
 
 
 def submit(args: argparse.Namespace, spec: JobSpec, environ: Mapping[str, str]) -> int:
     """Carry out a `submit` command line for one job, ``spec``; returns the exit status.
 
-    ``environ`` has the broker's URL in it, where one was given. Raises CommandError, SettingsError,
-    and WorkerdError for trouble with the broker.
+    ``environ`` includes the broker's URL, where one was given. Raises CommandError, SettingsError,
+    and BrokerError.
     """
     deadline = time.monotonic() + args.timeout
     if args.body is not None and args.file is not None:
@@ -69,7 +69,7 @@ def submit(args: argparse.Namespace, spec: JobSpec, environ: Mapping[str, str]) 
     except WorkerdError as error:
         # Who may not read the configuration, or has no password, need not have one.
         if not by_itself and exit_status(error) in (EX_NOPERM, EX_CONFIG) and _is_barred():
-            sys.stderr.write(f"submit: {client.not_yours()}\n")
+            warn(client.not_yours(), "submit")
         raise
 
 
@@ -157,18 +157,15 @@ def _directly(
 
 
 def print_id(as_json: bool, job_id: str, queue: str, due: float | str | None) -> None:
-    """Tell a job's id on standard output; ``due`` is an instant, or the text for it."""
-    line = job_id
+    """Print the id of a job that was sent; ``due`` is an instant, or the text for one."""
     if as_json:
-        facts = {"id": job_id, "queue": queue}
         if isinstance(due, float):
             from workerd.core import times
 
             due = times.utc(due)
-        if due is not None:
-            facts["due"] = due
-        line = json.dumps(facts)
-    sys.stdout.write(line + "\n")
+        print_json({"id": job_id, "queue": queue, **({} if due is None else {"due": due})})
+    else:
+        print_line(job_id)
 
 
 def read_body(args: argparse.Namespace, limit: int, head: bytes = b"") -> bytes:
