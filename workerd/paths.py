@@ -1,4 +1,4 @@
-"""Where the files of a running instance are: its lock and socket, its memory of jobs."""
+"""Where the files of a running instance are: its lock, its socket, its run log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def runtime_directory(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def state_directory(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the memory of jobs is: systemd's $STATE_DIRECTORY, else /var/lib/workerd when that
+    """Where run logs are: systemd's $STATE_DIRECTORY, else /var/lib/workerd when that
     is ours to write, else $XDG_STATE_HOME/workerd.
     """
     own = environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")

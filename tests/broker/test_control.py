@@ -126,7 +126,7 @@ WRONG_REQUESTS: list[dict[str, object]] = [
     {"request": "submit", "type": "job", "ttl": float("inf")},
     {"request": "submit", "type": "job", "timeout": float("nan")},
     {"request": "submit", "type": "job", "priority": True},
-    {"request": "submit", "type": "job", "mark": "\ud800"},
+    {"request": "submit", "type": "job", "copy_id": "\ud800"},
     {"request": "submit", "type": "job", "headers": {"a": 1}},
     {"request": "submit", "type": "job", "headers": {"x-workerd-submitter": "0"}},
     {"request": "submit", "type": "job", "headers": {"\ud800": "0"}},

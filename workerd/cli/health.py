@@ -10,7 +10,7 @@ from workerd.errors import EX_OK
 from workerd.output import print_json, print_line
 
 HEALTH = """\
-Tell whether an instance really consumes: a live consumer on an open channel, a
+Say whether an instance really consumes: a live consumer on an open channel, a
 broker that answers, no queue that the broker keeps from it, no drain. One that
 does, but whose handlers cannot all run, is "degraded": which, and why, is
 printed. For monitoring; asks the instance alone, and takes less than a tenth of

@@ -155,9 +155,9 @@ class Browser:
         expected = others + channel.deliveries - self._acked
         # Nothing is settled: see above.
         await channel.close()
-        # The broker puts them back after it has told us that the channel is closed, and says
-        # nothing then. Whoever looks next must not find the queue empty, nor our own consumer
-        # still counted, as a quorum queue does for a moment.
+        # The broker puts the letters back after the channel's close-ok, and says nothing then.
+        # Whoever looks next must not find the queue empty, nor our own consumer still counted,
+        # as a quorum queue does for a moment.
         deadline = time.monotonic() + _BACK
         probe = await self._connection.channel()
         ready, consumers = await probe.count(self.name)

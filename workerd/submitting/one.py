@@ -48,7 +48,7 @@ def submit(args: argparse.Namespace, spec: JobSpec, environ: Mapping[str, str]) 
     if args.body is not None and args.file is not None:
         raise CommandError(EX_USAGE, "BODY and --file exclude each other")
     head = b""
-    mark = None
+    copy_id = None
     # A job that is sent once more must be the same one.
     job_id, timestamp = new_id() if spec.id is None else spec.id, int(time.time())
     spec = spec._replace(id=job_id)
@@ -57,15 +57,15 @@ def submit(args: argparse.Namespace, spec: JobSpec, environ: Mapping[str, str]) 
     if folders:
         head = read_body(args, protocol.MAX_BODY)
         if len(head) <= protocol.MAX_BODY:
-            mark = new_id()
+            copy_id = new_id()
             config = None if args.config is None else os.path.realpath(args.config)
-            request = _request(spec, mark, timestamp, config)
+            request = _request(spec, copy_id, timestamp, config)
             answer = _ask_any(folders, request, head, deadline)
             if answer:
                 print_id(args.json, job_id, str(answer["queue"]), answer["due"])
                 return EX_OK
     try:
-        return _directly(args, spec, environ, head, mark, timestamp, deadline)
+        return _directly(args, spec, environ, head, copy_id, timestamp, deadline)
     except WorkerdError as error:
         # Who may not read the configuration, or has no password, need not have one.
         if not by_itself and exit_status(error) in (EX_NOPERM, EX_CONFIG) and _is_barred():
@@ -90,7 +90,7 @@ def _is_barred() -> bool:
     return any(os.path.lexists(each) and not os.access(each, os.W_OK) for each in sockets)
 
 
-def _request(spec: JobSpec, mark: str, timestamp: int, config: str | None) -> dict[str, object]:
+def _request(spec: JobSpec, copy_id: str, timestamp: int, config: str | None) -> dict[str, object]:
     """What the daemon is asked."""
     facts = {
         "type": spec.type,
@@ -101,7 +101,7 @@ def _request(spec: JobSpec, mark: str, timestamp: int, config: str | None) -> di
         "priority": spec.priority,
         "attempts": spec.attempts,
         "headers": spec.headers or None,
-        "mark": mark,
+        "copy_id": copy_id,
         "timestamp": timestamp,
         "config": config,
     }
@@ -126,7 +126,7 @@ def _ask_any(
         except protocol.NoAnswer as silent:
             if time.monotonic() >= deadline:
                 raise CommandError(EX_UNAVAILABLE, f"the daemon: {silent}") from None
-            # It may have published the job, so no other instance does: the mark is the same.
+            # It may have published the job, so no other instance does: the copy id is the same.
             continue
     return None
 
@@ -136,7 +136,7 @@ def _directly(
     spec: JobSpec,
     environ: Mapping[str, str],
     head: bytes,
-    mark: str | None,
+    copy_id: str | None,
     timestamp: int,
     deadline: float,
 ) -> int:
@@ -146,7 +146,7 @@ def _directly(
     settings = load(args.config, args.instance or "1", environ)
     wanted = prepare(spec, settings)
     body = read_body(args, wanted.max_body, head)
-    message = with_copy_id(wanted.message(body), mark, timestamp)
+    message = with_copy_id(wanted.message(body), copy_id, timestamp)
     if not args.dry_run:
         from workerd.aio import complete
         from workerd.submitting.direct import submit_one
