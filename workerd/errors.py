@@ -26,7 +26,7 @@ class SettingsError(WorkerdError):
 
 
 class ErrorKind(enum.Enum):
-    """What sort of trouble the broker makes; decides who waits, and how long."""
+    """What went wrong at the broker; decides who waits, and how long."""
 
     #: The network or the broker process is away: try again soon.
     AWAY = "away"
@@ -83,7 +83,7 @@ EX_CONFIG = 78
 
 
 def exit_status(error: WorkerdError) -> int:
-    """The exit status that tells a script what went wrong."""
+    """The exit status of a command that ends with this error."""
     if isinstance(error, CommandError):
         return error.status
     if isinstance(error, SettingsError):

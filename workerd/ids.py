@@ -1,4 +1,4 @@
-"""Ids of jobs, and the marks of their copies."""
+"""Ids of jobs, of copies and of replays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def new_id() -> str:
 
 
 def made_at(text: str) -> float | None:
-    """When this id of `new_id` was made, in seconds since 1970; None: it is another one."""
+    """When `new_id` made this id, in seconds since 1970; None for an id of another sort."""
     digits = text.replace("-", "")
     if len(digits) != 32 or digits[12] != "7":
         return None

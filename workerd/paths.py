@@ -1,4 +1,4 @@
-"""Where the files of a running instance are: its lock and socket, its run log."""
+"""Where the files of a running instance are: its lock, its socket, its run log."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def format_size(size: int) -> str:
 
 
 def age(seconds: float | None) -> str:
-    """Two digits or so: 45s, 12m, 3h, 20d; "" when nobody knows."""
+    """A duration in two digits or so: 45s, 12m, 3h, 20d; "" for None."""
     if seconds is None:
         return ""
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):

@@ -25,7 +25,7 @@ from tests.harness.programs import Program, run
 from tests.harness.tables import config, gated
 from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import SCALE, until
-from workerd.control.server import QUIET
+from workerd.control.limits import QUIET
 from workerd.control.session import IDLE
 
 StartDaemon = Callable[..., Daemon]
@@ -131,7 +131,7 @@ WRONG_REQUESTS: list[dict[str, object]] = [
     {"request": "submit", "type": "job", "ttl": float("inf")},
     {"request": "submit", "type": "job", "timeout": float("nan")},
     {"request": "submit", "type": "job", "priority": True},
-    {"request": "submit", "type": "job", "mark": "\ud800"},
+    {"request": "submit", "type": "job", "copy_id": "\ud800"},
     {"request": "submit", "type": "job", "headers": {"a": 1}},
     {"request": "submit", "type": "job", "headers": {"x-workerd-submitter": "0"}},
     {"request": "submit", "type": "job", "headers": {"\ud800": "0"}},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import datetime
 import json
 import os
 import pty
@@ -22,159 +21,15 @@ from tests.harness import octets
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
 from tests.harness.daemon import Daemon
+from tests.harness.letters import FACTS
 from tests.harness.tables import config
 from tests.harness.trixie import CHECKOUT
 from tests.harness.waiting import TIMEOUT, until
 from workerd.config.load import load
-from workerd.core.job import UNREADABLE, Message
-from workerd.deadletters.letter import DeadLetter, Filter, Irreplaceable, renewed, replayed, stamp
+from workerd.deadletters.letter import Filter, stamp
 from workerd.deadletters.operations import browse
-from workerd.deadletters.render import everything, row, sheet
 
-NOW = 1_800_000_000.0
 OWN = {"x_queue_type": "quorum", "x_delivery_limit": 1_000_000}
-
-FACTS: dict[str, object] = {
-    "x-workerd-reason": "exit-status",
-    "x-workerd-exit-status": 3,
-    "x-workerd-error": "one\ntwo\x1b[31m",
-    "x-workerd-attempts": 5,
-    "x-workerd-attempt": 4,
-    "x-workerd-queue": "jobs",
-    "x-workerd-host": "host",
-    "x-workerd-instance": "1",
-    "x-workerd-first-failure": "2026-11-24T15:00:00.000Z",
-    "x-workerd-last-failure": "2026-11-24T15:01:00.000Z",
-    "x-workerd-expires": 1,
-    "x-workerd-replay": "old mark",
-}
-EXPIRED: dict[str, object] = {
-    "x-death": [
-        {
-            "queue": "jobs",
-            "reason": "expired",
-            "count": 2,
-            "time": datetime.datetime.fromtimestamp(NOW - 7200, datetime.UTC),
-            "exchange": "",
-            "routing-keys": ["jobs"],
-        }
-    ],
-    "x-first-death-reason": "expired",
-    "x-first-death-queue": "jobs",
-    "x-delivery-count": 3,
-}
-
-
-def letter(headers: dict[str, object] | None = None, **properties: Any) -> DeadLetter:
-    return DeadLetter(Message(headers=headers or {}, **properties))
-
-
-# The pure parts
-
-
-def test_a_letter_of_workerd_tells_its_facts() -> None:
-    failed = letter(FACTS, message_id="a", type="resize", body=b"xyz")
-    assert row(failed, NOW)[:5] == ("a", "resize", "exit-status", "5", "3")
-    assert row(failed, NOW)[6] == "3"
-    assert dict(sheet(failed, NOW).texts) == {"error": "one\ntwo\x1b[31m", "body, 3 bytes": "xyz"}
-
-
-def test_a_letter_of_the_broker_is_explained_in_words() -> None:
-    expired = letter(EXPIRED, message_id="a")
-    assert row(expired, NOW) == ("a", "-", "expired", "-", "-", "2h", "0")
-    told = dict(sheet(expired, NOW).facts)["RabbitMQ"]
-    assert told.startswith(
-        "expired in queue jobs, 2 times, first at 2027-01-15T06:00:00Z: its time"
-    )
-
-
-@pytest.mark.parametrize("reason", ["expired", "rejected", "maxlen", "delivery_limit"])
-def test_every_reason_of_the_broker_has_words(reason: str) -> None:
-    dead = letter({"x-death": [{"queue": "q", "reason": reason, "count": 1}]})
-    assert str(dead.deaths[0]).startswith(f"{reason} in queue q, once: ")
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"x-death": "nonsense", "x-workerd-last-failure": "yesterday", "x-workerd-attempts": "x"},
-        {"x-death": [3, {}], "x-workerd-reason": 7, "x-workerd-error": b"\xff"},
-        {UNREADABLE: b"\0\1"},
-        {b"\xff": {b"\xfe": [float("nan"), b"\xff"]}},
-    ],
-)
-def test_a_letter_full_of_nonsense_can_be_shown(headers: dict[Any, Any]) -> None:
-    odd = letter(headers, message_id=b"\xff", type=b"\xfe", body=bytes(range(256)))
-    assert row(odd, NOW)[0] == r"\xff"
-    assert sheet(odd, NOW).texts[-1][1].startswith("00 01 02")
-    shown = json.loads(json.dumps(everything(odd), allow_nan=False))
-    assert base64.b64decode(shown["body_base64"]) == odd.message.body
-
-
-@pytest.mark.parametrize(
-    ("wanted", "ids"),
-    [
-        (Filter(), "abc"),
-        (Filter(ids=frozenset("ac")), "ac"),
-        (Filter(type="t"), "a"),
-        (Filter(reason="expired"), "b"),
-        (Filter(older_than=3600.0), "ab"),
-        (Filter(older_than=7201.0), "a"),
-        (Filter(newer_than=7201.0), "b"),
-        (Filter(newer_than=7200.0), ""),
-        (Filter(older_than=3600.0, newer_than=7201.0), "b"),
-        (Filter(type="t", reason="expired"), ""),
-    ],
-)
-def test_a_filter_takes_letters_for_which_all_of_it_holds(wanted: Filter, ids: str) -> None:
-    letters = [
-        letter(FACTS, message_id="a", type="t"),
-        letter(EXPIRED, message_id="b"),
-        # Nobody knows how old this is.
-        letter(message_id="c"),
-    ]
-    assert "".join(each.id for each in letters if wanted.takes(each, NOW)) == ids
-
-
-def test_a_replayed_letter_is_the_job_as_it_was_submitted_and_a_mark() -> None:
-    message = Message(
-        body=b"body",
-        message_id="a",
-        type="t",
-        timestamp=7,
-        headers={**FACTS, **EXPIRED, "x-workerd-max-attempts": 9, "mine": 1.5},
-    )
-    copy, dropped = replayed(message, "mark")
-    assert copy.headers == {"mine": 1.5, "x-workerd-max-attempts": 9, "x-workerd-replay": "mark"}
-    assert (copy.body, copy.message_id, copy.type, copy.timestamp) == (b"body", "a", "t", 7)
-    assert dropped == []
-    assert replayed(Message(headers={"big": 2**70}), "mark")[1] == ["big"]
-
-
-def test_a_replayed_letter_still_tells_who_submitted_the_job() -> None:
-    owned = Message(headers={**FACTS, "x-workerd-submitter": 1000})
-    headers = {"x-workerd-submitter": 1000, "x-workerd-replay": "mark"}
-    assert replayed(owned, "mark")[0].headers == headers
-    # What is no user is none of ours.
-    forged = Message(headers={"x-workerd-submitter": "root"})
-    assert replayed(forged, "mark")[0].headers == {"x-workerd-replay": "mark"}
-
-
-def test_a_renewed_letter_loses_only_the_count_of_its_returns() -> None:
-    copy = renewed(Message(headers={**FACTS, **EXPIRED}))
-    assert {**copy.headers, "x-delivery-count": 3} == {**FACTS, **EXPIRED}
-    assert "x-delivery-count" not in copy.headers
-
-
-def test_a_letter_whose_headers_nobody_can_read_is_not_copied() -> None:
-    unreadable = Message(headers={UNREADABLE: b"x"})
-    with pytest.raises(Irreplaceable):
-        replayed(unreadable, "mark")
-    with pytest.raises(Irreplaceable):
-        renewed(unreadable)
-
-
-# At a broker
 
 
 class Workerd:

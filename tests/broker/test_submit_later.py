@@ -19,9 +19,7 @@ from tests.harness.peer import Peer
 from tests.harness.programs import SUBMIT, WORKERD, Program, Result, run
 from tests.harness.tables import private
 from tests.harness.waiting import SCALE, TIMEOUT, until
-from workerd.core.job import Message
-from workerd.core.submission import Submission
-from workerd.core.topology import MAX_DELAY, delayed, level_name
+from workerd.core.topology import MAX_DELAY, level_name
 
 # What a start of Python and of its modules takes at most, on a busy machine.
 START = TIMEOUT / 4
@@ -226,13 +224,6 @@ def test_a_dry_run_tells_when_the_job_would_come_due(nowhere: list[str]) -> None
     assert result.status == 0
     assert before + 599 <= stamp(json.loads(result.stdout)["due"]) <= time.time() + 600
     assert run([*nowhere, "4", "--in", "10m", "--dry-run", "--id", "one"]).stdout == "one\n"
-
-
-def test_a_clock_that_is_set_back_meanwhile_delays_no_further_than_the_levels_can() -> None:
-    now = time.time()
-    submission = Submission("default", Message(), max_body=0, due=now + MAX_DELAY, ttl=None)
-    publish = submission.publish_at(submission.message(b""), now - HOUR)
-    assert (publish.exchange, publish.key) == delayed(submission.queue, MAX_DELAY)
 
 
 # What can be asked for

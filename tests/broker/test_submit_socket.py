@@ -229,7 +229,7 @@ def test_a_job_that_came_twice_runs_once(
     workerd = daemon(config(broker.url, oracle.command()))
     workerd.wait_event("consuming", queue="jobs.due")
     call(workerd, "pause")
-    wish = {"type": "job", "id": "once", "mark": "m", "timestamp": 1_700_000_000}
+    wish = {"type": "job", "id": "once", "copy_id": "m", "timestamp": 1_700_000_000}
     for _ in range(2):
         assert call(workerd, "submit", b"x", **wish)["ok"]
     # What the broker sent before it knew of the pause goes back.

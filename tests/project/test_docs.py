@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.harness.trixie import CHECKOUT
-from workerd.config.fields import Pairs, Section, kinds
+from workerd.config.fields import Pairs, Section, value_types
 from workerd.config.model import TLS, Broker, Control, Handler, Log, Queue, Retry, Worker
 from workerd.log_formats import message_id
 
@@ -55,7 +55,7 @@ def test_every_key_is_documented_with_its_default(heading: str) -> None:
     settings = TABLES[heading]
     expected = {
         key: default(settings, key, kind)
-        for key, kind in kinds(type(settings)).items()
+        for key, kind in value_types(type(settings)).items()
         if not isinstance(kind, Section)
     }
     assert {key: default for key, (_, default) in rows(heading).items()} == expected

@@ -39,27 +39,27 @@ async def _check_all(settings: Settings, environ: Mapping[str, str]) -> list[str
 async def _check_one(settings: Settings, url: BrokerURL, environ: Mapping[str, str]) -> list[str]:
     try:
         connection = await Connection.open(url, settings.broker, "workerd check", environ)
-    except BrokerError as trouble:
-        return [f"{url}: {trouble}{_login_remedy(url, trouble)}"]
+    except BrokerError as error:
+        return [f"{url}: {error}{_login_remedy(url, error)}"]
     problems = []
     try:
         problems += await _check_topology(connection, "the delay levels", topology.delay_levels())
         for name in settings.worker.queues:
             problems += await _check_queue(connection, settings.queues[name])
         problems += await _check_publishing(connection)
-    except BrokerError as trouble:
-        problems.append(str(trouble))
+    except BrokerError as error:
+        problems.append(str(error))
     finally:
         await connection.close(timeout=2.0)
     return [f"{url}: {problem}" for problem in problems]
 
 
-def _login_remedy(url: BrokerURL, trouble: BrokerError) -> str:
-    if trouble.code == 403:
+def _login_remedy(url: BrokerURL, error: BrokerError) -> str:
+    if error.code == 403:
         return "; check the user, and its password in broker.urls or broker.password_file"
-    if trouble.code == 530 and "not found" in str(trouble):
+    if error.code == 530 and "not found" in str(error):
         return f"; create it with rabbitmqctl add_vhost {url.vhost}"
-    if trouble.code == 530:
+    if error.code == 530:
         return f"; allow it with rabbitmqctl set_permissions -p {url.vhost} {url.user}"
     return ""
 
@@ -80,8 +80,8 @@ async def _check_reading(connection: Connection, name: str) -> list[str]:
     if await _exists(connection, name):
         try:
             await (await connection.channel()).ask_to_read(name)
-        except BrokerError as trouble:
-            return [f"queue {name}: {_refusal(trouble, 'read', name)}"]
+        except BrokerError as error:
+            return [f"queue {name}: {_refusal(error, 'read', name)}"]
     return []
 
 
@@ -112,8 +112,8 @@ async def _exists(connection: Connection, queue: str) -> bool:
         channel = await connection.channel()
         await channel.count(queue)
         await channel.close()
-    except BrokerError as trouble:
-        if trouble.kind is not ErrorKind.MISSING:
+    except BrokerError as error:
+        if error.kind is not ErrorKind.MISSING:
             raise
         return False
     return True
@@ -129,16 +129,16 @@ async def _check_publishing(connection: Connection) -> list[str]:
             await channel.publish(exchange, _NOWHERE, Message(message_id="check"))
         except Unroutable:
             await channel.close()
-        except BrokerError as trouble:
-            # A missing exchange has been told with the rest of the delay levels.
-            if trouble.kind is not ErrorKind.MISSING:
-                text = _refusal(trouble, "write", exchange or "amq.default")
+        except BrokerError as error:
+            # A missing exchange is among the problems of the delay levels already.
+            if error.kind is not ErrorKind.MISSING:
+                text = _refusal(error, "write", exchange or "amq.default")
                 problems.append(f"publishing: {text}")
     return problems
 
 
-def _refusal(trouble: BrokerError, right: str, name: str) -> str:
+def _refusal(error: BrokerError, right: str, name: str) -> str:
     """The broker's words, and what to do about them. Raises BrokerError when it is away."""
-    if trouble.kind is ErrorKind.AWAY:
-        raise trouble
-    return f"{trouble}; grant the right to {right} {name} with rabbitmqctl set_permissions"
+    if error.kind is ErrorKind.AWAY:
+        raise error
+    return f"{error}; grant the right to {right} {name} with rabbitmqctl set_permissions"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,13 +13,14 @@ from workerd.config.model import Settings
 from workerd.core import topology
 from workerd.core.topology import BindExchange, BindQueue, DeclareExchange, DeclareQueue, Step
 from workerd.errors import EX_NOPERM, EX_OK, BrokerError, ErrorKind
+from workerd.output import print_json, print_line
 
 State = Literal["declared", "there", "bound", "differs", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one step; ``text`` has the broker's words where it objected."""
+    """The state after one step; ``text`` has the broker's words where the broker objected."""
 
     step: Step
     state: State
@@ -29,7 +28,7 @@ class Result:
 
     @property
     def name(self) -> str:
-        """What a human calls the step's object."""
+        """The name of the step's object, for people."""
         match self.step:
             case DeclareQueue(name):
                 return f"queue {name}"
@@ -53,7 +52,7 @@ def parts(settings: Settings) -> Iterator[tuple[str, topology.Steps]]:
 
 
 async def take(connection: Connection, steps: topology.Steps) -> list[Result]:
-    """Take each step, whatever becomes of the others. Raises BrokerError without the broker."""
+    """Take each step, whatever the others come to. Raises BrokerError when the broker is away."""
     return [await _take(connection, step) for step in steps]
 
 
@@ -63,26 +62,24 @@ async def _take(connection: Connection, step: Step) -> Result:
         channel = await connection.channel()
         await channel.declare(step)
         await channel.close()
-    except BrokerError as trouble:
-        if trouble.kind is ErrorKind.AWAY:
+    except BrokerError as error:
+        if error.kind is ErrorKind.AWAY:
             raise
-        return Result(
-            step, "differs" if trouble.kind is ErrorKind.CONFLICT else "failed", str(trouble)
-        )
+        return Result(step, "differs" if error.kind is ErrorKind.CONFLICT else "failed", str(error))
     if isinstance(step, BindQueue | BindExchange):
         return Result(step, "bound")
     return Result(step, "there" if was_there else "declared")
 
 
 async def _exists(connection: Connection, step: Step) -> bool:
-    """Whether a queue or an exchange is there. Of a binding nobody can tell."""
+    """Whether a queue or an exchange is there. The broker does not say so of a binding."""
     if isinstance(step, BindQueue | BindExchange):
         return False
     channel = await connection.channel()
     try:
         await channel.find(step)
-    except BrokerError as trouble:
-        if trouble.kind is ErrorKind.MISSING:
+    except BrokerError as error:
+        if error.kind is ErrorKind.MISSING:
             return False
         raise
     await channel.close()
@@ -90,7 +87,10 @@ async def _exists(connection: Connection, step: Step) -> bool:
 
 
 def setup(settings: Settings, environ: Mapping[str, str], as_json: bool) -> int:
-    """Declare everything, tell what became of it; returns the exit status. Raises BrokerError."""
+    """Declare everything, print what is there then; returns the exit status.
+
+    Raises BrokerError.
+    """
     return complete(_setup(settings, environ, as_json))
 
 
@@ -102,24 +102,24 @@ async def _setup(settings: Settings, environ: Mapping[str, str], as_json: bool) 
         for part, steps in parts(settings):
             results = await take(connection, steps)
             failed = failed or any(result.state == "failed" for result in results)
-            _tell(part, results, as_json)
+            _print_results(part, results, as_json)
     finally:
         await connection.close(timeout=2.0)
     return EX_NOPERM if failed else EX_OK
 
 
-def _tell(part: str, results: list[Result], as_json: bool) -> None:
+def _print_results(part: str, results: list[Result], as_json: bool) -> None:
     if as_json:
         for result in results:
             line = {"part": part, "object": result.name, "state": result.state}
-            sys.stdout.write(json.dumps({**line, "text": result.text or None}) + "\n")
+            print_json({**line, "text": result.text or None})
         return
     states = Counter(result.state for result in results)
     counts = [
         f"{states[state]} {state}" for state in ("declared", "there", "bound") if states[state]
     ]
     if counts:
-        sys.stdout.write(f"{part}: {', '.join(counts)}\n")
+        print_line(f"{part}: {', '.join(counts)}")
     for result in results:
         if result.text:
-            sys.stdout.write(f"{part}: {result.state}: {result.name}: {result.text}\n")
+            print_line(f"{part}: {result.state}: {result.name}: {result.text}")

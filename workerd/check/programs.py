@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import stat
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from workerd.config.model import Handler, Settings
 from workerd.config.permissions import writable_by_others
 from workerd.config.template import Template
 from workerd.config.text import toml
-from workerd.handlers.program import clean_environment
+from workerd.handlers.program import clean_environment, find_program
 from workerd.handlers.warm.pool import CHILD
 from workerd.units import format_duration
 
@@ -44,18 +43,6 @@ def untrusted_programs(settings: Settings, environ: Environ = os.environ) -> lis
         if reason:
             problems.append(f"{settings.where('handlers', handler.name, key)}: {reason}")
     return problems
-
-
-def find_program(handler: Handler, program: str, environ: Environ = os.environ) -> Path | None:
-    """The executable file that a handler's program names, or None."""
-    directory = handler.working_directory or Path()
-    if "/" in program:
-        path = directory / program
-        return path if os.path.isfile(path) and os.access(path, os.X_OK) else None
-    search = os.get_exec_path({**environ, **handler.environment})
-    # An entry of PATH that is not absolute counts from where the program will be started.
-    found = shutil.which(program, path=os.pathsep.join(str(directory / entry) for entry in search))
-    return Path(found) if found else None
 
 
 def _check_handler(settings: Settings, handler: Handler, environ: Environ) -> Iterator[str]:

@@ -1,12 +1,12 @@
-"""`workerd check`: its options, and what is printed."""
+"""`workerd check`: every problem of the configuration, one line each."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 
 from workerd.cli.options import add_common
-from workerd.errors import EX_CONFIG
+from workerd.errors import EX_CONFIG, EX_OK
+from workerd.output import print_line, warn
 
 CHECK = "Find everything that is wrong with the configuration, one line for each problem."
 
@@ -27,6 +27,7 @@ examples:
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `check`."""
     parser.description, parser.epilog = CHECK, CHECK_EPILOG
     add_common(parser)
     parser.add_argument(
@@ -49,7 +50,8 @@ def _check(args: argparse.Namespace) -> int:
 
     loaded = load.load(args.config, args.instance)
     if args.show:
-        sys.stdout.write(dump.show(loaded))
+        for line in dump.show(loaded).splitlines():
+            print_line(line)
     problems = []
     if args.connect:
         from workerd.check.broker import check_broker
@@ -60,7 +62,7 @@ def _check(args: argparse.Namespace) -> int:
     drop_to_service_user()
     problems += offline.check(loaded)
     for problem in problems:
-        sys.stderr.write(f"workerd: {problem}\n")
+        warn(problem)
     if not problems and not args.show:
-        sys.stdout.write("configuration is fine\n")
-    return EX_CONFIG if problems else 0
+        print_line("configuration is fine")
+    return EX_CONFIG if problems else EX_OK

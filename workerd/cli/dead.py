@@ -1,4 +1,4 @@
-"""`workerd dead`: its options, and what it prints and asks."""
+"""`workerd dead`: dead letters listed, shown, sent back, dropped."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from workerd.errors import EX_DATAERR, EX_NOINPUT, EX_USAGE
+from workerd import output
+from workerd.cli.options import add_common, seconds
+from workerd.errors import EX_DATAERR, EX_NOINPUT, EX_OK, EX_USAGE, CommandError
+from workerd.output import print_bytes, print_json, print_line, print_table, warn
 
 if TYPE_CHECKING:
     from workerd.config.model import Settings
     from workerd.deadletters.letter import DeadLetter, Filter
-    from workerd.deadletters.render import Sheet
+    from workerd.deadletters.render import Details
 
 STATUSES = """\
 exit status:
@@ -50,12 +53,9 @@ EXPORT = """\
 Print dead letters, one JSON object a line, body and all; a body that is not
 UTF-8 is in body_base64. They stay where they are."""
 
-Add = Callable[[argparse.ArgumentParser], None]
-Duration = Callable[[str], float]
 
-
-def add_dead(parser: argparse.ArgumentParser, add_common: Add, duration: Duration) -> None:
-    """Add the subcommands and their options."""
+def add_dead(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommands of `dead`, and their options."""
     parser.description, parser.epilog = DEAD, DEAD_EPILOG
     commands = parser.add_subparsers(
         title="commands", dest="dead_command", required=True, metavar="COMMAND"
@@ -69,7 +69,7 @@ def add_dead(parser: argparse.ArgumentParser, add_common: Add, duration: Duratio
         return command
 
     listing = add("list", "list letters", LIST, _list)
-    _add_filters(listing, duration)
+    _add_filters(listing)
     listing.add_argument("--json", action="store_true", help="print one JSON object a line")
 
     showing = add("show", "show one letter", SHOW, _show)
@@ -81,17 +81,17 @@ def add_dead(parser: argparse.ArgumentParser, add_common: Add, duration: Duratio
     requeueing = add("requeue", "send letters back", REQUEUE, _requeue)
     dropping = add("drop", "throw letters away", DROP, _drop)
     for command in (requeueing, dropping):
-        _add_filters(command, duration)
+        _add_filters(command)
         command.add_argument("--all", action="store_true", help="all letters of the queue")
         command.add_argument(
             "--dry-run", action="store_true", help="only print the ids of those that are meant"
         )
     dropping.add_argument("--yes", action="store_true", help="do not ask")
 
-    _add_filters(add("export", "print letters as JSON", EXPORT, _export), duration)
+    _add_filters(add("export", "print letters as JSON", EXPORT, _export))
 
 
-def _add_filters(parser: argparse.ArgumentParser, duration: Duration) -> None:
+def _add_filters(parser: argparse.ArgumentParser) -> None:
     filters = parser.add_argument_group("filters, all of which must hold")
     filters.add_argument(
         "--id", action="append", metavar="ID", help="the id of the job; may be repeated"
@@ -99,10 +99,10 @@ def _add_filters(parser: argparse.ArgumentParser, duration: Duration) -> None:
     filters.add_argument("--type", metavar="TYPE", help="the type of the job")
     filters.add_argument("--reason", metavar="REASON", help="such as exit-status, timeout")
     filters.add_argument(
-        "--older-than", type=duration, metavar="T", help="failed longer ago than this: 30m, 2d"
+        "--older-than", type=seconds, metavar="T", help="failed longer ago than this: 30m, 2d"
     )
     filters.add_argument(
-        "--newer-than", type=duration, metavar="T", help="failed within this time: 1h"
+        "--newer-than", type=seconds, metavar="T", help="failed within this time: 1h"
     )
     filters.add_argument("--limit", type=_positive, metavar="N", help="the first N at most")
 
@@ -114,13 +114,11 @@ def _positive(text: str) -> int:
 
 
 def _filter(args: argparse.Namespace) -> Filter:
-    """The filter that a command line gives. Raises CommandError for one that nothing can pass."""
+    """The filter of a command line. Raises CommandError for one that no letter can pass."""
     from workerd.deadletters.letter import Filter
 
     older, newer = args.older_than, args.newer_than
     if newer is not None and newer <= (older or 0.0):
-        from workerd.errors import CommandError
-
         bound = "0s" if older is None else "--older-than"
         raise CommandError(
             EX_USAGE, f"--newer-than must be longer than {bound}, or no letter is meant"
@@ -138,11 +136,10 @@ def _filter(args: argparse.Namespace) -> Filter:
 def _chosen(args: argparse.Namespace) -> Filter:
     """The filter of a command that changes something. Raises CommandError without any."""
     from workerd.deadletters.letter import Filter
-    from workerd.errors import CommandError
 
     wanted = _filter(args)
     if wanted == Filter() and not args.all:
-        raise CommandError(EX_USAGE, "say which letters: give a filter, such as --id ID, or --all")
+        raise CommandError(EX_USAGE, "name the letters: give a filter, such as --id ID, or --all")
     if not wanted.takes_every and args.all:
         raise CommandError(EX_USAGE, "--all and a filter exclude each other")
     return wanted
@@ -155,18 +152,17 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from workerd.cli.output import print_json, print_table
     from workerd.deadletters.render import HEADINGS, row, summary
 
     now = time.time()
     if args.json:
         _look(args, _filter(args), lambda letter: print_json(summary(letter)))
-        return 0
+        return EX_OK
     rows: list[tuple[str, ...]] = []
     _look(args, _filter(args), lambda letter: rows.append(row(letter, now)))
     if rows:
         print_table([HEADINGS, *rows])
-    return 0
+    return EX_OK
 
 
 def _look(args: argparse.Namespace, wanted: Filter, found: Callable[[DeadLetter], None]) -> None:
@@ -186,10 +182,8 @@ def _look(args: argparse.Namespace, wanted: Filter, found: Callable[[DeadLetter]
 
 
 def _show(args: argparse.Namespace) -> int:
-    from workerd.cli.output import print_json
     from workerd.deadletters.letter import Filter
-    from workerd.deadletters.render import everything, sheet
-    from workerd.errors import CommandError
+    from workerd.deadletters.render import details, export
 
     found: list[DeadLetter] = []
     _look(args, Filter(ids=frozenset({args.id})), found.append)
@@ -197,48 +191,43 @@ def _show(args: argparse.Namespace) -> int:
         raise CommandError(EX_NOINPUT, f"no dead letter of {args.queue} has the id {args.id!r}")
     if args.body:
         if len(found) > 1:
-            sys.stderr.write(f"workerd: {len(found)} letters have this id: this is the last\n")
-        sys.stdout.flush()
-        sys.stdout.buffer.write(found[-1].message.body)
-        return 0
+            warn(f"{len(found)} letters have this id: this is the last")
+        print_bytes(found[-1].message.body)
+        return EX_OK
     now = time.time()
     for number, letter in enumerate(found):
         if args.json:
-            print_json(everything(letter))
+            print_json(export(letter))
         else:
-            sys.stdout.write("\n" if number else "")
-            _print_sheet(sheet(letter, now))
-    return 0
+            if number:
+                print_line("")
+            _print_details(details(letter, now))
+    return EX_OK
 
 
-def _print_sheet(shown: Sheet) -> None:
-    from workerd.log_formats import safe
-
+def _print_details(shown: Details) -> None:
     width = max(len(name) for name, _ in shown.facts) + 2
     for name, value in shown.facts:
-        sys.stdout.write(f"{safe(name) + ':':<{width}} {safe(value)}\n")
+        print_line(f"{name + ':':<{width}} {value}")
     for name, text in shown.texts:
-        sys.stdout.write(f"{name}:\n")
+        print_line(f"{name}:")
         for line in text.rstrip("\n").split("\n"):
-            sys.stdout.write(f"    {safe(line)}\n")
+            print_line(f"    {line}")
 
 
 def _print_id(letter: DeadLetter) -> None:
-    from workerd.log_formats import safe
-
-    sys.stdout.write((safe(letter.id) or "-") + "\n")
+    print_line(letter.id or "-")
 
 
 def _requeue(args: argparse.Namespace) -> int:
     import asyncio
 
     from workerd.deadletters import operations
-    from workerd.deadletters.browser import tell
 
     wanted = _chosen(args)
     if args.dry_run:
         _look(args, wanted, _print_id)
-        return 0
+        return EX_OK
     sent: list[DeadLetter] = []
 
     def moved(letter: DeadLetter) -> None:
@@ -249,22 +238,20 @@ def _requeue(args: argparse.Namespace) -> int:
     try:
         stuck = asyncio.run(operations.requeue(settings.broker, args.queue, wanted, moved))
     finally:
-        sys.stdout.flush()
-        tell(f"{len(sent)} sent back to {args.queue}; all others stay where they are")
-    return EX_DATAERR if stuck else 0
+        output.flush()
+        warn(f"{len(sent)} sent back to {args.queue}; all others stay where they are")
+    return EX_DATAERR if stuck else EX_OK
 
 
 def _drop(args: argparse.Namespace) -> int:
     import asyncio
 
     from workerd.deadletters import operations
-    from workerd.deadletters.browser import tell
-    from workerd.errors import CommandError
 
     wanted = _chosen(args)
     if args.dry_run:
         _look(args, wanted, _print_id)
-        return 0
+        return EX_OK
     if not args.yes and not sys.stdin.isatty():
         raise CommandError(
             EX_USAGE, "nobody is there to be asked; to drop them all the same: --yes"
@@ -281,14 +268,13 @@ def _drop(args: argparse.Namespace) -> int:
     dropped = asyncio.run(operations.drop(settings.broker, args.queue, wanted, agreed))
     for letter in dropped:
         _print_id(letter)
-    sys.stdout.flush()
-    tell(f"{len(dropped)} dropped")
-    return 0
+    output.flush()
+    warn(f"{len(dropped)} dropped")
+    return EX_OK
 
 
 def _export(args: argparse.Namespace) -> int:
-    from workerd.cli.output import print_json
-    from workerd.deadletters.render import everything
+    from workerd.deadletters.render import export
 
-    _look(args, _filter(args), lambda letter: print_json(everything(letter)))
-    return 0
+    _look(args, _filter(args), lambda letter: print_json(export(letter)))
+    return EX_OK

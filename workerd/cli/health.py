@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from workerd.cli.options import _told, add_instance
+from workerd.cli.options import add_instance
 from workerd.control import client, protocol
 from workerd.errors import EX_OK
+from workerd.output import print_json, print_line
 
 HEALTH = """\
-Tell whether an instance really consumes: a live consumer on an open channel, a
+Say whether an instance really consumes: a live consumer on an open channel, a
 broker that answers, no queue that the broker keeps from it, no drain. One that
 does, but whose handlers cannot all run, is "degraded": which, and why, is
 printed. For monitoring; asks the instance alone, and takes less than a tenth of
@@ -51,11 +51,8 @@ def _health(args: argparse.Namespace) -> int:
     healthy = bool(answer["healthy"])
     lines = [f"degraded: {text}" for text in answer["degraded"]] if healthy else [answer["why"]]
     if args.json:
-        from workerd.cli.output import print_json
-
-        print_json({"instance": instance, **_told(answer)})
-    elif lines:
-        from workerd.log_formats import safe
-
-        sys.stdout.writelines(safe(line) + "\n" for line in lines)
+        print_json({"instance": instance, **answer})
+    else:
+        for line in lines:
+            print_line(line)
     return EX_OK if healthy else 1

@@ -1,20 +1,19 @@
-"""The command line: parses it, puts the parts together, and turns errors into exit statuses."""
+"""The command line: parses it, runs a command, and turns errors into exit statuses."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from workerd import __version__
+from workerd import __version__, output
 from workerd.cli.check import add_check
-from workerd.cli.options import Parser, add_common, seconds
+from workerd.cli.options import Parser
 from workerd.cli.run import add_run
 from workerd.cli.setup import add_setup
 from workerd.cli.submit import add_submit
-from workerd.errors import EX_CONFIG, EX_IOERR, SettingsError, WorkerdError
+from workerd.errors import EX_CONFIG, CommandError, SettingsError, WorkerdError, exit_status
 
 MAIN_EPILOG = """\
 configuration, later files override earlier ones:
@@ -27,20 +26,26 @@ configuration, later files override earlier ones:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `workerd`; ends the process."""
-    _end(_carry_out(parser().parse_args(arguments)))
+    _end(_run(parser, arguments))
 
 
 def submit_main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `submit`: exactly `workerd submit`."""
-    _end(_carry_out(submit_parser().parse_args(arguments)))
+    _end(_run(submit_parser, arguments))
 
 
 def parser() -> argparse.ArgumentParser:
-    """What `workerd` understands: its options and commands, with their help."""
+    """The options and commands of `workerd`, with their help."""
     # `submit` need not wait for these.
-    from workerd.cli import health, logs, metrics, queues, status, steer
+    from workerd.cli.cancel import add_cancel
     from workerd.cli.dead import add_dead
+    from workerd.cli.health import add_health
+    from workerd.cli.logs import add_logs
+    from workerd.cli.metrics import add_metrics
+    from workerd.cli.pause import add_pause, add_resume
+    from workerd.cli.queues import add_queues
     from workerd.cli.run_once import add_run_once
+    from workerd.cli.status import add_status
 
     top = Parser(
         prog="workerd",
@@ -51,66 +56,55 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(
         title="commands", dest="command", required=True, metavar="COMMAND"
     )
-    add_run(commands.add_parser("run", help="run the daemon"))
-    add_check(commands.add_parser("check", help="check the configuration, and the broker"))
-    add_submit(
-        commands.add_parser("submit", help="send a job, or one for each line of a file"),
-        add_common,
-        seconds,
-    )
-    add_dead(commands.add_parser("dead", help="failed jobs: look, send back"), add_common, seconds)
-    once = commands.add_parser("run-once", help="run a handler for one job, without a broker")
-    add_common(once)
-    add_run_once(once)
-    status.add_status(
-        commands.add_parser("status", help="the instances of this host, and what they run")
-    )
-    health.add_health(commands.add_parser("health", help="whether one really consumes"))
-    metrics.add_metrics(commands.add_parser("metrics", help="figures for Prometheus"))
-    queues.add_queues(commands.add_parser("queues", help="what waits, is due, is dead"), add_common)
-    logs.add_logs(commands.add_parser("logs", help="the log of one job"))
-    steer.add_cancel(commands.add_parser("cancel", help="end a job, or refuse it"))
-    steer.add_pause(commands.add_parser("pause", help="take no more work"))
-    steer.add_resume(commands.add_parser("resume", help="take work again"))
-    add_setup(commands.add_parser("setup", help="declare all queues, as an administrator"))
+    for name, add, brief in (
+        ("run", add_run, "run the daemon"),
+        ("check", add_check, "check the configuration, and the broker"),
+        ("submit", add_submit, "send a job, or one for each line of a file"),
+        ("dead", add_dead, "failed jobs: look, send back"),
+        ("run-once", add_run_once, "run a handler for one job, without a broker"),
+        ("status", add_status, "the instances of this host, and what they run"),
+        ("health", add_health, "whether one really consumes"),
+        ("metrics", add_metrics, "metrics for Prometheus"),
+        ("queues", add_queues, "what waits, is due, is dead"),
+        ("logs", add_logs, "the log of one job"),
+        ("cancel", add_cancel, "end a job, or refuse it"),
+        ("pause", add_pause, "take no more work"),
+        ("resume", add_resume, "take work again"),
+        ("setup", add_setup, "declare all queues, as an administrator"),
+    ):
+        add(commands.add_parser(name, help=brief))
     return top
 
 
 def submit_parser() -> argparse.ArgumentParser:
-    """What `submit` understands."""
+    """The options of `submit`."""
     submit = Parser(prog="submit")
-    add_submit(submit, add_common, seconds)
+    add_submit(submit)
     return submit
 
 
-def _carry_out(args: argparse.Namespace) -> int:
-    """Do what the command line says; returns the exit status."""
+def _run(make_parser: Callable[[], argparse.ArgumentParser], words: Sequence[str] | None) -> int:
+    """Run the command that a command line names; returns the exit status."""
+    args = make_parser().parse_args(words)
     try:
         status: int = args.carry_out(args)
-        return status
     except SettingsError as error:
         for problem in error.problems:
-            sys.stderr.write(f"workerd: {problem}\n")
-        return EX_CONFIG
+            output.warn(problem)
+        status = EX_CONFIG
     except WorkerdError as error:
-        from workerd.errors import exit_status
-
-        sys.stderr.write(f"{args.name}: {error}\n")
-        return exit_status(error)
-    except BrokenPipeError:
-        return EX_IOERR
+        output.warn(str(error), args.name)
+        status = exit_status(error)
     except KeyboardInterrupt:
-        return 130
+        status = 130
+    try:
+        output.flush()
+    except CommandError as error:
+        output.warn(str(error), args.name)
+        return status or error.status
+    return status
 
 
 def _end(status: int) -> NoReturn:
     """End now, whatever hangs in a thread, such as a resolver."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read our output has gone; there is nobody to tell.
-        status = status or EX_IOERR
-    except OSError as error:
-        sys.stderr.write(f"workerd: standard output: {error.strerror}\n")
-        status = status or EX_IOERR
     os._exit(status)

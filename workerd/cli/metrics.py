@@ -1,9 +1,8 @@
-"""`workerd metrics`: its options, and what it prints or serves."""
+"""`workerd metrics`: prints or serves what Prometheus reads."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from workerd.cli.options import add_instance
 from workerd.control import protocol
 from workerd.errors import EX_NOPERM, EX_OK, EX_UNAVAILABLE, CommandError, WorkerdError
+from workerd.output import print_bytes
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -22,7 +22,7 @@ the instances; one that was stopped has none. --serve answers over HTTP, which
 is what workerd-metrics.socket starts; docs/metrics.md explains each metric."""
 METRICS_EPILOG = f"""\
 exit status:
-  0   told; with --serve: nobody has asked for some minutes
+  0   printed; with --serve: nobody has asked for some minutes
   64  usage
   69  the library prometheus_client is not installed (--serve answers so),
       nothing is known of the instance that --instance names, or --serve was
@@ -62,7 +62,7 @@ def _metrics(args: argparse.Namespace) -> int:
         return EX_OK
     prometheus = _prometheus()
     states = _look(args.instance)
-    sys.stdout.buffer.write(prometheus.text(lambda: states))
+    print_bytes(prometheus.text(lambda: states))
     unknown = [state for state in states if state["state"] == "unknown"]
     if unknown and len(unknown) == len(states):
         raise CommandError(EX_NOPERM, str(unknown[0]["why"]))

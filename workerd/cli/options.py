@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from workerd.errors import (
-    EX_USAGE,
-    CommandError,
-)
+from workerd.errors import EX_USAGE, CommandError
+from workerd.output import safe
 
 
 def unmeasured(prog: str) -> argparse.HelpFormatter:
@@ -37,10 +34,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> object:  # type: ignore[override]
         self.print_usage(sys.stderr)
-        self.exit(EX_USAGE, f"{self.prog}: {message}\n")
+        self.exit(EX_USAGE, f"{self.prog}: {safe(message)}\n")
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that read the configuration."""
     parser.add_argument(
         "--config",
         type=Path,
@@ -50,25 +48,22 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--instance", default="1", metavar="NAME", help="the instance's name (default: 1)"
     )
-    # Who speaks in its errors.
+    # The name that its errors begin with.
     parser.set_defaults(name="workerd")
 
 
 def seconds(text: str) -> float:
+    """Read a duration; a bare number counts seconds, here as in the configuration."""
     from workerd.units import parse_duration
 
     try:
-        # A bare number counts seconds, here as in the configuration.
         return parse_duration(text if text[-1:].isalpha() else f"{text}s")
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-Add = Callable[[argparse.ArgumentParser], None]
-
-
 def add_instance(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the options that every command has. These commands read no configuration."""
+    """Add the same options for commands that ask instances, and read no configuration."""
     parser.add_argument(
         "--config", metavar="FILE", help="of no effect: what is asked is the running instance"
     )
@@ -78,13 +73,8 @@ def add_instance(parser: argparse.ArgumentParser, default: str) -> None:
     parser.set_defaults(name="workerd")
 
 
-def _told(state: dict[str, Any]) -> dict[str, Any]:
-    """An answer without what says nothing of the instance."""
-    return {name: value for name, value in state.items() if name not in ("version", "ok")}
-
-
 def add_url(parser: argparse.ArgumentParser) -> None:
-    """Add --url; `environ` looks at it."""
+    """Add --url, which `environ` reads."""
     parser.add_argument(
         "--url", metavar="URL", help="the broker, without a password; @FILE: what is in FILE"
     )

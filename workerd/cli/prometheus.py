@@ -17,7 +17,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 Reply = dict[str, Any]
-#: What tells the present state of every instance.
+#: Asks for the present state of every instance.
 Look = Callable[[], Iterable[Reply]]
 
 #: States of an instance that does not answer, and should.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from workerd.cli.options import add_common
 from workerd.errors import EX_OK
+from workerd.output import print_json, print_table
 
 if TYPE_CHECKING:
     from workerd.broker.connection import Connection
@@ -19,7 +21,7 @@ runs and waits in the instances of this host, due retries, dead letters. Asks
 the broker, with a connection of its own; a delayed job shows once it is due."""
 QUEUES_EPILOG = """\
 exit status:
-  0   told; a queue that is missing has no numbers
+  0   shown; a queue that is missing has no numbers
   64  usage
   69  no broker answered
   77  access refused: user, password, virtual host or permission
@@ -30,12 +32,10 @@ examples:
   workerd queues --json | jq 'select(.dead > 0)'
 """
 
-Add = Callable[[argparse.ArgumentParser], None]
-
 HEADINGS = ("QUEUE", "READY", "CONSUMERS", "RUNNING", "WAITING", "DUE", "DEAD")
 
 
-def add_queues(parser: argparse.ArgumentParser, add_common: Add) -> None:
+def add_queues(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.description, parser.epilog = QUEUES, QUEUES_EPILOG
     add_common(parser)
@@ -45,7 +45,7 @@ def add_queues(parser: argparse.ArgumentParser, add_common: Add) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Numbers of a work queue; None: the queue in question is not there, or may not be seen.
+    """Messages of a work queue, and of the queues beside it; None: it is missing or forbidden.
 
     ``running`` and ``waiting`` are of this host's instances, which hold them unacknowledged.
     """
@@ -63,7 +63,6 @@ def _queues(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from workerd.aio import complete
-    from workerd.cli.output import print_json, print_table
     from workerd.config.load import load
 
     settings = load(args.config, args.instance)
@@ -121,8 +120,8 @@ async def _count(connection: Connection, queue: str) -> tuple[int | None, int | 
     channel = await connection.channel()
     try:
         counts = await channel.count(queue)
-    except BrokerError as trouble:
-        if trouble.kind is ErrorKind.AWAY:
+    except BrokerError as error:
+        if error.kind is ErrorKind.AWAY:
             raise
         return None, None
     await channel.close()

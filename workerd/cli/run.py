@@ -1,4 +1,4 @@
-"""`workerd run`: the options of the daemon."""
+"""`workerd run`: the daemon."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ examples:
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `run`."""
     parser.description, parser.epilog = RUN, RUN_EPILOG
     add_common(parser)
     parser.add_argument(

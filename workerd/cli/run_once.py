@@ -1,8 +1,10 @@
-"""The command line of `workerd run-once`."""
+"""`workerd run-once`: a handler run for one job, without a broker."""
 
 from __future__ import annotations
 
 import argparse
+
+from workerd.cli.options import add_common
 
 DESCRIPTION = """\
 Run a handler here for one job, its body on standard input, as the daemon would,
@@ -27,8 +29,9 @@ examples:
 
 
 def add_run_once(parser: argparse.ArgumentParser) -> None:
-    """Its own options; those that all commands have are there already."""
+    """Add the options of `run-once`."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
+    add_common(parser)
     parser.add_argument("handler", metavar="HANDLER", help="its name, which is the job's type")
     parser.add_argument(
         "--header", action="append", default=[], metavar="K=V", help="a header; may be repeated"

@@ -1,4 +1,4 @@
-"""`workerd setup`: its options."""
+"""`workerd setup`: every queue and exchange declared by an administrator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Declare all queues and exchanges of the configuration, as an administrator: then
 the workers need no right to configure. Messages are neither read nor sent."""
 
 SETUP_EPILOG = """\
-What exists with other arguments is told, and used as it is.
+What exists with other arguments is named, and used as it is.
 
 exit status:
   0   all of it is there
@@ -26,6 +26,7 @@ examples:
 
 
 def add_setup(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `setup`."""
     parser.description, parser.epilog = SETUP, SETUP_EPILOG
     add_common(parser)
     add_url(parser)

@@ -1,21 +1,23 @@
-"""`workerd status` and `workerd health`: their options, and what they print."""
+"""`workerd status`: the instances of this host, and what they run."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
-from workerd.cli.options import _told, add_instance
+from workerd import output
+from workerd.cli.options import add_instance
 from workerd.control import protocol
 from workerd.errors import EX_NOPERM, EX_OK, EX_UNAVAILABLE, CommandError, WorkerdError
+from workerd.output import print_json, print_line, print_table
+from workerd.units import age
 
 STATUS = """\
 Show every instance of this host, also those that have stopped or failed:
 broker, queues, and the jobs that run. Asks the instances, not the broker."""
 STATUS_EPILOG = f"""\
 exit status:
-  0   told
+  0   shown
   64  usage; --watch without a terminal
   69  nothing is known of the instance that --instance names; --watch without
       the Python package rich
@@ -40,7 +42,6 @@ def add_status(parser: argparse.ArgumentParser) -> None:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from workerd.cli.output import print_json
     from workerd.control.instances import states
 
     if args.watch:
@@ -51,12 +52,13 @@ def _status(args: argparse.Namespace) -> int:
         raise CommandError(EX_UNAVAILABLE, str(error)) from None
     if args.json:
         for state in found:
-            print_json(_told(state))
+            print_json(state)
     elif not found:
-        sys.stdout.write("no instance of workerd runs or has run on this host\n")
+        print_line("no instance of workerd runs or has run on this host")
     else:
         for number, state in enumerate(found):
-            sys.stdout.write("\n" if number else "")
+            if number:
+                print_line("")
             _show(state)
     unknown = [state for state in found if state["state"] == "unknown"]
     if unknown and len(unknown) == len(found):
@@ -65,34 +67,29 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _watch(args: argparse.Namespace) -> int:
-    from workerd.cli.output import print_json
     from workerd.cli.watch.terminal import stream, watch
 
     if not args.json:
         return watch(args.instance)
     for state in stream(args.instance):
-        print_json(_told(state))
-        sys.stdout.flush()
+        print_json(state)
+        output.flush()
     raise AssertionError("a stream never ends")
 
 
 def _show(state: dict[str, Any]) -> None:
-    from workerd.cli.output import print_table
-    from workerd.log_formats import safe
-    from workerd.units import age
-
     name = f"{state['instance']}: "
     if "queues" not in state:
         why = f": {state['why']}" if state["why"] else ""
         for number, line in enumerate(f"{state['state']}{why}".splitlines()):
-            sys.stdout.write((" " * len(name) if number else name) + safe(line) + "\n")
+            print_line((" " * len(name) if number else name) + line)
         return
-    sys.stdout.write(name + safe(state["status"]) + "\n")
+    print_line(name + state["status"])
     rabbitmq = f"RabbitMQ {state['rabbitmq']} at {state['broker']}" if state["broker"] else ""
     facts = [f"workerd {state['release']}", f"pid {state['pid']}", f"up {age(state['uptime'])}"]
-    sys.stdout.write("   " + safe(", ".join(filter(None, [*facts, rabbitmq]))) + "\n")
+    print_line("   " + ", ".join(filter(None, [*facts, rabbitmq])))
     if not state["healthy"] and state["why"] != state["status"]:
-        sys.stdout.write(f"   not consuming: {safe(state['why'])}\n")
+        print_line(f"   not consuming: {state['why']}")
     rows = [("QUEUE", "RUNNING", "WAITING", "HELD", "")]
     for queue in state["queues"]:
         note = f"paused {queue['paused']}" if queue["paused"] else ""
@@ -106,12 +103,10 @@ def _show(state: dict[str, Any]) -> None:
     jobs = [("JOB", "TYPE", "QUEUE", "AGE", "ATTEMPT", "PID"), *map(_row, state["jobs"])]
     print_table(jobs, "   ")
     if state["running"] > len(state["jobs"]):
-        sys.stdout.write(f"   and {state['running'] - len(state['jobs'])} more\n")
+        print_line(f"   and {state['running'] - len(state['jobs'])} more")
 
 
 def _row(job: dict[str, Any]) -> tuple[str, ...]:
-    from workerd.units import age
-
     return (
         job["id"],
         job["type"] or "-",

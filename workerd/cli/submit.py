@@ -1,15 +1,14 @@
-"""`submit`: its options, and the broker's address on a command line."""
+"""`submit`: a job sent to RabbitMQ, or one for each line of a file."""
 
 from __future__ import annotations
 
 import argparse
 import gc
 import time
-from collections.abc import Callable
 
-from workerd.cli.options import add_url, environ
+from workerd.cli.options import add_common, add_url, environ, seconds
 from workerd.core.jobspec import JobSpec
-from workerd.errors import EX_USAGE
+from workerd.errors import EX_USAGE, CommandError
 
 SUBMIT = "Send a job to RabbitMQ; print its id once the broker has it in a queue."
 SUBMIT_EPILOG = """\
@@ -31,12 +30,9 @@ examples:
   submit resize --at 02:30 --ttl 4h < a.json    tonight, or not at all
 """
 
-Add = Callable[[argparse.ArgumentParser], None]
-Duration = Callable[[str], float]
 
-
-def add_submit(parser: argparse.ArgumentParser, add_common: Add, duration: Duration) -> None:
-    """Add the options."""
+def add_submit(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `submit`."""
     parser.description, parser.epilog = SUBMIT, SUBMIT_EPILOG
     add_common(parser)
     add = parser.add_argument
@@ -48,12 +44,12 @@ def add_submit(parser: argparse.ArgumentParser, add_common: Add, duration: Durat
     when.add_argument(
         "--in",
         dest="delay",
-        type=duration,
+        type=seconds,
         metavar="T",
         help="not before this time has passed: 90s, 10m, 2d",
     )
     when.add_argument("--at", metavar="TIME", help="not before TIME, see below")
-    add("--ttl", type=duration, metavar="T", help="not later than T after it could have begun")
+    add("--ttl", type=seconds, metavar="T", help="not later than T after it could have begun")
     add("--priority", type=int, metavar="N", help="0 to 255, for a queue with max_priority")
     add("--attempts", type=int, metavar="N", help="how often it is tried (default: the handler's)")
     add("--id", metavar="ID", help="the job id (default: a new UUID)")
@@ -63,7 +59,7 @@ def add_submit(parser: argparse.ArgumentParser, add_common: Add, duration: Durat
     many.add_argument("--jsonl", action="store_true", help="likewise; a line must be valid JSON")
     add(
         "--timeout",
-        type=duration,
+        type=seconds,
         default=30.0,
         metavar="T",
         help="for all, or each wait of many lines (default: 30s)",
@@ -77,7 +73,7 @@ def add_submit(parser: argparse.ArgumentParser, add_common: Add, duration: Durat
 
 def _submit(args: argparse.Namespace) -> int:
     variables = environ(args)
-    spec = spec_of(args)
+    spec = _spec_of(args)
     if args.lines or args.jsonl:
         from workerd.config.load import load
         from workerd.submitting.bulk import submit_lines
@@ -90,7 +86,7 @@ def _submit(args: argparse.Namespace) -> int:
     return submit(args, spec, variables)
 
 
-def spec_of(args: argparse.Namespace) -> JobSpec:
+def _spec_of(args: argparse.Namespace) -> JobSpec:
     """What the options say of the job. Raises CommandError."""
     return JobSpec(
         type=args.type,
@@ -112,7 +108,6 @@ def _due(args: argparse.Namespace) -> float | None:
     if args.at is None:
         return None
     from workerd.core import times
-    from workerd.errors import CommandError
 
     try:
         return times.instant(args.at, now)  # in our zone, not in the daemon's
@@ -123,7 +118,5 @@ def _due(args: argparse.Namespace) -> float | None:
 def _header(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
-        from workerd.errors import CommandError
-
         raise CommandError(EX_USAGE, f"--header {text!r}: expected NAME=VALUE")
     return name, value

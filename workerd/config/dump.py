@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from workerd.config.fields import Named, Pairs, Section, Value, kinds
+from workerd.config.fields import Named, Pairs, Section, Value, value_types
 from workerd.config.model import UNUSED, Handler, Settings
 from workerd.config.text import dotted, toml
 
@@ -11,16 +11,16 @@ KeyPath = tuple[str, ...]
 
 
 def show(settings: Settings) -> str:
-    """What is in force, for people and for TOML parsers, without any secret.
+    """The values in force, for people and for TOML parsers, without any secret.
 
     Passwords in URLs and the values of `environment` are left out or shown as `***`. A key that
     has no value is a comment.
     """
     tables = []
-    for key, kind in kinds(Settings).items():
+    for key, of in value_types(Settings).items():
         value = getattr(settings, key)
-        if isinstance(kind, Named):
-            tables += [_table(settings, (key, name), kind.cls, value[name]) for name in value]
+        if isinstance(of, Named):
+            tables += [_table(settings, (key, name), of.cls, value[name]) for name in value]
         else:
             tables.append(_table(settings, (key,), type(value), value))
     return "\n".join(tables)
@@ -36,18 +36,18 @@ def _lines(
 ) -> Iterator[str]:
     """The keys of a section, and those of the sections in it as dotted keys."""
     unused = UNUSED[section.kind] if isinstance(section, Handler) else frozenset()
-    for key, kind in kinds(cls).items():
+    for key, of in value_types(cls).items():
         keys, value = (*inside, key), getattr(section, key)
         if key in unused:
             continue
-        if isinstance(kind, Section):
-            yield from _lines(settings, header, keys, kind.cls, value)
-        elif isinstance(kind, Pairs):
+        if isinstance(of, Section):
+            yield from _lines(settings, header, keys, of.cls, value)
+        elif isinstance(of, Pairs):
             for name, entry in value.items():
-                yield _line(settings, header, (*keys, str(name)), kind.value.show(entry))
-        elif isinstance(kind, Value):
+                yield _line(settings, header, (*keys, str(name)), of.value.show(entry))
+        elif isinstance(of, Value):
             unset = value is None or value == ()
-            text = kind.scalar.none if unset else kind.scalar.show(value)
+            text = of.scalar.none if unset else of.scalar.show(value)
             yield _line(settings, header, keys, text)
 
 

@@ -1,7 +1,7 @@
-"""Settings declared once: a dataclass field carries the kind, the default and the name of a key.
+"""Settings declared once: a dataclass field has the name, the type and the default of a key.
 
-A TOML table goes through three steps, so that files can be laid over each other without a
-mistake in one hiding behind another: `read` checks one file's table against the dataclass,
+A TOML table takes three steps, so that files can override each other and no mistake in one hides
+behind another: `read` checks one file's table against the dataclass,
 `merge` lays it over the files before it, and `build` makes the dataclass.
 """
 
@@ -18,7 +18,7 @@ D = TypeVar("D")
 Path = tuple[str, ...]
 Report = Callable[[Path, str], None]
 
-# Stands where a value was refused: the key was given, but its default has to do.
+# Stands for a value that was refused: the key was given, but its default has to do.
 _REFUSED = object()
 
 
@@ -80,7 +80,7 @@ class Named(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """A table of free keys and values of one kind, laid over its default key by key."""
+    """A table of free keys and values of one type, which override the default key by key."""
 
     key: Scalar[Any]
     value: Scalar[Any]
@@ -104,19 +104,19 @@ class Pairs(NamedTuple):
 
 def option(scalar: Scalar[T], default: D) -> T | D:
     """A dataclass field for a single value."""
-    result: T | D = field(default=default, metadata={"kind": Value(scalar)})
+    result: T | D = field(default=default, metadata={"type": Value(scalar)})
     return result
 
 
 def section(cls: type[T]) -> T:
     """A dataclass field for a nested table."""
-    result: T = field(default_factory=cls, metadata={"kind": Section(cls)})
+    result: T = field(default_factory=cls, metadata={"type": Section(cls)})
     return result
 
 
 def named(cls: type[T], name: Scalar[str]) -> Mapping[str, T]:
     """A dataclass field for a table of tables; each gets its key as its `name`."""
-    result: Mapping[str, T] = field(default_factory=dict, metadata={"kind": Named(cls, name)})
+    result: Mapping[str, T] = field(default_factory=dict, metadata={"type": Named(cls, name)})
     return result
 
 
@@ -125,19 +125,19 @@ def pairs(key: Scalar[T], value: Scalar[D], default: Mapping[T, D]) -> Mapping[T
     result: Mapping[T, D] = field(
         default_factory=lambda: dict(default),
         repr=not value.secret,
-        metadata={"kind": Pairs(key, value, default)},
+        metadata={"type": Pairs(key, value, default)},
     )
     return result
 
 
-def kinds(cls: type[Any]) -> dict[str, ValueType]:
-    """The keys of a dataclass and their kinds, in the order in which they are declared."""
-    return {entry.name: entry.metadata["kind"] for entry in fields(cls) if entry.metadata}
+def value_types(cls: type[Any]) -> dict[str, ValueType]:
+    """The keys of a dataclass and what each may hold, in the order of their declaration."""
+    return {entry.name: entry.metadata["type"] for entry in fields(cls) if entry.metadata}
 
 
 def read(cls: type[Any], value: Any, path: Path, report: Report) -> dict[str, Any]:
     """Check one file's table against a dataclass, reporting whatever is wrong with it."""
-    known = kinds(cls)
+    known = value_types(cls)
     result = {}
     for key, entry in _items(value, path, report):
         if key in known:
@@ -165,7 +165,7 @@ def merge(
 
 def build(cls: type[T], merged: dict[str, Any], **given: Any) -> T:
     """Make the dataclass; what is absent or was refused has its default."""
-    known = kinds(cls)
+    known = value_types(cls)
     return cls(**given, **{key: known[key].build(value) for key, value in _usable(merged)})
 
 

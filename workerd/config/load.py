@@ -15,11 +15,7 @@ from urllib.parse import urlsplit
 import tomli
 
 from workerd.config.fields import build, merge, read
-from workerd.config.model import (
-    Broker,
-    Queue,
-    Settings,
-)
+from workerd.config.model import Broker, Queue, Settings
 from workerd.config.passwords import exposed
 from workerd.config.permissions import readable_by_all, writable_by_others
 from workerd.config.text import dotted, toml
@@ -66,7 +62,7 @@ def load(
 
     settings = _complete(build(Settings, merged, origins=origins, files=tuple(layers)))
     problems += broken_rules(settings)
-    # It need not be there yet, nor be open to everyone who reads the configuration.
+    # The file need not be there yet, nor be open to everyone who reads the configuration.
     password_file = settings.broker.password_file
     with suppress(OSError):
         if password_file and readable_by_all(password_file.stat().st_mode):
@@ -90,7 +86,7 @@ def _read_all(etc: Path, instance: str, problems: list[str]) -> dict[Path, Layer
 
 
 def _read_file(file: Path, problems: list[str]) -> Layer:
-    """What one file sets; everything that is wrong with it goes to `problems`."""
+    """Read what one file sets; everything that is wrong with the file goes to `problems`."""
     try:
         with file.open("rb") as stream:
             mode = os.fstat(stream.fileno()).st_mode
@@ -146,7 +142,7 @@ def _dropped_in(directory: Path, problems: list[str]) -> list[Path]:
 
 
 def _configured_twice(layers: Mapping[Path, Layer]) -> list[str]:
-    """Two packages that both bring a handler or a queue of one name do not know of each other."""
+    """Find handlers and queues that two files of conf.d both configure: their packages clash."""
     problems = []
     first: dict[str, Path] = {}
     for file, layer in layers.items():
@@ -159,7 +155,7 @@ def _configured_twice(layers: Mapping[Path, Layer]) -> list[str]:
 
 
 def _complete(settings: Settings) -> Settings:
-    """Add what is there without being written: the queue `default`, and which ones to consume."""
+    """Add what needs no words in a file: the queue `default`, and which queues to consume."""
     queues = dict(settings.queues)
     wanted = not queues or any(entry.queue == "default" for entry in settings.handlers.values())
     if wanted and "default" not in queues:

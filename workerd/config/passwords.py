@@ -4,9 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from workerd.config.model import (
-    Broker,
-)
+from workerd.config.model import Broker
 from workerd.config.permissions import readable_by_all
 from workerd.config.url import BrokerURL, Secret
 from workerd.errors import SettingsError
@@ -52,4 +50,5 @@ def _read_password(file: Path, private: bool) -> Secret:
 
 
 def exposed(file: Path) -> str:
+    """The problem of a password file that everyone can read."""
     return f"{file}: holds a password that everyone can read: chmod o-r {file}"

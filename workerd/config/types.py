@@ -1,4 +1,4 @@
-"""The kinds of value a setting can have: how each is read from TOML and written back."""
+"""The types of single values: how each is read from TOML and written back."""
 
 import re
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class Unexpected(ValueError):
     """What was expected instead; `Scalar.problem` adds what was found."""
 
 
-# No dataclass, here and in `schema`: making one takes several times as long, and `submit` waits.
+# No dataclass, here and in `fields`: making one takes several times as long, and `submit` waits.
 class Scalar(NamedTuple, Generic[T]):
     """One value. `read` takes what TOML gave and raises ValueError; `show` writes TOML text.
 
@@ -32,7 +32,7 @@ class Scalar(NamedTuple, Generic[T]):
     none: str | None = None
 
     def problem(self, value: Any, error: ValueError) -> str:
-        """What to say of a value that `read` refused with `error`."""
+        """The problem of a value that `read` refused with `error`."""
         if isinstance(error, Unexpected):
             return f"expected {error}, found {'something else' if self.secret else found(value)}"
         return str(error)
@@ -124,7 +124,7 @@ def one_of(literal: Any) -> Scalar[Any]:
 
 
 def text(expected: str = "a string") -> Scalar[str]:
-    """A string that is not empty and that the operating system can be handed."""
+    """A string that the operating system takes: not empty, without NUL."""
 
     def read(value: Any) -> str:
         if not isinstance(value, str) or not value or "\0" in value:
@@ -159,7 +159,7 @@ def path() -> Scalar[Path]:
 
 
 def array(item: Scalar[T], example: str) -> Scalar[tuple[T, ...]]:
-    """One or more values of a kind; every wrong item is named by its number, from 1."""
+    """One or more values of a type; every wrong item is named by its number, from 1."""
 
     def read(value: Any) -> tuple[T, ...]:
         if not isinstance(value, list) or not value:

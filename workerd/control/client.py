@@ -123,7 +123,7 @@ def _judged(line: bytes) -> Reply:
     except ValueError:
         raise CommandError(EX_PROTOCOL, "the daemon's answer is not JSON") from None
     if answer.get("ok"):
-        return dict(answer)
+        return {key: value for key, value in answer.items() if key not in ("ok", "version")}
     kinds = {"busy": Busy, "elsewhere": NotServedHere}
     kind = kinds.get(str(answer.get("code")), CommandError)
     raise kind(int(answer.get("status", EX_PROTOCOL)), str(answer.get("error")))

@@ -42,7 +42,7 @@ _KEYS: Mapping[str, type | tuple[type, ...]] = {
     "priority": int,
     "attempts": int,
     "headers": dict,
-    "mark": str,
+    "copy_id": str,
     "timestamp": int,
     "timeout": (int, float),
     "config": str,
@@ -68,7 +68,7 @@ def accept(worker: Worker, request: Request, body: bytes, peer: Peer) -> Corouti
         raise NotServedHere(EX_UNAVAILABLE, f"the instance knows no queue {wanted.queue!r}")
     if wanted.due is not None and not worker.comes_due(wanted.queue):
         raise NotServedHere(EX_UNAVAILABLE, "the instance does not know of delays there")
-    message = with_copy_id(wanted.message(body), found["mark"], _timestamp(found["timestamp"]))
+    message = with_copy_id(wanted.message(body), found["copy_id"], _timestamp(found["timestamp"]))
     message = replace(message, headers={**message.headers, SUBMITTER: peer.uid})
     patience = _USUAL_WAIT if found["timeout"] is None else found["timeout"]
     deadline = time.monotonic() + min(patience, _LONGEST_WAIT)
@@ -104,8 +104,8 @@ def _checked(request: Request) -> dict[str, Any]:
         # What is not a number is not less than one either.
         if isinstance(value, int | float) and not abs(value) < _LARGEST_NUMBER:
             raise CommandError(EX_DATAERR, f"submit: {key} is out of range")
-    if found["mark"] is not None and not is_short_text(found["mark"]):
-        raise CommandError(EX_DATAERR, "submit: mark is a short text")
+    if found["copy_id"] is not None and not is_short_text(found["copy_id"]):
+        raise CommandError(EX_DATAERR, "submit: copy_id is a short text")
     if not all(isinstance(value, str) for value in (found["headers"] or {}).values()):
         raise CommandError(EX_DATAERR, "submit: headers are texts")
     if found["type"] is None:

@@ -1,4 +1,4 @@
-"""The letters of a queue while somebody looks at them.
+"""Looks at the letters of a queue, and leaves them in their places.
 
 What keeps letters in order, found by experiment on RabbitMQ 3.10 and 4.0: one consumer takes
 all of them, and its channel is closed without settling them. Then the broker itself returns
@@ -23,6 +23,7 @@ from workerd.broker.codec import Incoming
 from workerd.broker.connection import Connection
 from workerd.deadletters.letter import DeadLetter, Filter
 from workerd.errors import EX_TEMPFAIL, CommandError
+from workerd.output import warn
 
 #: The most that AMQP lets a consumer hold. Never 0: a quorum queue would stop after 2,000.
 HOLD = 65_535
@@ -32,13 +33,8 @@ IDLE = 5.0
 _BACK = 10.0
 
 
-def tell(text: str) -> None:
-    """One line for the human."""
-    sys.stderr.write(f"workerd: {text}\n")
-
-
 class Browser:
-    """The letters of one queue while somebody looks at them.
+    """Looks at the letters of one queue.
 
     `letters` yields those that are wanted, in order, once; `ack` takes one out for good. All
     others are back in their places when `close` returns.
@@ -146,7 +142,7 @@ class Browser:
         """Leave a wanted letter where it is."""
         self.kept += 1
         self.stuck += 1
-        tell(f"letter {letter.id or '-'} stays: {why}")
+        warn(f"letter {letter.id or '-'} stays: {why}")
 
     async def close(self) -> None:
         """Put back what was not taken out."""
@@ -159,9 +155,9 @@ class Browser:
         expected = others + channel.deliveries - self._acked
         # Nothing is settled: see above.
         await channel.close()
-        # The broker puts them back after it has told us that the channel is closed, and says
-        # nothing then. Whoever looks next must not find the queue empty, nor our own consumer
-        # still counted, as a quorum queue does for a moment.
+        # The broker puts the letters back after the channel's close-ok, and says nothing then.
+        # Whoever looks next must not find the queue empty, nor our own consumer still counted,
+        # as a quorum queue does for a moment.
         deadline = time.monotonic() + _BACK
         probe = await self._connection.channel()
         ready, consumers = await probe.count(self.name)
@@ -172,7 +168,7 @@ class Browser:
 
 
 class Progress:
-    """A line on a terminal that tells how far it is."""
+    """A line on a terminal: how many letters have been seen."""
 
     def __init__(self) -> None:
         self._is_wanted = sys.stderr.isatty()

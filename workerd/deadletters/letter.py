@@ -1,6 +1,6 @@
 """A dead letter: what it says, whether it is wanted, and how it becomes a job again. Pure.
 
-How it is shown is in `sheets`.
+How it looks is in `render`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class DeadLetter:
 
     @property
     def last_failure(self) -> float | None:
-        """When it failed or died, in seconds since 1970, where the letter tells."""
+        """When the job failed or died, in seconds since 1970, where the letter has that."""
         own = self.fact("last-failure")
         if isinstance(own, str):
             try:
@@ -93,7 +93,7 @@ class DeadLetter:
 
     @property
     def deaths(self) -> list[Death]:
-        """What RabbitMQ itself did to it, the latest first."""
+        """What RabbitMQ itself did to the letter, the latest first."""
         listed = self.message.headers.get("x-death")
         return (
             [_death(entry) for entry in listed if isinstance(entry, dict)]
@@ -103,23 +103,23 @@ class DeadLetter:
 
     @property
     def returns(self) -> int:
-        """How often it has come back to the queue, as far as RabbitMQ counts that."""
+        """How often the letter has come back to the queue, as far as RabbitMQ counts that."""
         return count(self.message.headers.get(DELIVERY_COUNT))
 
     def fact(self, name: str) -> object:
-        """What workerd says of it: the header ``x-workerd-<name>``, None when there is none."""
+        """What workerd wrote on the letter: the header ``x-workerd-<name>``, None without it."""
         return self.message.headers.get(f"x-workerd-{name}")
 
     def age(self, now: float) -> float | None:
-        """Seconds since it failed; never negative, whatever the clocks say."""
+        """Seconds since the job failed; never negative, whatever the clocks say."""
         return None if self.last_failure is None else max(0.0, now - self.last_failure)
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which letters are meant: those for which all that is given holds; at most ``limit``.
+    """Chooses the letters for which all that is given holds; at most ``limit``.
 
-    ``older_than`` and ``newer_than`` are in seconds since it failed.
+    ``older_than`` and ``newer_than`` are in seconds since the job failed.
     """
 
     ids: frozenset[str] = frozenset()
@@ -131,14 +131,11 @@ class Filter:
 
     @property
     def takes_every(self) -> bool:
-        """Whether it tells no letter from another."""
+        """Whether every letter passes."""
         return replace(self, limit=None) == Filter()
 
     def takes(self, letter: DeadLetter, now: float) -> bool:
-        """Whether a letter is meant, apart from the limit.
-
-        One of unknown age is neither old nor new.
-        """
+        """Whether a letter passes, apart from the limit; of unknown age, it is not old nor new."""
         age = letter.age(now)
         return (
             (not self.ids or letter.id in self.ids)
@@ -153,22 +150,22 @@ class Irreplaceable(ValueError):
     """A copy of this letter would lack its headers."""
 
 
-def replayed(message: Message, mark: str) -> tuple[Message, list[str]]:
+def replayed(message: Message, replay_id: str) -> tuple[Message, list[str]]:
     """The job in a letter, to be done anew, and the names of headers that had to be dropped.
 
-    ``mark`` is a text never used before: without it the daemon could take the job for the
-    one that it has finished. The instant after which it must not start is dropped with the
-    other facts, or it would come back at once. Whoever submitted it still has: it stays theirs
-    to cancel, whoever sends it back. Raises Irreplaceable.
+    ``replay_id`` is a text never used before: without one the daemon could take the job for
+    the one that has finished. The instant after which the job must not start is dropped with
+    the other facts, or the job would die again at once. The submitter stays the same, and may
+    cancel the job whoever sends it back. Raises Irreplaceable.
     """
     headers, dropped = portable_headers(_readable(message))
-    wish = message.headers.get(MAX_ATTEMPTS)
-    if count(wish):
-        headers[MAX_ATTEMPTS] = wish
+    wanted = message.headers.get(MAX_ATTEMPTS)
+    if count(wanted):
+        headers[MAX_ATTEMPTS] = wanted
     owner = submitter(message)
     if owner is not None:
         headers[SUBMITTER] = owner
-    headers[REPLAY] = mark
+    headers[REPLAY] = replay_id
     return replace(message, headers=headers), dropped
 
 
@@ -208,7 +205,7 @@ def stamp(seconds: float | None) -> str | None:
 
 
 def text_of(value: object) -> str | None:
-    """A text property or header, None when it is none; escapes what is not UTF-8."""
+    """A property or header as text, None when the value is no text; escapes what is not UTF-8."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     return value if isinstance(value, str) else None

@@ -1,4 +1,4 @@
-"""Dead letters at the broker: looked at without wear, sent back, dropped. How: `letterbox`.
+"""Dead letters at the broker: looked at without wear, sent back, dropped. How: `browser`.
 
 Each look counts as a return. A queue that workerd has declared allows a million; any other
 quorum queue of RabbitMQ 4 drops a letter at its 21st. So letters that have come back often
@@ -22,7 +22,7 @@ from workerd.broker.errors import CONFIRM_TIMEOUT
 from workerd.config.model import Broker, Queue
 from workerd.core import topology
 from workerd.core.job import Message
-from workerd.deadletters.browser import Browser, tell
+from workerd.deadletters.browser import Browser
 from workerd.deadletters.letter import DeadLetter, Filter, Irreplaceable, renewed, replayed
 from workerd.errors import (
     EX_TEMPFAIL,
@@ -31,6 +31,7 @@ from workerd.errors import (
     WorkerdError,
 )
 from workerd.ids import new_id
+from workerd.output import warn
 
 #: Copies published ahead of their confirms.
 WINDOW = 100
@@ -57,7 +58,7 @@ async def browse(broker: Broker, queue: str, wanted: Filter) -> AsyncIterator[Br
         finally:
             await browser.close()
         if browser.unseen:
-            tell(f"{browser.unseen} of {browser.total} letters in {name} were not looked at")
+            warn(f"{browser.unseen} of {browser.total} letters in {name} were not looked at")
         if browser.seen and browser.returns >= min(NEAR_DELIVERY_LIMIT, limit // 2):
             await _renew(broker, connection, name, limit)
     finally:
@@ -75,7 +76,7 @@ async def _delivery_limit(connection: Connection, queue: str) -> int:
     await channel.close()
     # It is there, so this declares nothing: the broker compares.
     objections = await connection.declare(topology.dead_letters(Queue(queue)))
-    limit = _limit_told(str(objections[0]), connection.version) if objections else PLENTY
+    limit = _limit_in(str(objections[0]), connection.version) if objections else PLENTY
     if limit == 0:
         raise CommandError(
             EX_TEMPFAIL,
@@ -85,8 +86,8 @@ async def _delivery_limit(connection: Connection, queue: str) -> int:
     return limit
 
 
-def _limit_told(text: str, version: tuple[int, ...]) -> int:
-    """The delivery limit that an objection of the broker tells; the usual one otherwise."""
+def _limit_in(text: str, version: tuple[int, ...]) -> int:
+    """The delivery limit that an objection of the broker names; RabbitMQ 4's own otherwise."""
     found = re.search(r"'x-delivery-limit' .* current is (?:none|.*?'(-?\d+)')", text)
     if found is None or found[1] is None:
         return DEFAULT_LIMIT
@@ -106,7 +107,7 @@ async def _renew(broker: Broker, connection: Connection, name: str, limit: int) 
         finally:
             await browser.close()
     except WorkerdError as error:
-        tell(
+        warn(
             f"letters in {name} have come back {browser.returns} times, and could not be written "
             f"anew: {error}; beyond {limit} times RabbitMQ may drop them"
         )
@@ -121,7 +122,7 @@ async def _move(
 ) -> None:
     """Publish a copy of each letter, and take the letter out when the copy is confirmed.
 
-    The first one that is not confirmed ends it. Raises BrokerError.
+    Ends at the first one that is not confirmed. Raises BrokerError.
     """
     # A connection of its own: an alarm stops what we send on one that publishes.
     connection = await Connection.to_any(broker, "workerd dead", os.environ)
@@ -177,13 +178,14 @@ async def requeue(
 ) -> int:
     """Send the wanted letters back to their work queue; returns how many cannot be sent.
 
-    ``moved`` is told of each. Raises BrokerError, CommandError; what was not sent stays, in order.
+    Calls ``moved`` with each that is sent; all others stay, in order. Raises BrokerError,
+    CommandError.
     """
 
     def copy(letter: DeadLetter) -> Message:
-        message, dropped = replayed(letter.message, mark=new_id())
+        message, dropped = replayed(letter.message, replay_id=new_id())
         if dropped:
-            tell(f"letter {letter.id or '-'}: headers that cannot be sent: {', '.join(dropped)}")
+            warn(f"letter {letter.id or '-'}: headers that cannot be sent: {', '.join(dropped)}")
         return message
 
     async with browse(broker, queue, wanted) as browser:
@@ -196,8 +198,8 @@ async def drop(
 ) -> list[DeadLetter]:
     """Throw the wanted letters away, if ``agreed`` says yes to their number; returns them.
 
-    They are held while it is asked, so that it is these and no others.
-    Raises BrokerError, CommandError.
+    The letters are held meanwhile, so that these are dropped and no others. Raises BrokerError,
+    CommandError.
     """
     async with browse(broker, queue, wanted) as browser:
         found = [

@@ -1,4 +1,4 @@
-"""Dead letters as they are shown: a row of a table, a sheet for people, JSON for programs. Pure."""
+"""How dead letters look: a row of a table, the details for people, JSON for programs. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import datetime
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 from workerd.core.job import EXPIRES, Message, submitter
 from workerd.deadletters.letter import RETURNS, DeadLetter, stamp, text_of
@@ -14,10 +14,10 @@ from workerd.units import age as as_age
 
 #: A body up to this many bytes is shown as text.
 _SHORT = 4096
-#: So many bytes of any other body are shown.
+#: How many bytes of any other body are shown.
 _HEAD = 64
 
-#: workerd's words on a letter, besides its reason: headers without their prefix.
+#: What workerd writes on a letter, besides its reason: headers without their prefix.
 _FACTS = (
     "attempts",
     "exit-status",
@@ -33,7 +33,7 @@ _FACTS = (
     "submitter",
 )
 # The headers that are not shown as such.
-_TOLD = (
+_SHOWN_OTHERWISE = (
     "x-workerd-reason",
     *(f"x-workerd-{name}" for name in _FACTS),
     *RETURNS,
@@ -41,7 +41,6 @@ _TOLD = (
     "x-first-death-",
     "x-last-death-",
 )
-
 
 HEADINGS = ("ID", "TYPE", "REASON", "ATTEMPTS", "EXIT", "AGE", "SIZE")
 
@@ -77,7 +76,7 @@ def summary(letter: DeadLetter) -> dict[str, object]:
     }
 
 
-def everything(letter: DeadLetter) -> dict[str, object]:
+def export(letter: DeadLetter) -> dict[str, object]:
     """All of the letter, for JSON; a body that is not UTF-8 is in base64."""
     message = letter.message
     properties = {
@@ -114,27 +113,20 @@ def plain(value: object) -> object:
 
 
 @dataclass(frozen=True, slots=True)
-class Sheet:
-    """A letter for a human: facts with their names, and texts of several lines."""
+class Details:
+    """All of a letter for a human: facts with their names, and texts of several lines."""
 
-    facts: list[tuple[str, str]] = field(default_factory=list)
-    texts: list[tuple[str, str]] = field(default_factory=list)
+    facts: list[tuple[str, str]]
+    texts: list[tuple[str, str]]
 
 
-def sheet(letter: DeadLetter, now: float) -> Sheet:
-    """Everything that a human needs to know of a letter."""
+def details(letter: DeadLetter, now: float) -> Details:
+    """All of the letter, for people; ``now`` is in seconds since 1970."""
     body = letter.message.body
-    text = _shown(body)
-    return Sheet(
+    texts = [("error", text_of(letter.fact("error"))), (f"body, {len(body)} bytes", _shown(body))]
+    return Details(
         [(name, str(value)) for name, value in _facts(letter, now) if value not in (None, "")],
-        [
-            (name, value)
-            for name, value in (
-                ("error", text_of(letter.fact("error"))),
-                (f"body, {len(body)} bytes", text),
-            )
-            if value
-        ],
+        [(name, text) for name, text in texts if text],
     )
 
 
@@ -143,7 +135,7 @@ def _facts(letter: DeadLetter, now: float) -> Iterator[tuple[str, object]]:
     age = letter.age(now)
     yield "id", letter.id or "none"
     yield "type", letter.type or "none"
-    yield "reason", letter.reason or "unknown: neither workerd nor RabbitMQ left a word"
+    yield "reason", letter.reason or "unknown: neither workerd nor RabbitMQ names any"
     for death in letter.deaths:
         yield "RabbitMQ", death
     yield "exit status", letter.fact("exit-status")
@@ -166,7 +158,7 @@ def _facts(letter: DeadLetter, now: float) -> Iterator[tuple[str, object]]:
         yield name.replace("_", " "), text_of(getattr(message, name))
     yield "priority", message.priority
     for name, value in sorted(message.headers.items(), key=lambda item: str(item[0])):
-        if not (isinstance(name, str) and name.startswith(_TOLD)):
+        if not (isinstance(name, str) and name.startswith(_SHOWN_OTHERWISE)):
             yield f"header {text_of(name)}", plain(value)
 
 

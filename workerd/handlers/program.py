@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 from workerd.config.model import Handler
 
@@ -24,6 +24,22 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if not _PRIVATE.fullmatch(name)}
 
 
+def find_program(handler: Handler, name: str, environ: Mapping[str, str]) -> Path | None:
+    """The executable file that ``name`` means to a process of this handler, None without one.
+
+    The PATH is that of the process; what is relative counts from the working directory.
+    """
+    directory = handler.working_directory or Path()
+    if "/" in name:
+        return _executable(directory / name)
+    search = os.get_exec_path({**environ, **handler.environment})
+    return next(filter(None, (_executable(directory / place / name) for place in search)), None)
+
+
+def _executable(path: Path) -> Path | None:
+    return path if os.path.isfile(path) and os.access(path, os.X_OK) else None
+
+
 class Program:
     """A program of a handler's.
 
@@ -39,7 +55,8 @@ class Program:
         }
         self.directory = str(settings.working_directory) if settings.working_directory else None
         self._name = name
-        self._search = os.get_exec_path({**environ, **settings.environment})
+        self._settings = settings
+        self._environ = environ
         self.path = self._find()
 
     def cannot_run(self, error: OSError) -> str:
@@ -50,8 +67,5 @@ class Program:
         return f"cannot run {self._name}{where}: {error.strerror}{hint}"
 
     def _find(self) -> bytes:
-        """The program's path: looked up in the PATH that it will itself be given."""
-        program = self._name.encode()
-        # As it will be looked up from its working directory.
-        places = (os.path.join(self.directory or "", place) for place in self._search)
-        return shutil.which(program, path=os.pathsep.join(places)) or program
+        found = find_program(self._settings, self._name, self._environ)
+        return self._name.encode() if found is None else os.fsencode(found)

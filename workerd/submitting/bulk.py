@@ -1,4 +1,4 @@
-"""Sending many jobs, one a line: thousands a second, and exact about those that did not arrive."""
+"""Sends many jobs, one a line: thousands a second, and exact about those that did not arrive."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import json
 import os
 import shlex
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 
+from workerd import output
 from workerd.aio import complete, first
 from workerd.broker.channel import Channel
 from workerd.broker.connection import Connection
@@ -22,7 +22,6 @@ from workerd.core.jobspec import JobSpec
 from workerd.core.submission import Submission, explained, prepare
 from workerd.errors import (
     EX_DATAERR,
-    EX_IOERR,
     EX_OK,
     EX_USAGE,
     BrokerError,
@@ -31,6 +30,7 @@ from workerd.errors import (
     WorkerdError,
     exit_status,
 )
+from workerd.output import warn
 from workerd.submitting.direct import connect, until_deadline
 from workerd.submitting.one import open_input, print_id
 
@@ -64,10 +64,8 @@ def submit_lines(args: argparse.Namespace, spec: JobSpec, settings: Settings) ->
     command = f"sed -n '{bulk.missing_lines()}'"
     if args.file not in (None, "-"):
         command += f" {shlex.quote(args.file)}"
-    sys.stderr.write(
-        f"submit: {bulk.confirmed} lines were confirmed; to send the others again:\n"
-        f"submit: {command}\n"
-    )
+    warn(f"{bulk.confirmed} lines were confirmed; to send the others again:", "submit")
+    warn(command, "submit")
     return exit_status(bulk.failure)
 
 
@@ -86,7 +84,7 @@ class Bulk:
     """Publishes ahead of the confirms, and prints ids as the confirms come, in input order.
 
     A line that is itself wrong is left out and the others go on; the first line that the
-    broker does not confirm ends it. `failure` is what went wrong, the last thing if several.
+    broker does not confirm ends everything. `failure` is the last error, None without one.
     """
 
     def __init__(
@@ -115,11 +113,8 @@ class Bulk:
             await first(self._publish_all(), self._land_all(), _interrupted())
             if self._connection:
                 await self._connection.close(_CLOSE_TIMEOUT)
-        except (CommandError, BrokerError) as trouble:
-            await self._give_up(trouble)
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            await self._give_up(CommandError(EX_IOERR, f"standard output: {error.strerror}"))
+        except (CommandError, BrokerError) as error:
+            await self._give_up(error)
 
     def missing_lines(self) -> str:
         """The lines that were read and not confirmed, and those not read, as a sed script."""
@@ -156,7 +151,7 @@ class Bulk:
         except (CommandError, Unencodable) as wrong:
             self.failure = wrong
             self._missing.append(self._last + 1)
-            sys.stderr.write(f"submit: line {self._last + 1}: {wrong}\n")
+            warn(f"line {self._last + 1}: {wrong}", "submit")
         self._last += 1
 
     async def _connected(self) -> Channel:
@@ -180,12 +175,12 @@ class Bulk:
                 sent = self._flight[0]
                 try:
                     sent.confirm.result()
-                except BrokerError as trouble:
-                    raise explained(trouble, sent.exchange, self._submission.queue) from None
+                except BrokerError as error:
+                    raise explained(error, sent.exchange, self._submission.queue) from None
                 self._flight.popleft()
                 self._bytes_in_flight -= sent.size
                 self._confirm(sent.job_id)
-            sys.stdout.flush()
+            output.flush()
             self._moved.set()
 
     async def _movement(self) -> None:
@@ -197,9 +192,9 @@ class Bulk:
         print_id(self._args.json, job_id, self._submission.queue, self._submission.due)
 
     async def _give_up(self, failure: WorkerdError) -> None:
-        """Take stock: what else is in flight may arrive all the same."""
+        """Print ``failure``; of the lines in flight, find those that are confirmed all the same."""
         self.failure = failure
-        sys.stderr.write(f"submit: {failure}\n")
+        warn(str(failure), "submit")
         pending = [sent.confirm for sent in self._flight if not sent.confirm.done()]
         if pending:
             await asyncio.wait(pending, timeout=_LAST_CONFIRMS)
@@ -218,7 +213,7 @@ def _check_json(line: bytes) -> None:
 
 
 async def _interrupted() -> None:
-    """Until a signal asks us to end: then too it must be told what was not confirmed."""
+    """Raise CommandError at a signal: then too `submit` names what was not confirmed."""
     loop = asyncio.get_running_loop()
     asked: asyncio.Future[int] = loop.create_future()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

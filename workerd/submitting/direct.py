@@ -1,4 +1,4 @@
-"""Submitting at the broker itself: a connection for one job."""
+"""Sends a job to the broker itself, over a connection of its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 async def submit_one(
     broker: Broker, submission: Submission, message: Message, deadline: float
 ) -> None:
-    """Publish until it is confirmed: again, under the same id, after a lost connection."""
+    """Publish until the broker confirms: again, under the same id, after a lost connection."""
 
     async def attempt() -> Connection:
         connection, channel = await connect(broker, submission)
@@ -56,10 +56,10 @@ async def until_deadline(attempt: Callable[[], Awaitable[T]], deadline: float) -
                 return await attempt()
         except TimeoutError:
             raise last from None
-        except BrokerError as trouble:
-            if trouble.kind is not ErrorKind.AWAY or time.monotonic() + delay >= deadline:
+        except BrokerError as error:
+            if error.kind is not ErrorKind.AWAY or time.monotonic() + delay >= deadline:
                 raise
-            last = trouble
+            last = error
         await asyncio.sleep(delay)
     raise AssertionError("backoff never ends")
 
@@ -79,5 +79,5 @@ async def _find_due(channel: Channel, queue: str) -> None:
     # No level knows where its jobs will go: a missing destination shows when they are due.
     try:
         await channel.count(topology.due(queue))
-    except BrokerError as trouble:
-        raise explained(trouble, topology.DUE, queue) from None
+    except BrokerError as error:
+        raise explained(error, topology.DUE, queue) from None

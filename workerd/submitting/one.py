@@ -1,4 +1,4 @@
-"""Sending a job: confirmed by the broker, or told exactly why not. For many of them see `bulk`.
+"""Sends one job: confirmed by the broker, or an error that says exactly why not.
 
 Through a running instance of this host, where there is one; otherwise, or when that goes away
 in between, at the broker itself (`direct`). The first way must stay cheap: nothing that takes
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -33,22 +32,23 @@ from workerd.errors import (
     exit_status,
 )
 from workerd.ids import new_id
+from workerd.output import print_json, print_line, warn
 
-#: Seconds by which the daemon is told to be earlier than we would give up.
+#: Seconds by which the daemon is to give up earlier than we would.
 _MARGIN = 0.2
 
 
 def submit(args: argparse.Namespace, spec: JobSpec, environ: Mapping[str, str]) -> int:
     """Carry out a `submit` command line for one job, ``spec``; returns the exit status.
 
-    ``environ`` has the broker's URL in it, where one was given. Raises CommandError, SettingsError,
-    and WorkerdError for trouble with the broker.
+    ``environ`` includes the broker's URL, where one was given. Raises CommandError, SettingsError,
+    and BrokerError.
     """
     deadline = time.monotonic() + args.timeout
     if args.body is not None and args.file is not None:
         raise CommandError(EX_USAGE, "BODY and --file exclude each other")
     head = b""
-    mark = None
+    copy_id = None
     # A job that is sent once more must be the same one.
     job_id, timestamp = new_id() if spec.id is None else spec.id, int(time.time())
     spec = spec._replace(id=job_id)
@@ -57,19 +57,19 @@ def submit(args: argparse.Namespace, spec: JobSpec, environ: Mapping[str, str]) 
     if folders:
         head = read_body(args, protocol.MAX_BODY)
         if len(head) <= protocol.MAX_BODY:
-            mark = new_id()
+            copy_id = new_id()
             config = None if args.config is None else os.path.realpath(args.config)
-            request = _request(spec, mark, timestamp, config)
+            request = _request(spec, copy_id, timestamp, config)
             answer = _ask_any(folders, request, head, deadline)
             if answer:
                 print_id(args.json, job_id, str(answer["queue"]), answer["due"])
                 return EX_OK
     try:
-        return _directly(args, spec, environ, head, mark, timestamp, deadline)
+        return _directly(args, spec, environ, head, copy_id, timestamp, deadline)
     except WorkerdError as error:
         # Who may not read the configuration, or has no password, need not have one.
         if not by_itself and exit_status(error) in (EX_NOPERM, EX_CONFIG) and _is_barred():
-            sys.stderr.write(f"submit: {client.not_yours()}\n")
+            warn(client.not_yours(), "submit")
         raise
 
 
@@ -90,7 +90,7 @@ def _is_barred() -> bool:
     return any(os.path.lexists(each) and not os.access(each, os.W_OK) for each in sockets)
 
 
-def _request(spec: JobSpec, mark: str, timestamp: int, config: str | None) -> dict[str, object]:
+def _request(spec: JobSpec, copy_id: str, timestamp: int, config: str | None) -> dict[str, object]:
     """What the daemon is asked."""
     facts = {
         "type": spec.type,
@@ -101,7 +101,7 @@ def _request(spec: JobSpec, mark: str, timestamp: int, config: str | None) -> di
         "priority": spec.priority,
         "attempts": spec.attempts,
         "headers": spec.headers or None,
-        "mark": mark,
+        "copy_id": copy_id,
         "timestamp": timestamp,
         "config": config,
     }
@@ -126,7 +126,7 @@ def _ask_any(
         except protocol.NoAnswer as silent:
             if time.monotonic() >= deadline:
                 raise CommandError(EX_UNAVAILABLE, f"the daemon: {silent}") from None
-            # It may have published the job, so no other instance does: the mark is the same.
+            # It may have published the job, so no other instance does: the copy id is the same.
             continue
     return None
 
@@ -136,7 +136,7 @@ def _directly(
     spec: JobSpec,
     environ: Mapping[str, str],
     head: bytes,
-    mark: str | None,
+    copy_id: str | None,
     timestamp: int,
     deadline: float,
 ) -> int:
@@ -146,7 +146,7 @@ def _directly(
     settings = load(args.config, args.instance or "1", environ)
     wanted = prepare(spec, settings)
     body = read_body(args, wanted.max_body, head)
-    message = with_copy_id(wanted.message(body), mark, timestamp)
+    message = with_copy_id(wanted.message(body), copy_id, timestamp)
     if not args.dry_run:
         from workerd.aio import complete
         from workerd.submitting.direct import submit_one
@@ -157,18 +157,15 @@ def _directly(
 
 
 def print_id(as_json: bool, job_id: str, queue: str, due: float | str | None) -> None:
-    """Tell a job's id on standard output; ``due`` is an instant, or the text for it."""
-    line = job_id
+    """Print the id of a job that was sent; ``due`` is an instant, or the text for one."""
     if as_json:
-        facts = {"id": job_id, "queue": queue}
         if isinstance(due, float):
             from workerd.core import times
 
             due = times.utc(due)
-        if due is not None:
-            facts["due"] = due
-        line = json.dumps(facts)
-    sys.stdout.write(line + "\n")
+        print_json({"id": job_id, "queue": queue, **({} if due is None else {"due": due})})
+    else:
+        print_line(job_id)
 
 
 def read_body(args: argparse.Namespace, limit: int, head: bytes = b"") -> bytes:

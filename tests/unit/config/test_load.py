@@ -1,51 +1,22 @@
 """From configuration files to `Settings`, and everything that can be wrong on the way."""
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
 from tests.harness.trixie import CHECKOUT
-from workerd.config.dump import show
 from workerd.config.load import load
 from workerd.config.model import Broker, Handler, Queue, Retry, Settings
-from workerd.config.passwords import password_for
-from workerd.config.text import toml
-from workerd.config.url import BrokerURL, Secret
+from workerd.config.url import BrokerURL
 from workerd.errors import SettingsError
 
 Write = Callable[..., Path]
 
 SHIPPED = CHECKOUT / "etc" / "workerd.toml"
 SLEEP = '[handlers.sleep]\ncommand = ["sleep", "{body}"]\n'
-
-
-@pytest.fixture
-def etc(tmp_path: Path) -> Path:
-    directory = tmp_path / "etc"
-    for name in ("conf.d", "instances"):
-        (directory / name).mkdir(parents=True)
-    return directory
-
-
-@pytest.fixture
-def write(etc: Path) -> Write:
-    """Write a configuration file below `etc` that only its owner can read."""
-
-    def write(content: str, name: str = "workerd.toml", mode: int = 0o600) -> Path:
-        file = etc / name
-        file.write_text(content)
-        file.chmod(mode)
-        return file
-
-    return write
 
 
 def problems(etc: Path, **options: Any) -> list[str]:
@@ -375,122 +346,11 @@ def test_no_part_of_a_url_shows_in_a_problem(write: Write, etc: Path) -> None:
     assert "s3cret" not in "".join(problems(etc))
 
 
-# Passwords.
-
-URL = BrokerURL.parse("amqp://jobs@rabbit1")
-
-
-def test_the_password_in_the_url_comes_first(tmp_path: Path) -> None:
-    broker = Broker(password_file=tmp_path / "absent")
-    assert password_for(broker, BrokerURL.parse("amqp://u:own@h"), {}) == Secret("own")
-
-
-def test_the_password_file_is_read_every_time(write: Write) -> None:
-    file = write(" first \n", "password")
-    broker = Broker(password_file=file)
-    assert password_for(broker, URL, {}) == Secret(" first ")
-    file.write_text("second\n\n")
-    assert password_for(broker, URL, {}) == Secret("second\n")
-
-
-def test_the_credential_of_systemd_is_used_without_a_password_file(tmp_path: Path) -> None:
-    (tmp_path / "broker-password").write_text("sealed\n")
-    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
-    assert password_for(Broker(), URL, environ) == Secret("sealed")
-
-
-def test_guest_has_a_password_that_everybody_knows(tmp_path: Path) -> None:
-    environ: Mapping[str, str] = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
-    assert password_for(Broker(), BrokerURL(), environ) == Secret("guest")
-
-
-def test_without_a_password_the_remedy_is_named() -> None:
-    with pytest.raises(SettingsError, match=r"no password for amqp://jobs@.*password_file"):
-        password_for(Broker(), URL, {})
-
-
-@pytest.mark.parametrize(
-    ("content", "mode", "reason"),
-    [
-        (b"s3cret\n", 0o644, "everyone can read: chmod o-r"),
-        (b"\n", 0o600, "empty"),
-        (b"s3cret\xff", 0o600, "not UTF-8"),
-    ],
-)
-def test_an_unusable_password_file_is_refused(
-    write: Write, content: bytes, mode: int, reason: str
-) -> None:
-    file = write("", "password", mode)
-    file.write_bytes(content)
-    with pytest.raises(SettingsError, match=reason) as caught:
-        password_for(Broker(password_file=file), URL, {})
-    assert "s3cret" not in str(caught.value)
-
-
-def test_a_missing_password_file_is_no_problem_until_it_is_needed(write: Write, etc: Path) -> None:
-    write('[broker]\npassword_file = "/nowhere/password"\n')
-    broker = load(etc=etc, environ={}).broker
-    with pytest.raises(SettingsError, match="/nowhere/password: No such file"):
-        password_for(broker, URL, {})
-
-
 def test_a_password_file_that_everyone_can_read_is_found_early(write: Write, etc: Path) -> None:
     password = write("s3cret", "password", 0o644)
     write(f'[broker]\npassword_file = "{password}"\n')
     (problem,) = problems(etc)
     assert "everyone can read" in problem
-
-
-# Showing it.
-
-
-def test_what_is_shown_reads_back_as_the_same_settings(write: Write, etc: Path) -> None:
-    write(SHIPPED.read_text())
-    write(
-        '[handlers."image.resize"]\npython = "a:b"\nrecycle_after = 0\nkill_grace = 0.3\n'
-        'max_body = 1000\n[control]\noperators = "ops"\n',
-        "conf.d/a.toml",
-    )
-    before = load(etc=etc, environ={})
-    text = show(before)
-    assert f'kill_grace = "300ms"  # {etc}/conf.d/a.toml' in text
-    assert 'timeout = "25m"  # default' in text
-    assert "# memory_limit is not set" in text
-    after = load(write(text, "shown.toml"), environ={})
-    assert replace(after, origins=before.origins, files=before.files) == before
-
-
-def test_secrets_are_not_shown(write: Write, etc: Path) -> None:
-    write(
-        '[broker]\nurls = ["amqp://u:s3cret@h/v"]\nmanagement_url = "http://u:s3cret@h"\n'
-        + SLEEP
-        + 'environment = { TOKEN = "s3cret" }\n'
-    )
-    settings = load(etc=etc, environ={})
-    shown = tomli.loads(show(settings))
-    assert shown["broker"]["urls"] == ["amqp://u@h:5672/v"]
-    assert shown["broker"]["management_url"] == "http://u:***@h"
-    assert shown["handlers"]["sleep"]["environment"] == {"TOKEN": "***"}
-    assert "s3cret" not in show(settings) + repr(settings)
-
-
-@hypothesis_settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    name=st.text("!\"'.-\\~aé ", min_size=1),
-    argument=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="{}\0")),
-)
-def test_any_name_and_argument_are_either_refused_or_shown_as_toml(
-    etc: Path, name: str, argument: str
-) -> None:
-    file = etc / "workerd.toml"
-    file.write_text(f'[handlers.{toml(name)}]\ncommand = ["x", {toml(argument)}]\n')
-    try:
-        settings = load(file, environ={})
-    except SettingsError:
-        assert not re.fullmatch("[!-~]+", name)
-    else:
-        shown = tomli.loads(show(settings))["handlers"]
-        assert shown[name]["command"] == ["x", argument]
 
 
 def test_settings_made_in_code_have_the_same_defaults(tmp_path: Path) -> None:

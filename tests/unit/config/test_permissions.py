@@ -1,12 +1,20 @@
 """Who could change a file: made-up ownership for the rules, real files for the way to them."""
 
 import os
+import pwd
 import stat
 from pathlib import Path
 
 import pytest
 
-from workerd.config.permissions import objection, readable_by_all, trusted_ids, writable_by_others
+from workerd.config import permissions
+from workerd.config.permissions import (
+    drop_to_service_user,
+    objection,
+    readable_by_all,
+    trusted_ids,
+    writable_by_others,
+)
 
 ME, MY_GROUP, SERVICE, STRANGER = 1000, 1000, 990, 4242
 FILE, DIRECTORY, LINK = stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK
@@ -121,3 +129,45 @@ def test_what_cannot_be_examined_is_not_trusted(tmp_path: Path) -> None:
 def test_only_the_last_read_bit_opens_a_file_to_everyone() -> None:
     assert readable_by_all(0o100604)
     assert not readable_by_all(0o100660)
+
+
+# Giving up root.
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What would change the user of this process, in order."""
+    made: list[str] = []
+    for name in ("setgroups", "setgid", "setuid", "chdir"):
+        monkeypatch.setattr(os, name, lambda value, name=name: made.append(f"{name} {value}"))
+    monkeypatch.setattr(os, "getgrouplist", lambda name, group: [group, 7])
+    monkeypatch.setenv("HOME", "/root")
+    account = pwd.struct_passwd(("workerd", "x", 990, 991, "", "/var/lib/workerd", "/bin/false"))
+    monkeypatch.setattr(permissions, "service_account", lambda: account)
+    return made
+
+
+def test_root_becomes_the_service_user_groups_first(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    drop_to_service_user()
+    assert calls == ["setgroups [991, 7]", "setgid 991", "setuid 990", "chdir /"]
+    assert os.environ["HOME"] == "/var/lib/workerd"
+
+
+def test_an_ordinary_user_stays_what_it_is(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    drop_to_service_user()
+    assert calls == []
+
+
+def test_root_stays_root_on_a_host_without_the_service_user(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(permissions, "service_account", lambda: None)
+    drop_to_service_user()
+    assert calls == []

@@ -41,7 +41,7 @@ class Column:
 class Section:
     """A part of the screen that has at least ``least`` lines, and is complete with ``most``.
 
-    ``lines`` makes it, when told for how many of them there is room.
+    ``lines`` makes the lines that fit into a number of them.
     """
 
     least: int
@@ -87,7 +87,7 @@ class Table:
 
 
 def shared(wants: Sequence[tuple[int, int]], room: int) -> list[int]:
-    """How many lines each gets that wants at least, and at most, so many.
+    """How many lines each gets, given the least and the most that each wants.
 
     All get what they need; what is left goes to those that have the fewest.
     """

@@ -95,11 +95,11 @@ class Terminal:
         self._out = sys.stdout.fileno()
         self._keys = sys.stdin.fileno() if sys.stdin and sys.stdin.isatty() else None
         self._before = None if self._keys is None else termios.tcgetattr(self._keys)
-        self._told, told = os.pipe()
-        for end in (self._told, told):
+        self._signals, wakeup = os.pipe()
+        for end in (self._signals, wakeup):
             os.set_blocking(end, False)
         # The handlers do nothing: which signals came is read from there.
-        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         for number in _SIGNALS:
             signal.signal(number, lambda _number, _frame: None)
 
@@ -134,11 +134,11 @@ class Terminal:
 
     def events(self, timeout: float) -> list[str | signal.Signals]:
         """The keys that are typed, and the signals that come; "" when nobody can type any more."""
-        files = [self._told] if self._keys is None else [self._told, self._keys]
+        files = [self._signals] if self._keys is None else [self._signals, self._keys]
         ready, _, _ = select.select(files, (), (), timeout)
         found: list[str | signal.Signals] = []
-        if self._told in ready:
-            found += map(signal.Signals, os.read(self._told, 64))
+        if self._signals in ready:
+            found += map(signal.Signals, os.read(self._signals, 64))
         if self._keys in ready and self._keys is not None:
             try:
                 typed = os.read(self._keys, 64).decode("ascii", "replace")
