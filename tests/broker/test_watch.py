@@ -47,7 +47,8 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 def assert_left_as_it_was(terminal: Terminal) -> None:
     """The program is over, and the terminal is as it was before it."""
     assert terminal.attributes() == terminal.before
-    terminal.wait_output("\x1b[?25h\x1b[?1049l")
+    terminal.catch_up()
+    assert terminal.output.rindex("\x1b[?25h\x1b[?1049l") > terminal.output.rindex("\x1b[?1049h")
     assert terminal.output.count("\x1b[?1049h") == terminal.output.count("\x1b[?1049l")
     assert terminal.output.rindex("\x1b[?1049l") > terminal.output.rindex("\x1b[H")
 
@@ -102,7 +103,7 @@ def test_a_daemon_that_stops_dies_hangs_or_comes_back_shows_and_the_others_go_on
         is_told(name, "running")
     first.signal(signal.SIGSTOP)
     # It is drawn before the question has been given up.
-    shown.wait(lambda text: "no answer for 1s" in text, "a question without an answer")
+    shown.wait(lambda text: "no answer for " in text, "a question without an answer")
     is_told("first", "stuck")
     # Frozen as one of them is, the other is as fresh as ever.
     second.stop()
@@ -168,7 +169,7 @@ def test_without_rich_it_says_what_to_install(
     )
     try:
         assert shown.wait_exit() == 69
-        shown.wait_output("apt install python3-rich")
+        assert "apt install python3-rich" in shown.output
         assert shown.attributes() == shown.before
         assert "\x1b[?1049h" not in shown.output
     finally:
@@ -186,7 +187,7 @@ def test_an_instance_that_nobody_knows_is_69(
 ) -> None:
     shown = terminal(tmp_path, "--instance", "x")
     assert shown.wait_exit() == 69
-    shown.wait_output("instance x does not run on this host")
+    assert "instance x does not run on this host" in shown.output
     assert shown.attributes() == shown.before
 
 

@@ -145,14 +145,18 @@ class Client:
         return taken
 
     def look(self, queue: str) -> list[Message]:
-        """Read every waiting message and give all of them back; their order may change."""
+        """Read every waiting message and give all of them back; their order may change.
+
+        Nobody else may consume the queue.
+        """
         seen = []
         while message := self._get(queue, auto_ack=False):
             seen.append(message)
         self.channel.basic_nack(0, multiple=True, requeue=True)
-        # Closing waits for an answer: the messages are back when it comes.
         self.channel.close()
         self.channel = self._open_channel()
+        # A quorum queue has them back some time after it was told.
+        until(lambda: self.ready(queue) >= len(seen), f"{len(seen)} messages back in {queue}")
         return seen
 
     def _get(self, queue: str, *, auto_ack: bool) -> Message | None:

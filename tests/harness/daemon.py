@@ -1,14 +1,16 @@
 """The daemon as a subprocess: its log as a list of events, its notify socket, its processes.
 
 Every wait is woken by what the daemon says; none of them polls. What it said stays, so a test may
-ask for an event that came before it asked.
+ask for an event that came before it asked; and when it has ended, all that it said is there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -63,6 +65,7 @@ class Daemon:
         self.runtime = Path((env or {}).get("RUNTIME_DIRECTORY") or config.parent / "run")
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.bind(str(self._folder / "notify"))
+        self._notify.setblocking(False)
         if command is None:
             command = [sys.executable, "-m", "workerd"]
             command += ["run", "--config", config, "--instance", instance]
@@ -76,12 +79,11 @@ class Daemon:
         )
         self.pid = self.process.pid
         self._exited = False
-        self._readers = [
-            threading.Thread(target=target, name=f"{target.__name__} {instance}", daemon=True)
-            for target in (self._read_log, self._read_notifications, self._await_exit)
-        ]
-        for reader in self._readers:
-            reader.start()
+        self._half_line = b""
+        self._closing = os.eventfd(0)
+        self._listener = threading.Thread(target=self._listen, name=f"hears {instance}")
+        self._listener.daemon = True
+        self._listener.start()
 
     @property
     def running(self) -> bool:
@@ -117,12 +119,17 @@ class Daemon:
 
         return self._wait(found, name, timeout)
 
-    def wait_notify(self, wanted: Callable[[str], bool] | str, timeout: float = TIMEOUT) -> str:
-        """Wait for a notify datagram that has the line `wanted`, or of which `wanted` is true."""
+    def wait_notify(
+        self, wanted: Callable[[str], bool] | str, timeout: float = TIMEOUT, *, since: int = 0
+    ) -> str:
+        """Wait for a notify datagram that has the line `wanted`, or of which `wanted` is true.
+
+        `since` is an index into `notifications`: what came before it does not count.
+        """
         matches = wanted if callable(wanted) else (lambda text: wanted in text.splitlines())
 
         def found() -> str | None:
-            return next((text for _, text in self.notifications if matches(text)), None)
+            return next((text for _, text in self.notifications[since:] if matches(text)), None)
 
         return self._wait(found, f"notification {wanted!r}", timeout)
 
@@ -165,12 +172,9 @@ class Daemon:
         """End it, however it is, and forget it; its log stays."""
         processes.kill_trees([self.pid] if not self._exited else [])
         self.wait_exit()
-        # An empty datagram is the reader's sign to end.
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"", str(self._folder / "notify"))
-        for reader in self._readers:
-            # A stray that holds the log's pipe open must not hold the test: threads are daemonic.
-            reader.join(1.0)
+        os.eventfd_write(self._closing, 1)
+        self._listener.join()
+        os.close(self._closing)
         self._notify.close()
         shutil.rmtree(self._folder)
 
@@ -223,33 +227,65 @@ class Daemon:
                 self._said.wait(left)
             return value
 
-    # The threads that listen
+    # The thread that listens
 
-    def _read_log(self) -> None:
+    def _listen(self) -> None:
+        """Take in what it says, until `close`: strays may hold the pipe open for longer."""
         assert self.process.stderr is not None
-        with self.process.stderr as stream:
-            for raw in stream:
-                line = raw.decode(errors="backslashreplace").rstrip("\n")
+        log = self.process.stderr.fileno()
+        ended = os.pidfd_open(self.pid)
+        poll = select.poll()
+        for source in (log, self._notify.fileno(), ended, self._closing):
+            poll.register(source, select.POLLIN)
+        os.set_blocking(log, False)
+        more = True
+        while self._closing not in (ready := dict(poll.poll())):
+            # What it said has been said by the time it has ended: nothing is left to come.
+            if ended in ready:
+                self.process.wait()
+            self._read_notifications()
+            if more and (log in ready or ended in ready):
+                more = self._read_log(to_the_end=ended in ready)
+                if not more:
+                    poll.unregister(log)
+            if ended in ready:
+                poll.unregister(ended)
                 with self._said:
-                    self.output.append(line)
-                    if (entry := _parse(line)) is not None:
-                        self.log.append(entry)
+                    self._exited = True
                     self._said.notify_all()
+        os.close(ended)
+        self.process.stderr.close()
+
+    def _read_log(self, to_the_end: bool) -> bool:
+        """Read what is in the pipe, or some of it; returns False if no more can come."""
+        assert self.process.stderr is not None
+        while True:
+            try:
+                data = os.read(self.process.stderr.fileno(), 65536)
+            except BlockingIOError:
+                return True
+            *lines, rest = (self._half_line + data).split(b"\n")
+            if not data and rest:
+                lines, rest = [rest], b""
+            self._half_line = rest
+            with self._said:
+                for line in lines:
+                    self._hear(line.decode(errors="backslashreplace"))
+                self._said.notify_all()
+            if not data or not to_the_end:
+                return bool(data)
 
     def _read_notifications(self) -> None:
-        while datagram := self._notify.recv(65536):
-            with self._said:
-                self.notifications.append((time.monotonic(), datagram.decode(errors="replace")))
+        with self._said, contextlib.suppress(BlockingIOError):
+            while True:
+                text = self._notify.recv(65536).decode(errors="replace")
+                self.notifications.append((time.monotonic(), text))
                 self._said.notify_all()
 
-    def _await_exit(self) -> None:
-        self.process.wait()
-        # What it wrote last is still in the pipe; a stray that holds the pipe open is not waited
-        # for longer than that takes.
-        self._readers[0].join(1.0)
-        with self._said:
-            self._exited = True
-            self._said.notify_all()
+    def _hear(self, line: str) -> None:
+        self.output.append(line)
+        if (entry := _parse(line)) is not None:
+            self.log.append(entry)
 
 
 def _parse(line: str) -> Event | None:

@@ -22,6 +22,8 @@ from .waiting import TIMEOUT
 
 Entry = dict[str, str]
 
+_numbers = itertools.count(1)
+
 ENTER = """
 mount -t tmpfs none /run && mkdir /run/systemd && ln -s "$1" /run/systemd/journal &&
 shift && exec "$@"
@@ -81,14 +83,28 @@ class Journald:
         shutil.rmtree(self._folder)
 
     def find(self, event: str, **fields: str) -> list[Entry]:
-        """The entries with this event name and these fields (`job_id` for WORKERD_JOB_ID)."""
+        """The entries with this event name and these fields (`job_id` for WORKERD_JOB_ID).
+
+        Of all that was sent so far, unless it is frozen or gone.
+        """
+        if self._socket is not None and self._reads.is_set():
+            self._catch_up()
         wanted = _wanted(event, fields)
         with self._came:
             return [entry for entry in self.entries if wanted.items() <= entry.items()]
 
     def wait(self, event: str, **fields: str) -> Entry:
         """Wait for the first such entry."""
-        wanted = _wanted(event, fields)
+        return self._wait(_wanted(event, fields))
+
+    def _catch_up(self) -> None:
+        """Wait until everything that was sent before this has come in."""
+        mark = f"mark {next(_numbers)}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(f"MESSAGE={mark}\n".encode(), str(self._folder / "socket"))
+        self._wait({"MESSAGE": mark})
+
+    def _wait(self, wanted: Entry) -> Entry:
         looked_at = 0
         deadline = time.monotonic() + TIMEOUT
         with self._came:

@@ -77,6 +77,11 @@ class Network:
         self._filter("OUTPUT", "-p", "tcp", "-d", BROKER_ADDRESS, "-j", "REJECT",
                      "--reject-with", "tcp-reset")  # fmt: skip
 
+    def connections(self) -> int:
+        """How many connections the daemon has."""
+        listed = self._inside("ss", "-H", "-t", "state", "established", "dst", BROKER_ADDRESS)
+        return len(listed.splitlines())
+
     def kill_sockets(self) -> int:
         """Destroy the daemon's connections in the kernel; return how many there were."""
         listed = self._inside("ss", "-K", "-H", "-t", "dst", BROKER_ADDRESS)

@@ -103,6 +103,7 @@ class Program:
         seconds = time.monotonic() - self._began
         for reader in self._readers:
             reader.join(timeout)
+            assert not reader.is_alive(), f"its {reader.name} is still open, {timeout:g} s later"
         stdout, stderr = (text.decode(errors="replace") for text in self._output.values())
         return Result(status, stdout, stderr, seconds)
 

@@ -282,15 +282,18 @@ class Machine:
 
     def mark(self) -> int:
         """This moment, for `wait` and `find`: what comes later counts."""
-        # The journal is read by somebody else; a line of our own shows how far.
+        # journald has several sockets, and the journal is read by somebody else: once journald has
+        # written what was sent to it, a line of our own shows how far that is.
         number = f"mark-{next(_numbers)}"
+        self.run("journalctl", "--sync")
         self.run("logger", "--tag=test", number)
         self._wait(lambda entry: entry.get("MESSAGE") == number, number, 0)
         with self._came:
             return len(self.entries)
 
     def find(self, event: str, since: int = 0, **fields: str) -> list[Entry]:
-        """The entries of workerd with this event name and these fields."""
+        """The entries of workerd with this event name and these fields, of all until now."""
+        self.mark()
         wanted = _wanted(event, fields)
         with self._came:
             return [entry for entry in self.entries[since:] if wanted.items() <= entry.items()]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
+import itertools
 import os
 import pty
 import re
@@ -23,6 +25,8 @@ T = TypeVar("T")
 #: What opens a terminal gets it as its own, so that its keys become signals.
 _ADOPT = ["sh", "-c", 'exec <"$0" >"$0" 2>&1 && exec "$@"']
 _HOME = "\x1b[H"
+
+_numbers = itertools.count(1)
 
 
 class Terminal:
@@ -50,11 +54,21 @@ class Terminal:
         self._reader.start()
 
     def _read(self) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         with contextlib.suppress(OSError):
             while data := os.read(self._master, 65536):
                 with self._said:
-                    self.output += data.decode(errors="replace")
+                    self.output += decoder.decode(data)
                     self._said.notify_all()
+
+    def catch_up(self) -> None:
+        """Wait until all that was written to the terminal so far is in `output`."""
+        # Terminals show nothing of it (ECMA-48, application program command).
+        mark = f"\x1b_{next(_numbers)}\x1b\\"
+        os.write(self._slave, mark.encode())
+        self.wait_output(mark)
+        with self._said:
+            self.output = self.output.replace(mark, "")
 
     def _set_size(self) -> None:
         size = struct.pack("4H", self.lines, self.columns, 0, 0)
@@ -93,8 +107,10 @@ class Terminal:
             assert written, f"no {text!r} within {timeout:g} s: {self.output[-2000:]!r}"
 
     def wait_exit(self, timeout: float = TIMEOUT) -> int:
-        """Wait for its end: the exit status, negative for a signal."""
-        return self.process.wait(timeout)
+        """Wait for its end: the exit status, negative for a signal. `output` is complete then."""
+        status = self.process.wait(timeout)
+        self.catch_up()
+        return status
 
     def close(self) -> None:
         """End it, however it is."""
