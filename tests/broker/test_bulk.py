@@ -12,7 +12,7 @@ import pytest
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
 from tests.harness.programs import SUBMIT, Program, Result, run
-from tests.harness.waiting import TIMEOUT, until
+from tests.harness.waiting import SCALE, TIMEOUT, until
 
 Start = Callable[..., Program]
 
@@ -194,7 +194,8 @@ def test_a_broker_that_hangs_in_the_middle_is_waited_for_until_the_timeout_or_a_
     lines = numbered(5)
     # Whoever runs the tests in the background has made them ignore SIGINT.
     command = ["env", "--default-signal=INT", *submit]
-    job = program(*command, "--lines", "--timeout", f"{2 * TIMEOUT:g}s" if number else "0.5s")
+    timeout = 2 * TIMEOUT if number else SCALE
+    job = program(*command, "--lines", "--timeout", f"{timeout:g}s")
     job.write(text(lines[:2]))
     ids = job.wait_lines(2)
     broker.freeze()

@@ -50,9 +50,9 @@ def test_a_jump_of_the_wall_clock_makes_no_pause_longer_and_no_job_older(
     workerd = daemon(config(wire.url, oracle.command()), command=command)
     workerd.wait_event("consuming", queue="jobs.due")
     oracle.hold("a")
+    began = time.monotonic()
     jobs = client.publish_jobs("jobs", ["a"])
     before = workerd.wait_event("start")
-    began = time.monotonic()
 
     # In the middle of a pause, too.
     wire.cut()
@@ -64,7 +64,7 @@ def test_a_jump_of_the_wall_clock_makes_no_pause_longer_and_no_job_older(
     assert abs(seconds_between(before, rejoined) - jump) < HOUR / 2
     oracle.release()
     done = workerd.wait_event("done")
-    assert 0 <= done["duration_ms"] / 1000 < time.monotonic() - began + 1
+    assert 0 <= done["duration_ms"] / 1000 < time.monotonic() - began
     broker.await_depth("jobs")
     oracle.check(jobs)
     assert not workerd.events("ack timeout near")
@@ -106,12 +106,12 @@ def test_a_drain_takes_as_long_as_it_should_whatever_the_wall_clock_does(
     workerd.wait_ready()
     client.publish("jobs", message_id="late")
     workerd.wait_event("start")
+    began = time.monotonic()
     workerd.signal(signal.SIGTERM)
     workerd.wait_event("draining")
-    began = time.monotonic()
     clock.jump(jump)
     assert workerd.wait_exit() == 0
-    assert 0.3 < time.monotonic() - began < 3 + 2 * SCALE
+    assert 0.5 < time.monotonic() - began < 3 + 2 * SCALE
     assert workerd.events("interrupted", job_id="late")
     client.await_ready("jobs", 1)
 

@@ -19,7 +19,7 @@ from tests.harness.broker import Broker
 from tests.harness.network import Network
 from tests.harness.programs import SUBMIT, WORKERD, Program, Result, run, unread
 from tests.harness.tables import private
-from tests.harness.waiting import TIMEOUT, until
+from tests.harness.waiting import SCALE, TIMEOUT, until
 
 UUID7 = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\n")
 
@@ -69,11 +69,12 @@ def submit(config: Path) -> Submit:
 
 
 @pytest.fixture
-def nowhere(tmp_path: Path) -> Path:
+def nowhere(tmp_path: Path) -> Iterator[Path]:
     """A configuration for a broker that refuses connections."""
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        return configure(tmp_path, f"amqp://guest@127.0.0.1:{closed.getsockname()[1]}")
+    with socket.socket() as taken:
+        # Bound, so that nobody else gets it, but not listening.
+        taken.bind(("127.0.0.1", 0))
+        yield configure(tmp_path, f"amqp://guest@127.0.0.1:{taken.getsockname()[1]}")
 
 
 # What is sent, and what is printed
@@ -351,7 +352,7 @@ def test_a_full_queue_is_75_and_nothing_is_dropped(submit: Submit, client: Clien
 def test_an_alarm_that_outlasts_the_timeout_is_75(broker: Broker, submit: Submit) -> None:
     broker.raise_memory_alarm()
     for arguments in (["4"], ["--lines"]):
-        result = submit("sleep", *arguments, "--timeout", "1s", stdin=b"1\n")
+        result = submit("sleep", *arguments, "--timeout", f"{SCALE:g}s", stdin=b"1\n")
         assert (result.status, result.stdout) == (75, "")
         assert "the broker takes nothing at present: low on memory" in result.stderr
 

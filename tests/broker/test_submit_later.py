@@ -18,7 +18,7 @@ from tests.harness.broker import Broker
 from tests.harness.peer import Peer
 from tests.harness.programs import SUBMIT, WORKERD, Program, Result, run
 from tests.harness.tables import private
-from tests.harness.waiting import TIMEOUT, until
+from tests.harness.waiting import SCALE, TIMEOUT, until
 from workerd.core.job import Message
 from workerd.core.submission import Submission
 from workerd.core.topology import MAX_DELAY, delayed, level_name
@@ -412,7 +412,7 @@ def test_a_slow_producers_lines_are_not_delayed_by_its_slowness(
 def test_lines_that_come_after_the_time_go_to_the_queue_at_once(
     config: Path, topology: None, client: Client, program: Callable[..., Program]
 ) -> None:
-    job = program(*SUBMIT, "--config", config, "sleep", "--lines", "--json", "--in", "1s")
+    job = program(*SUBMIT, "--config", config, "sleep", "--lines", "--json", "--in", f"{SCALE:g}s")
     job.write(b"1\n")
     due = stamp(json.loads(*job.wait_lines(1))["due"])
     until(lambda: time.time() > due, "it is due")

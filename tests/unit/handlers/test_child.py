@@ -15,6 +15,7 @@ import pytest
 from tests.harness.commands import Ran, open_descriptors
 from tests.harness.pools import do, do_all, job, python
 from tests.harness.trixie import CHECKOUT
+from tests.harness.waiting import SCALE
 from workerd.core.job import Outcome
 from workerd.handlers import child
 from workerd.handlers.warm.pool import CHILD
@@ -544,7 +545,7 @@ def test_a_function_has_its_grace_to_put_things_in_order(tmp_path: Path) -> None
             print("in order")
     """
     for function in ("f", "g"):
-        ran = do_all(python(tmp_path, code, function, timeout=0.2, kill_grace=600.0), job())
+        ran = do_all(python(tmp_path, code, function, timeout=0.2 * SCALE, kill_grace=600.0), job())
         assert (ran.report.outcome, ran.report.reason) == (Outcome.FAILED, "timeout")
         assert ran.report.signal == "SIGTERM"
         assert ran.lines() == ["in order"]

@@ -22,6 +22,7 @@ from tests.harness.commands import (
     run,
     run_one,
 )
+from tests.harness.waiting import SCALE
 from workerd.core.job import Job, Outcome, Report
 
 
@@ -549,7 +550,7 @@ def test_a_job_that_takes_too_long_has_failed() -> None:
 
 def test_a_job_that_ends_well_after_its_time_has_failed_nevertheless() -> None:
     script = "trap 'exit 0' TERM; while :; do sleep 0.01; done"
-    report = run(handler("sh", "-c", script, timeout=0.1), job()).report
+    report = run(handler("sh", "-c", script, timeout=0.2 * SCALE), job()).report
     assert (report.outcome, report.reason, report.exit_status) == (Outcome.FAILED, "timeout", 0)
 
 

@@ -29,11 +29,14 @@ from tests.harness.commands import (
     run_one,
     unguarded,
 )
-from tests.harness.waiting import TIMEOUT
+from tests.harness.waiting import SCALE, TIMEOUT
 from workerd.core.job import Outcome, Report
 from workerd.handlers.process import Process
 
 MiB = 1 << 20
+
+#: Seconds that a shell needs for a few commands, and more.
+SOON = 0.2 * SCALE
 
 #: Signals that a process may ignore and block, all but those that the C library keeps.
 SIGNALS = [
@@ -299,7 +302,7 @@ def test_a_child_that_ignores_its_term_is_killed_with_its_group() -> None:
     (trap '' TERM; exec sleep 60) & echo $!
     while :; do wait; done
     """
-    ran = run(handler("sh", "-c", script, timeout=0.1, kill_grace=0.1), job())
+    ran = run(handler("sh", "-c", script, timeout=SOON, kill_grace=SOON), job())
     assert (ran.report.outcome, ran.report.reason) == (Outcome.FAILED, "timeout")
     assert ran.report.signal == "SIGKILL"
     first, second, *told = ran.lines()
@@ -310,14 +313,14 @@ def test_a_child_that_ignores_its_term_is_killed_with_its_group() -> None:
 
 def test_a_child_has_its_grace_to_put_things_in_order() -> None:
     script = "trap 'echo in order; exit 3' TERM; sleep 60 & while :; do wait; done"
-    ran = run(handler("sh", "-c", script, timeout=0.1, kill_grace=10 * TIMEOUT), job())
+    ran = run(handler("sh", "-c", script, timeout=SOON, kill_grace=10 * TIMEOUT), job())
     assert (ran.report.reason, ran.report.exit_status) == ("timeout", 3)
     assert ran.lines() == ["in order"]
 
 
 def test_the_whole_group_is_told_to_end(tmp_path: Path) -> None:
     script = "(trap 'echo told; exit' TERM; sleep 60 & wait) & trap '' TERM; wait"
-    ran = run(handler("sh", "-c", script, timeout=0.1, kill_grace=10 * TIMEOUT), job())
+    ran = run(handler("sh", "-c", script, timeout=SOON, kill_grace=10 * TIMEOUT), job())
     assert ran.lines() == ["told"]
     assert ran.report.exit_status == 0
 

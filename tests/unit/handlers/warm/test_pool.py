@@ -18,7 +18,7 @@ import pytest
 from tests.harness import processes
 from tests.harness.commands import ENVIRONMENT, alone, as_nobody, open_descriptors, unguarded
 from tests.harness.pools import Warm, do, do_all, in_loop, job, logged, outcome, pool, python, sh
-from tests.harness.waiting import TIMEOUT, until
+from tests.harness.waiting import SCALE, TIMEOUT, until
 from workerd.config.model import Handler
 from workerd.core.job import Job, Outcome, Report
 from workerd.handlers.registry import HandlerRegistry
@@ -447,7 +447,7 @@ def test_a_job_that_takes_too_long_is_ended_with_its_group_and_the_next_is_done(
     """
 
     async def scenario() -> list[Report]:
-        settings = sh(script, timeout=0.3, kill_grace=0.1, processes=1)
+        settings = sh(script, timeout=0.3 * SCALE, kill_grace=0.1, processes=1)
         async with pool(settings) as warm:
             return [await warm.do(job(b"quick")), await warm.do(job()), await warm.do(job(b"next"))]
 
@@ -498,8 +498,10 @@ def test_a_job_that_is_done_in_its_grace_is_done(tmp_path: Path, cause: str) -> 
             return "nevertheless"
     """
 
+    timeout = 0.3 * SCALE if cause == "timeout" else 600.0
+
     async def scenario() -> Report:
-        async with pool(python(tmp_path, code, timeout=0.3 if cause == "timeout" else 600)) as warm:
+        async with pool(python(tmp_path, code, timeout=timeout)) as warm:
             stop = asyncio.get_running_loop().create_future()
             task = warm.soon(job(), stop)
             if cause == "drain":
