@@ -116,10 +116,11 @@ def test_a_reload_tries_a_paused_handler_again_at_once(
     worker = consuming(daemon, configuration(broker, oracle, program))
     client.publish("default", type="broken", message_id="a")
     worker.wait_event("postponed", job_id="a")
+    told = len(worker.notifications)
     aside.rename(program)
     worker.signal(1)
     worker.wait_event("reloaded")
-    worker.wait_notify(lambda text: "0 done, 0 failed" in text and "paused" not in text)
+    worker.wait_notify(lambda text: "0 done, 0 failed" in text and "paused" not in text, since=told)
     worker.wait_event("done", job_id="a")
 
 
