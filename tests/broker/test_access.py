@@ -83,6 +83,7 @@ def test_a_wrong_password_is_tried_slowly_until_the_file_is_mended(
         lambda text: text.startswith("STATUS=waiting for broker 127.0.0.1 in 0s: ACCESS_REFUSED")
     )
     # One for each connection, many attempts.
+    workerd.wait_event("publisher disconnected", level="warning")
     assert sorted(warnings(workerd)) == ["publisher disconnected", "unreachable"]
 
     user.write("right")

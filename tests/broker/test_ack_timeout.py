@@ -55,7 +55,9 @@ def test_a_job_that_outlives_the_ack_timeout_is_rejoined_and_so_are_its_neighbou
 
     broker.await_depth("jobs")
     oracle.check(jobs)
-    assert len(workerd.events("ack timeout near", job_id="a")) == 2
+    # Once more, if it takes as long to come to its end on the new channel.
+    warned = workerd.log[: workerd.log.index(told)]
+    assert len([e for e in warned if e["event"] == "ack timeout near" and e["job_id"] == "a"]) == 2
     assert not workerd.events("connected")[1:]
     assert not workerd.events("settled from memory")
 

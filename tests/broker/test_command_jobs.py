@@ -20,7 +20,7 @@ from tests.harness import processes
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
 from tests.harness.daemon import Daemon
-from tests.harness.waiting import until
+from tests.harness.waiting import SCALE, until
 from workerd import log_formats
 
 Start = Callable[..., Daemon]
@@ -40,10 +40,10 @@ def shell(script: str, *arguments: str, **options: Any) -> Mapping[str, Any]:
     return {"command": ["sh", "-c", script, "sh", *arguments], **options}
 
 
-def assert_all_settled(workerd: Daemon, client: Client) -> None:
+def assert_all_settled(workerd: Daemon, broker: Broker) -> None:
     """Stop the daemon: what it has not acknowledged would be back in the queue."""
     assert workerd.stop() == 0
-    assert client.ready("work") == 0
+    broker.await_depth("work")
 
 
 # What a job gets from the daemon
@@ -95,12 +95,13 @@ def test_a_job_gets_neither_the_daemons_secrets_nor_what_its_starter_left_open(
 def test_a_dead_letter_says_how_the_job_ended(
     broker: Broker, client: Client, daemon: Start
 ) -> None:
+    soon = f"{SCALE / 4:g}s"
     workerd = daemon(
         configuration(
             broker,
             status=shell("echo 'went wrong' >&2; exit 3"),
             killed=shell("kill -SEGV $$"),
-            late=shell("trap '' TERM; sleep 60 & wait; wait", timeout="100ms", kill_grace="100ms"),
+            late=shell("trap '' TERM; sleep 60 & wait; wait", timeout=soon, kill_grace="100ms"),
             dead=shell("exit 65"),
         )
     )
@@ -160,7 +161,7 @@ def test_a_job_that_no_program_can_be_given_is_a_dead_letter_at_once(
         assert letters[name].headers["x-workerd-reason"] == reason
         assert letters[name].headers["x-workerd-error"]
         assert letters[name].body == body
-    assert_all_settled(workerd, client)
+    assert_all_settled(workerd, broker)
     assert [event["text"] for event in workerd.events("output")] == ["fine"]
 
 
@@ -250,7 +251,7 @@ def test_a_daemonised_grandchild_does_not_hold_up_the_settlement(
     workerd.wait_event("consuming")
     client.publish("work", type="job")
     workerd.wait_event("done")
-    assert_all_settled(workerd, client)
+    assert_all_settled(workerd, broker)
     pid = int((tmp_path / "pid").read_text())
     assert not processes.has_ended(pid, 0)
     os.kill(pid, signal.SIGKILL)
@@ -275,7 +276,7 @@ def test_a_missing_program_holds_up_only_its_own_jobs_until_it_is_back(
     workerd.wait_event("handler paused", error=f"cannot run {program}: Permission denied")
     program.chmod(0o755)
     workerd.wait_event("done", job_id="patient", attempt=1)
-    assert_all_settled(workerd, client)
+    assert_all_settled(workerd, broker)
     assert client.ready("work.dead") == 0
     assert len(workerd.events("start", job_id="patient")) == 1
 
@@ -287,6 +288,7 @@ def test_without_descriptors_a_job_waits_for_better_times(
     workerd.wait_event("consuming")
     client.publish("work", type="job", message_id="before")
     workerd.wait_event("done")
+    until(lambda: len(workerd.children()) == 1, "only the guardian is left")
     highest = max(map(int, os.listdir(f"/proc/{workerd.pid}/fd")))
     before = resource.prlimit(workerd.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(workerd.pid, resource.RLIMIT_NOFILE, (highest + 1, before[1]))
@@ -295,7 +297,7 @@ def test_without_descriptors_a_job_waits_for_better_times(
     assert told["error"] == "cannot run true: Too many open files"
     resource.prlimit(workerd.pid, resource.RLIMIT_NOFILE, before)
     workerd.wait_event("done", job_id="poor", attempt=1)
-    assert_all_settled(workerd, client)
+    assert_all_settled(workerd, broker)
     assert client.ready("work.dead") == 0
 
 

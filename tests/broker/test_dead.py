@@ -572,7 +572,7 @@ def test_export_prints_everything_and_removes_nothing(client: Client, workerd: W
     assert first["attempts"] == 5
     assert (second["id"], second["body"], second["headers"]["mine"]) == (None, "ä", [1, "b"])
     assert second["properties"] == {"priority": 3}
-    assert client.ready("jobs.dead") == 2
+    client.await_ready("jobs.dead", 2)
 
 
 def test_letters_cannot_be_read_without_the_right_to(

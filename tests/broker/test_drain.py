@@ -46,6 +46,11 @@ def await_held(broker: Broker, count: int, queue: str = "jobs") -> None:
     until(lambda: broker.queues()[queue].unacked == count, f"{count} unacknowledged jobs")
 
 
+def await_nobody(broker: Broker) -> None:
+    """Wait until the queue is empty, and nobody consumes it any more."""
+    until(lambda: broker.queues()["jobs"] == (0, 0, 0), "nothing and nobody is left")
+
+
 # Nothing to wait for
 
 
@@ -85,7 +90,7 @@ def test_a_stop_returns_what_has_not_started_at_once_in_order_and_lets_the_rest_
     gate.touch()
     assert worker.wait_exit() == 0
     assert len(worker.events("start")) == len(worker.events("done")) == 3
-    assert broker.queues()["jobs"][:2] == (5, 0)
+    broker.await_depth("jobs", ready=5)
     oracle.check(ids[:3])
 
 
@@ -103,6 +108,7 @@ def test_what_arrives_after_a_stop_does_not_start_and_goes_back_with_one_deliver
     wire.release()
     assert worker.wait_exit() == 0
     assert not worker.events("start")
+    client.await_ready("jobs", 3)
     returned = client.look("jobs")
     assert [message.id for message in returned] == ids
     assert [message.headers["x-delivery-count"] for message in returned] == [1] * 3
@@ -186,7 +192,8 @@ def test_a_job_that_outlasts_the_drain_gets_sigterm_and_time_to_obey_it(
 ) -> None:
     notes = tmp_path / "notes"
     # The handler's own child must be asked as well, or the shell would wait for it.
-    script = 'trap "echo asked >>$0; sleep 0.2; echo obeyed >>$0; exit 0" TERM; sleep 300 & wait'
+    trap = 'trap "echo asked >>$0; sleep 0.2; echo obeyed >>$0; exit 0" TERM'
+    script = f"{trap}; sleep 300 & echo up; wait"
     text = config(
         broker.url,
         ["sh", "-c", script, notes],
@@ -196,11 +203,11 @@ def test_a_job_that_outlasts_the_drain_gets_sigterm_and_time_to_obey_it(
     worker = daemon(text)
     worker.wait_ready()
     client.publish("jobs", message_id="long")
-    worker.wait_event("start")
-    until(lambda: worker.children(), "the job's process")
+    worker.wait_event("output", text="up")
     assert seconds_to_exit(worker) < 10 * SCALE
     assert notes.read_text() == "asked\nobeyed\n"
     assert worker.events("interrupted", job_id="long")
+    client.await_ready("jobs", 1)
     (returned,) = client.look("jobs")
     assert returned.headers["x-delivery-count"] == 1
     assert client.ready("jobs.dead") == 0
@@ -216,17 +223,18 @@ def test_a_job_that_ignores_sigterm_is_killed_and_goes_back(
     worker = daemon(
         config(
             broker.url,
-            ["sh", "-c", 'trap "" TERM; while :; do sleep 0.1; done'],
+            ["sh", "-c", 'trap "" TERM; echo up; while :; do sleep 0.1; done'],
             worker={"drain_timeout": "200ms"},
             handler={"kill_grace": "300ms"},
         )
     )
     worker.wait_ready()
     client.publish("jobs", message_id="stubborn")
-    worker.wait_event("start")
+    worker.wait_event("output", text="up")
     assert seconds_to_exit(worker) < 5 * SCALE
     ended = worker.events("interrupted", job_id="stubborn")
     assert [event["signal"] for event in ended] == ["SIGKILL"]
+    client.await_ready("jobs", 1)
     (returned,) = client.look("jobs")
     assert returned.headers["x-delivery-count"] == 1
     assert "x-workerd-attempt" not in returned.headers
@@ -322,7 +330,7 @@ def test_one_last_connection_acknowledges_what_ended_while_the_broker_was_away(
     gate.touch()
     assert worker.wait_exit() == 0
     assert worker.events("settled from memory", job_id="owed")
-    assert broker.queues()["jobs"] == (0, 0, 0)
+    await_nobody(broker)
     oracle.check(ids)
 
 
@@ -375,7 +383,7 @@ def test_a_frozen_broker_gets_the_last_acks_when_it_thaws(
     worker.wait_event("draining")
     broker.thaw()
     assert worker.wait_exit() == 0
-    assert broker.queues()["jobs"] == (0, 0, 0)
+    await_nobody(broker)
     oracle.check(ids)
 
 

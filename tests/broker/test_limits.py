@@ -69,6 +69,8 @@ def test_without_descriptors_jobs_wait_and_none_is_lost_or_blamed(
     jobs = client.publish_jobs("jobs", ["before"])
     workerd.wait_event("done")
     until(lambda: len(workerd.children()) == 1, "only the guardian is left")
+    # Besides our own one to consume and one to publish.
+    until(lambda: broker.connections() == 3, "all connections")
     used = workerd.fds()
 
     started = reaped_faults(workerd)

@@ -156,6 +156,8 @@ def test_connections_closed_by_an_administrator_disturb_no_job(
     workerd = daemon(config(broker.url, oracle.command(), queues=queues))
     workerd.wait_ready()
     workerd.wait_event("consuming", queue="jobs.due")
+    # Besides our own one to consume and one to publish.
+    until(lambda: broker.connections() == 3, "all connections")
     descriptors = workerd.fds()
     oracle.hold("a", "b")
     jobs = client.publish_jobs("jobs", ["a", "b", "c", "d"])

@@ -11,10 +11,11 @@ import pytest
 
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
+from tests.harness.control import call
 from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
 from tests.harness.tables import config
-from tests.harness.waiting import TIMEOUT, until
+from tests.harness.waiting import SCALE, TIMEOUT, until
 from tests.harness.wire import Wire
 from workerd.core.job import ATTEMPT, COPY, EXPIRES, MAX_ATTEMPTS
 
@@ -70,7 +71,8 @@ def test_three_attempts_are_three_starts_three_seconds_apart_and_then_a_dead_let
     assert letter.headers["x-workerd-first-failure"] < letter.headers["x-workerd-last-failure"]
     assert not {ATTEMPT, COPY} & letter.headers.keys()
     worker.stop()
-    assert client.ready("jobs") == client.ready("jobs.due") == 0
+    for queue in ("jobs", "jobs.due"):
+        broker.await_depth(queue)
 
 
 def test_a_job_that_succeeds_at_last_is_done(broker: Broker, client: Client, daemon: Start) -> None:
@@ -177,13 +179,14 @@ def test_a_job_whose_time_is_over_while_it_waits_for_a_slot_does_not_start(
 ) -> None:
     queues = {"jobs": {"concurrency": 1, "prefetch": 2}}
     worker = begin(daemon, config(broker.url, oracle.command(), queues=queues))
+    lives = 0.3 * SCALE
     oracle.hold("slow")
     client.publish("jobs", message_id="slow")
     worker.wait_event("start", job_id="slow")
-    client.publish("jobs", message_id="late", expiration="300")
+    client.publish("jobs", message_id="late", expiration=f"{lives * 1000:.0f}")
     # It is taken off the queue in time, and waits here.
-    client.await_ready("jobs", 0)
-    time.sleep(0.4)  # what it waits for is the time itself
+    until(lambda: call(worker, "status")["queues"][0]["waiting"] == 1, "it waits")
+    time.sleep(lives + 0.1)  # what it waits for is the time itself
     oracle.release("slow")
     assert worker.wait_event("dead letter", job_id="late")["reason"] == "expired"
     assert not starts(worker, "late")
@@ -291,7 +294,8 @@ def test_a_retry_whose_confirm_is_lost_is_published_again_and_runs_once(
     worker.wait_event("settled from memory", job_id="a")
     assert starts(worker, "a") == [1, 2]
     assert worker.stop() == 0
-    assert client.ready("jobs") == client.ready("jobs.due") == client.ready("jobs.dead") == 0
+    for queue in ("jobs", "jobs.due", "jobs.dead"):
+        broker.await_depth(queue)
 
 
 def test_two_copies_of_one_retry_run_once_on_a_host(
@@ -311,9 +315,11 @@ def test_two_copies_of_one_retry_run_once_on_a_host(
     second.wait_event("settled from memory", job_id="a")
     oracle.release()
     first.wait_event("done", job_id="a")
+    # The third one, too, has come to one of the two.
+    broker.await_depth("jobs.due")
     assert oracle.check(["a"]).starts == {"a": 1}
     assert first.stop() == second.stop() == 0
-    assert client.ready("jobs.due") == 0
+    broker.await_depth("jobs.due")
 
 
 def test_a_job_that_cannot_be_retried_before_the_end_has_spent_its_attempt(

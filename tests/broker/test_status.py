@@ -130,9 +130,10 @@ def test_a_handler_whose_process_does_not_come_up_is_seen_at_a_glance(
         "job": {"paused": False, "degraded": False},
     }
     assert len(workerd.events("child failed")) == 1
+    told = len(workerd.notifications)
     module.write_text("def f(job): pass")
     workerd.wait_event("child recovered", handler="function")
-    workerd.wait_notify(lambda text: "consuming" in text and "paused" not in text)
+    workerd.wait_notify(lambda text: "consuming" in text and "paused" not in text, since=told)
     assert (health(workerd).status, health(workerd).stdout) == (0, "")
 
 
@@ -175,6 +176,7 @@ def test_status_has_the_shape_that_is_documented(
     oracle.hold("a")
     client.publish_jobs("jobs", ["a", "b", "c"], type="job")
     workerd.wait_event("start", job_id="a")
+    until(lambda: call(workerd, "status")["queues"][0]["waiting"] == 1, "b waits")
     (state,) = states(workerd.runtime).values()
     (job,) = state.pop("jobs")
     assert 0 <= job.pop("age") < 20 * SCALE
@@ -288,6 +290,7 @@ def test_queues_counts_what_waits_is_held_is_due_and_is_dead(
     oracle.hold("a")
     client.publish_jobs("jobs", ["a", "b", "c", "d"])
     workerd.wait_event("start", job_id="a")
+    until(lambda: call(workerd, "status")["queues"][0]["waiting"] == 1, "b waits")
     client.await_ready("jobs", 2)
     client.publish_jobs("jobs.dead", ["x"])
     file = workerd.runtime.parent / "workerd-1.toml"

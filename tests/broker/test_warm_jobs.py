@@ -190,7 +190,7 @@ def test_a_job_that_waited_for_a_process_when_the_daemon_was_killed_has_spent_no
     for name in ("runs", "waits"):
         client.publish("default", bytes(gate), type="function", message_id=name)
     worker.wait_event("output", stream="stdout", job_id="runs")
-    broker.await_depth("default", unacked=2)
+    until(lambda: call(worker, "status")["running"] == 2, "the other one has come")
     worker.kill()
     gate.touch()
     again = subject.start(**tables)
@@ -214,7 +214,7 @@ def test_a_drain_waits_for_what_runs_gives_back_what_waits_and_ends_every_proces
     for name in ("a", "b", "c"):
         client.publish("default", bytes(gate), type="function", message_id=name)
     worker.wait_event("output", count=2, stream="stdout")
-    broker.await_depth("default", unacked=3)
+    until(lambda: call(worker, "status")["running"] == 3, "the third one has come")
     worker.signal(signal.SIGTERM)
     waited = worker.wait_event("interrupted")["job_id"]
     gate.touch()

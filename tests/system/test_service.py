@@ -55,6 +55,7 @@ def test_the_whole_life_of_a_members_job_is_in_the_journal(server: Machine) -> N
     start(server, "1", "2")
     job = server.run("submit", "say", user="alice").stdout.strip()
     server.wait("done", job_id=job)
+    server.wait("submitted", job_id=job)
     text = server.sh(f"journalctl --output=json WORKERD_JOB_ID={job}")
     entries = [json.loads(line) for line in text.splitlines()]
     # One of the two has submitted it, perhaps not the one that has run it, nor before it began.
