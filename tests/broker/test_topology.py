@@ -13,6 +13,7 @@ from tests.harness.broker import Broker
 from tests.harness.daemon import Daemon
 from tests.harness.peer import Peer
 from tests.harness.tables import config
+from tests.harness.waiting import until
 
 StartDaemon = Callable[..., Daemon]
 
@@ -112,6 +113,7 @@ def test_the_whole_topology_is_there_after_the_first_start(
         workerd.wait_event("consuming", queue=f"{name}.due")
     for name in QUEUES.keys() - {"theirs"}:
         workerd.wait_event("consuming", queue=name)
+    workerd.wait_event("queue paused", queue="theirs")
 
     found = queues(broker)
     # RabbitMQ 4 adds the default type to a declaration that names none.
@@ -166,12 +168,16 @@ def test_the_heartbeat_is_the_configured_one(
 ) -> None:
     settings = {"heartbeat": f"{heartbeat}s"}
     daemon(config(broker.url, ["true"], broker=settings)).wait_ready()
-    agreed = broker.eval(
-        '[io:format("~w ", [Timeout]) || Pid <- rabbit_networking:local_connections(), '
-        "[{timeout, Timeout}] <- [rabbit_reader:info(Pid, [timeout])]]"
-    )
+
+    def agreed() -> list[str]:
+        printed = broker.eval(
+            '[io:format("~w ", [Timeout]) || Pid <- rabbit_networking:local_connections(), '
+            "[{timeout, Timeout}] <- [rabbit_reader:info(Pid, [timeout])]]"
+        )
+        return printed.split()
+
     # One to consume, one to publish.
-    assert agreed.split() == [str(heartbeat)] * 2
+    until(lambda: agreed() == [str(heartbeat)] * 2, f"two heartbeats of {heartbeat} s")
 
 
 def test_a_delayed_job_whose_queue_is_gone_is_kept_aside(
