@@ -120,7 +120,7 @@ def test_a_job_whose_start_died_with_the_daemon_runs_alone(
         first.wait_event("start", job_id=job)
     first.kill()
     second = daemon(text)
-    second.wait_event("start", alone=True)
+    second.wait_event("start", isolated=True)
     client.publish("jobs", message_id="c")
     # All three are here, and one of them runs.
     client.await_ready("jobs", 0)
@@ -129,9 +129,9 @@ def test_a_job_whose_start_died_with_the_daemon_runs_alone(
     assert alone["attempt"] == 2
     oracle.release(alone["job_id"])
     other = second.wait_event("start", count=2)
-    assert other["alone"] is True
+    assert other["isolated"] is True
     oracle.release(other["job_id"])
-    assert "alone" not in second.wait_event("start", job_id="c")
+    assert "isolated" not in second.wait_event("start", job_id="c")
     lives = [
         (entry["event"], entry["job_id"])
         for entry in second.events()
@@ -166,7 +166,7 @@ def test_a_job_that_runs_alone_holds_up_nobody_when_its_retry_is_refused(
     first.kill()
     second = daemon(text)
     second.wait_event("declared", what="delays")
-    second.wait_event("start", job_id="a", alone=True)
+    second.wait_event("start", job_id="a", isolated=True)
     client.channel.exchange_delete("workerd.delay.00")
     oracle.release("a")
     second.wait_event("retry refused", job_id="a")
