@@ -30,7 +30,7 @@ from tests.harness.oracle import Oracle  # noqa: E402
 from tests.harness.peer import Peer  # noqa: E402
 from tests.harness.programs import Program  # noqa: E402
 from tests.harness.system import Machine  # noqa: E402
-from tests.harness.waiting import TIMEOUT, until  # noqa: E402
+from tests.harness.waiting import QUICK, TIMEOUT, until  # noqa: E402
 from tests.harness.wire import Wire  # noqa: E402
 
 VERSION = os.environ.get("WORKERD_TEST_RABBITMQ", "3.10")
@@ -48,7 +48,10 @@ MARKERS = {
 hypothesis.settings.register_profile(
     "workerd", derandomize="WORKERD_TEST_SEEDS" not in os.environ, database=None, deadline=None
 )
-hypothesis.settings.load_profile("workerd")
+hypothesis.settings.register_profile(
+    "quick", hypothesis.settings.get_profile("workerd"), max_examples=10
+)
+hypothesis.settings.load_profile("quick" if QUICK else "workerd")
 
 # How long what a daemon left behind may take to notice that it is gone.
 ORPHANS_MAY_LIVE = TIMEOUT / 10

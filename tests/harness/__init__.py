@@ -26,6 +26,7 @@ Start at `broker.Broker` and `daemon.Daemon`; the fixtures are in `tests/conftes
 Environment: `WORKERD_TEST_RABBITMQ` (3.10 or 4.0), `WORKERD_TEST_PIKA` (a folder that holds the
 pika to use), `WORKERD_TEST_TRIXIE` (the Debian 13 root), `WORKERD_TEST_IMAGES` (the folder of the
 Debians that boot), `WORKERD_TEST_SCALE` (every time limit is multiplied by it),
-`WORKERD_TEST_SEEDS` (how often tests of random moments are repeated), `CI` (a missing tool fails a
+`WORKERD_TEST_SEEDS` (how often tests of random moments are repeated), `WORKERD_TEST_QUICK` (random
+tests try few examples), `CI` (a missing tool fails a
 test instead of skipping it).
 """

@@ -15,6 +15,15 @@ TIMEOUT = 20.0 * SCALE
 # How many random episodes a test of random moments goes through.
 SEEDS = int(os.environ.get("WORKERD_TEST_SEEDS", "2"))
 
+# For `make quick`, which shows in seconds what is plainly wrong.
+QUICK = "WORKERD_TEST_QUICK" in os.environ
+
+
+def examples(usual: int, each: int) -> int:
+    """How many examples a random test tries: `each` for every seed of a campaign, or `usual`."""
+    return usual // 30 if QUICK else max(usual, each * int(os.environ.get("WORKERD_TEST_SEEDS", 0)))
+
+
 T = TypeVar("T")
 
 

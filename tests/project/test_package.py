@@ -36,6 +36,18 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert "version" in project["dynamic"]
 
 
+def test_the_maintainers_have_one_address() -> None:
+    control = (PACKAGING / "deb/control").read_text()
+    changelog = (PACKAGING / "deb/changelog").read_text()
+    [author] = tomli.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["authors"]
+    address = f"{author['name']} <{author['email']}>"
+    assert re.findall(r"(?m)^Maintainer: (.*)$", control) == [address]
+    assert set(re.findall(r"(?m)^ -- (.*?)  ", changelog)) == {address}
+    # Nowhere else, so that it can be changed.
+    pages = [CHECKOUT / "README.md", *(CHECKOUT / "docs").glob("*.md")]
+    assert [page.name for page in pages if author["email"] in page.read_text()] == []
+
+
 def test_a_build_leaves_one_package_and_nothing_else(package: Path, tmp_path: Path) -> None:
     assert [package] == list(package.parent.iterdir())
     assert package.name == f"workerd_{workerd.__version__}_all.deb"
@@ -68,6 +80,7 @@ def test_lintian_finds_nothing(package: Path) -> None:
 def test_nothing_in_it_belongs_to_anybody_but_root(package: Path) -> None:
     files = contents(package)
     assert "/usr/bin/submit" in files
+    assert "/usr/lib/python3/dist-packages/workerd/py.typed" in files
     assert set(files.values()) <= {
         "-rw-r--r-- root/root",
         "-rwxr-xr-x root/root",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tracemalloc
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from tests.harness.episodes import STEPS, Episode
+from tests.harness.waiting import examples
 from workerd.core.decode import decode
 from workerd.core.dedup import Dedup, Elsewhere
 from workerd.core.job import ATTEMPT, COPY, REPLAY, Delivery, Message, Run
@@ -26,7 +26,7 @@ COPIED = Message(b"body", message_id="id", headers={COPY: "mark"})
 either = pytest.mark.parametrize("message", [NAMED, NAMELESS], ids=["named", "nameless"])
 finally_ = pytest.mark.parametrize("verdict", [Verdict.DONE, Verdict.DEAD])
 
-EXAMPLES = max(1500, 200 * int(os.environ.get("WORKERD_TEST_SEEDS", "0")))
+EXAMPLES = examples(1500, 200)
 
 
 class Channel:

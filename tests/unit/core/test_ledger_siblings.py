@@ -12,13 +12,14 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from tests.harness.siblings import STEPS, Host
+from tests.harness.waiting import examples
 from workerd.core.decode import decode
 from workerd.core.job import Delivery, Message, Run
 from workerd.core.ledger import PATIENCE, Ledger, Rejoined, Settle
 from workerd.core.retry import Verdict
 from workerd.runlog.writer import RunLog
 
-EXAMPLES = max(300, 50 * int(os.environ.get("WORKERD_TEST_SEEDS", "0")))
+EXAMPLES = examples(300, 50)
 
 
 @pytest.fixture

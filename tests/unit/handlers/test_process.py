@@ -99,10 +99,11 @@ def test_a_job_gets_its_working_directory_even_if_the_daemon_may_not_return_to_i
     # As when root starts it as another user, from a folder that is closed to that user.
     said = as_nobody(
         """
+        import pathlib
         os.chdir("private")
         os.chmod(".", 0)
         for _ in range(2):
-            report = run(handler("pwd", working_directory="/usr"), job()).report
+            report = run(handler("pwd", working_directory=pathlib.Path("/usr")), job()).report
             print(report.outcome.value, report.output)
         """
     )
