@@ -15,7 +15,7 @@ import tomli
 
 from tests.harness.trixie import CHECKOUT
 from workerd.cli.main import parser
-from workerd.config.fields import Named, Section, kinds
+from workerd.config.fields import Named, Section, value_types
 from workerd.config.model import HandlerKind, Settings
 
 DOCS = CHECKOUT / "docs"
@@ -56,7 +56,7 @@ def roff(text: str) -> str:
 
 def keys(cls: type, names: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """The path of every key below a table; NAME stands for the names that users give."""
-    for name, kind in kinds(cls).items():
+    for name, kind in value_types(cls).items():
         if isinstance(kind, Named):
             yield from keys(kind.cls, (*names, name, "NAME"))
         elif isinstance(kind, Section):
