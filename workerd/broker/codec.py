@@ -19,6 +19,7 @@ import pika.data
 import pika.spec
 
 from workerd.core.job import UNREADABLE, Message
+from workerd.core.republish import without_orders
 
 #: The field types of fixed size, read as RabbitMQ reads them
 #: (https://www.rabbitmq.com/amqp-0-9-1-errata).
@@ -68,6 +69,8 @@ def message_of(properties: Any, body: bytes) -> Message:
 
 
 def properties_of(message: Message) -> pika.BasicProperties:
+    """The properties of a message to be published: by this way alone, and so as payload alone."""
+    message = without_orders(message)
     return pika.BasicProperties(
         type=message.type,
         message_id=message.message_id,

@@ -36,6 +36,24 @@ _BOOKKEEPING = (
     DELIVERY_COUNT,
     "x-acquired-count",
 )
+# What a broker, an exchange type or a plugin obeys in a message that is published. A sender wrote
+# these for the broker of that moment; repeated with our rights, each would be an order: another
+# address (CC, BCC), a delay, "a duplicate, drop it", a place in a stream.
+_ORDERS = frozenset(
+    (
+        "CC",  # further routing keys, rabbit_basic:header_routes
+        "BCC",
+        "x-delay",  # the delayed message exchange
+        "x-deduplication-header",  # the message deduplication plugin, for queues too
+        "x-cache-ttl",
+        "x-stream-filter-value",  # streams
+        "x-recent-history-no-store",  # the recent history exchange
+        "x-received-from",  # federation: drops what has been there before
+    )
+)
+# In place of a queue: RabbitMQ puts the reply queue of the publishing channel there, and refuses
+# (406, the channel is gone) what comes from one that has none.
+_DIRECT_REPLY = "amq.rabbitmq.reply-to"
 # All properties and headers must fit one frame (131,072 bytes); beyond it RabbitMQ closes
 # the connection with 501.
 _MAX_HEADER_BYTES = 64 * 1024
@@ -53,11 +71,27 @@ def is_reserved(name: str) -> bool:
     return name.startswith((OWN, *_BOOKKEEPING))
 
 
+def is_order(name: object) -> bool:
+    """Whether a header steers the broker that gets it in a published message."""
+    return name in _ORDERS
+
+
+def without_orders(message: Message) -> Message:
+    """The message as it may be published with our rights: payload alone, whoever wrote it."""
+    if message.reply_to == _DIRECT_REPLY:
+        message = replace(message, reply_to=None)
+    if _ORDERS.isdisjoint(message.headers):
+        return message
+    headers = {name: value for name, value in message.headers.items() if not is_order(name)}
+    return replace(message, headers=headers)
+
+
 def portable_headers(headers: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
     """The sender's headers that may be published again, and the names of those that cannot.
 
-    The broker's own bookkeeping and workerd's headers are left out silently. A value that
-    AMQP's or pika's encoder would refuse, or that would not fit the frame, is dropped.
+    The broker's own bookkeeping and workerd's headers are left out silently. What the broker would
+    obey is dropped, and so is a value that AMQP's or pika's encoder would refuse, or that would not
+    fit the frame.
     """
     kept: dict[str, object] = {}
     dropped: list[str] = []
@@ -65,6 +99,8 @@ def portable_headers(headers: Mapping[str, object]) -> tuple[dict[str, object], 
     for name, value in headers.items():
         if name == UNREADABLE:
             dropped.append("all of them")
+        elif is_order(name):
+            dropped.append(str(name))
         elif not (isinstance(name, str) and is_reserved(name)):
             size = _size({name: value})
             if size > room:

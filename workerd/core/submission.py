@@ -11,7 +11,7 @@ from workerd.config.text import did_you_mean
 from workerd.core import times, topology
 from workerd.core.job import COPY, EXPIRES, MAX_ATTEMPTS, Message
 from workerd.core.jobspec import JobSpec
-from workerd.core.republish import Publish, is_reserved, portable_headers
+from workerd.core.republish import Publish, is_order, is_reserved, portable_headers
 from workerd.errors import EX_DATAERR, EX_USAGE, BrokerError, CommandError, ErrorKind
 from workerd.ids import new_id
 
@@ -156,6 +156,11 @@ def _check_header(name: str, value: str) -> None:
     if is_reserved(name.lower()):
         raise CommandError(
             EX_USAGE, f"--header {name}: only workerd or RabbitMQ may set this header"
+        )
+    if is_order(name):
+        raise CommandError(
+            EX_USAGE,
+            f"--header {name}: RabbitMQ would take it for an order",
         )
     try:
         value.encode()

@@ -28,6 +28,7 @@ from workerd.core.job import (
     Report,
 )
 from workerd.core.republish import Origin, dead_letter, next_attempt, portable_headers
+from workerd.deadletters.letter import renewed, replayed
 
 # Headers that may be published again.
 
@@ -44,6 +45,35 @@ def test_the_senders_headers_go_along_and_ours_and_the_brokers_do_not() -> None:
         "x-acquired-count": 3,
     }
     assert portable_headers({**not_sent, **sent}) == (sent, [])
+
+
+ORDERS = (
+    *("CC", "BCC", "x-delay", "x-deduplication-header", "x-cache-ttl", "x-stream-filter-value"),
+    *("x-recent-history-no-store", "x-received-from"),
+)
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_a_header_that_the_broker_would_obey_is_in_no_copy(name: str) -> None:
+    message = replace(MESSAGE, headers={name: ["payroll"], "cc": "a letter's, not an order"})
+    job = decode(message, "q")
+    for copy, dropped in (
+        next_attempt(job, 1, "copy", 0.0),
+        dead_letter(job, FAILED, PLACE, 0.0),
+        replayed(message, "replay"),
+    ):
+        assert name not in copy.headers
+        assert copy.headers["cc"] == "a letter's, not an order"
+        assert dropped == [name]
+    for whole in (message, renewed(message)):
+        assert name not in properties_of(whole).headers
+
+
+def test_the_reply_queue_of_another_channel_is_asked_for_by_no_copy() -> None:
+    direct = replace(MESSAGE, reply_to="amq.rabbitmq.reply-to")
+    assert properties_of(direct).reply_to is None
+    token = replace(MESSAGE, reply_to="amq.rabbitmq.reply-to.g1h2.x==")
+    assert properties_of(token).reply_to == token.reply_to
 
 
 @pytest.mark.parametrize(
