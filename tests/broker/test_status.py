@@ -60,6 +60,29 @@ def test_health_follows_a_queue_that_is_deleted_and_comes_back(
     assert await_health(workerd, 0, seconds=10) == ""
 
 
+def publishing(broker: Broker) -> str:
+    """The broker's name for the connection on which the daemon publishes, "" without one."""
+    listed = broker.ctl("list_connections", "pid", "vhost", "client_properties").splitlines()
+    lines = [line for line in listed if broker.vhost in line and ' publish"' in line]
+    found = [line.split("\t")[0] for line in lines]
+    return found[0] if found else ""
+
+
+def test_health_knows_the_connection_that_publishes(broker: Broker, daemon: StartDaemon) -> None:
+    workerd = daemon(config(broker.url, ["false"]))
+    workerd.wait_event("consuming", queue="jobs")
+    until(lambda: publishing(broker), "it has a connection to publish on")
+    broker.ctl("set_vhost_limits", "-p", broker.vhost, json.dumps({"max-connections": 1}))
+    broker.ctl("close_connection", publishing(broker), "closed by the test")
+    why = await_health(workerd, 1, seconds=10)
+    assert why.startswith("cannot publish: 127.0.0.1: ")
+    assert "connection limit" in why
+    state = states(workerd.runtime)["1"]
+    assert any(note.startswith("cannot publish: 127.0.0.1: ") for note in state["notes"])
+    broker.ctl("clear_vhost_limits", "-p", broker.vhost)
+    await_health(workerd, 0, seconds=40)
+
+
 def test_health_notices_within_ten_seconds_that_the_broker_is_frozen(
     broker: Broker, daemon: StartDaemon
 ) -> None:

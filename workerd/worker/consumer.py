@@ -70,6 +70,9 @@ class Receiver(Protocol):
     def wanted(self) -> bool:
         """Whether to consume at all; no longer, once a drain has nothing left to wait for."""
 
+    def connected(self) -> None:
+        """The broker is there."""
+
     def opened(self, channel: Channel) -> None:
         """A channel is about to consume."""
 
@@ -161,6 +164,7 @@ class Consumer:
                 broker=connection.url.host,
                 rabbitmq=".".join(map(str, connection.version)),
             )
+            self._receiver.connected()
             async with asyncio.TaskGroup() as self._tasks:
                 declaring = self.declarations.delays(connection)
                 self._levels = self._tasks.create_task(declaring, name="declare")

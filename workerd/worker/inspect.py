@@ -130,9 +130,12 @@ class Inspector:
             return self.line() if self._ledger.draining else "draining"
         if consumer.outage:
             return consumer.outage
-        for name in sorted(queues):
-            if name in consumer.paused:
-                return f"{name} paused: {consumer.paused[name]}"
+        for queue in sorted(queues):
+            for name in (queue, topology.due(queue)):
+                if name in consumer.paused:
+                    return f"{name} paused: {consumer.paused[name]}"
+        if self._publisher.outage:
+            return f"cannot publish: {self._publisher.outage}"
         if not any(name in consumer.channels for name in queues):
             return self.line()
         silent = self._ping.silent_for
@@ -161,6 +164,8 @@ class Inspector:
             parts.append(f"{slots.isolated} jobs to run alone first")
         if self._pressure.short:
             parts.append("short of memory: one job at a time")
+        if self._publisher.outage:
+            parts.append(f"cannot publish: {self._publisher.outage}")
         if self.publishing_blocked:
             parts.append(f"publishing blocked: {self.publishing_blocked}")
         return parts

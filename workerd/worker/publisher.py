@@ -49,6 +49,10 @@ class Publisher:
         self._default = ConfirmChannel()
         self._others = ConfirmChannel()
         self._connection: Connection | None = None
+        #: What keeps it from publishing, for the status line; "" while nothing is known to.
+        self.outage = ""
+        #: Set to make the next attempt to connect come now.
+        self.wake = asyncio.Event()
         #: Whether the present outage has been logged.
         self._down = False
         #: How many connections were lost: those that we did not close ourselves.
@@ -61,8 +65,9 @@ class Publisher:
 
     async def run(self, connect: Connect) -> None:
         """Keep the channels open, for ever."""
-        async for connection in connect("publish", self._failed, asyncio.Event()):
+        async for connection in connect("publish", self._failed, self.wake):
             self._down = False
+            self.outage = ""
             self._connection = connection
             await asyncio.gather(self._default.run(connection), self._others.run(connection))
             self._connection = None
@@ -70,6 +75,7 @@ class Publisher:
             self.losses += connection.ended.result().kind is not ErrorKind.CLOSED
 
     def _failed(self, broker: str, trouble: BrokerError, _delay: float) -> None:
+        self.outage = f"{broker}: {trouble}"
         # The consuming connection has warned already when the broker as a whole is away.
         level = (
             log.debug

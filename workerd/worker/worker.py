@@ -216,6 +216,9 @@ class Worker:
         """In a drain, a connection is of use only for what is still owed to the broker."""
         return not self._ledger.draining or self._ledger.owes()
 
+    def connected(self) -> None:
+        self.publisher.wake.set()
+
     def opened(self, channel: Channel) -> None:
         self._channels.opened(channel)
 
