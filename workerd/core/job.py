@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, dataclass_transform
 
+from workerd.core.states import BEGUN, DISPATCHED, ENDED, FINISHED, RECALLED, WITHDRAWN, State
 from workerd.errors import WorkerdError
 
 #: Spent attempts of this message; absent on a first try.
@@ -154,17 +155,29 @@ class Delivery:
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """A job that is being worked on. ``delivery`` is None once its channel is lost.
+    """A job that is being worked on. Nobody but the ledger changes anything about it.
 
-    It has ``begun`` once its handler gives it to a process; ``dispatched``, it has no slot yet.
-    One that is ``withdrawn`` before it has begun never begins.
+    ``delivery`` is what its verdict settles: None once that is lost, until a redelivery rejoins.
     """
 
     job: Job
     delivery: Delivery | None
-    begun: bool = True
-    dispatched: bool = False
-    withdrawn: bool = False
+    state: State = BEGUN
+
+    @property
+    def begun(self) -> bool:
+        """Whether a process has, or had, this job."""
+        return self.state in (BEGUN, ENDED, FINISHED)
+
+    @property
+    def dispatched(self) -> bool:
+        """Whether it is with its handler without a slot."""
+        return self.state in (DISPATCHED, RECALLED)
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether it is not to begin."""
+        return self.state in (RECALLED, WITHDRAWN)
 
 
 class Outcome(enum.Enum):

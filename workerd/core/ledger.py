@@ -1,13 +1,22 @@
 """The ledger: which jobs run, which delivery each will settle, what a redelivery means.
 
-The pure core of workerd: no I/O, no clock, no tasks. The shell reports five things
-(`delivered`, `ended`, `finished`, `lost` or `retired`, `drain`) and does what is returned.
-Being in one of the collections *is* the state of a job:
+The pure core of workerd: no I/O, no clock, no tasks. The worker tells it what happens, and does
+what is returned:
 
-    waiting     delivered, not started: a slot of its queue must become free first
+    opened, closed, detached, retired, lost     of a channel
+    delivered, look_again, next                 what starts, what is settled at once
+    withdraw, begins, ended, finished           of a run, in the order of `states`
+    drain, unstarted, age                       of the whole
+
+and asks `draining`, `holds`, `idle` and `owes`. What starts next depends on `slots`, what is known
+of jobs that are over on `dedup`; both have questions and settings of their own.
+
+A job that has been delivered is in one of these collections, and that *is* its state:
+
+    waiting     in `slots`: a slot of its queue must become free first
     held        redelivered, while another instance of this host may be running it
     running     a handler works on it, or a copy of it is being published
-    finished    remembered by its key, to settle what the broker sends again
+    finished    in `dedup`: remembered by its key, to settle what the broker sends again
 
 The rules, in the order in which `delivered` applies them to a delivery:
 
@@ -55,6 +64,19 @@ from workerd.core.job import Delivery, Job, Run, value
 from workerd.core.orphans import Orphans
 from workerd.core.retry import Verdict
 from workerd.core.slots import Slots
+from workerd.core.states import (
+    BEGINS,
+    BEGUN,
+    DISPATCHED,
+    ENDED,
+    ENDS,
+    FINISH,
+    READY,
+    RECALLED,
+    WITHDRAW,
+    IllegalInput,
+    State,
+)
 
 #: Seconds that another instance has to notice the loss of a channel whose job came to us.
 PATIENCE = 5.0
@@ -106,21 +128,27 @@ class Ledger:
     def delivered(self, delivery: Delivery) -> Run | Settle | Rejoined | None:
         """What to do with a delivery: run it, settle it, or nothing (it rejoined, or waits).
 
-        Call `look_again` now and then while some are `held`.
+        Call `look_again` now and then while some are `held`. Raises IllegalInput for a channel that
+        consumes no more.
         """
         job = delivery.job
-        assert delivery.channel in self._live, "a delivery came on a channel that is gone"
+        if delivery.channel not in self._live:
+            raise IllegalInput("a delivery came on a channel that is gone")
         if job.redelivered:
             self.dedup.look()
+            # Rule 1.
             orphan = self._orphans.adopt(delivery)
             if orphan is not None:
                 return Rejoined(orphan)
+            # Rule 4.
             if job.unique and self._in_hand(job.key):
                 return Settle(delivery, Verdict.DONE)
+            # Rule 2, then rule 3; neither of what went back.
             if job.named and (job.unique or not self.dedup.recall(job.key)):
                 if self._remembers(job):
                     return self._settle_again(delivery)
                 return self._consult(delivery, 0.0)
+        # Rule 4.
         elif job.unique:
             self.dedup.look()
             if self._in_hand(job.key):
@@ -130,6 +158,7 @@ class Ledger:
                 return self._settle_again(delivery)
             if known is not Elsewhere.UNKNOWN:
                 return Settle(delivery, Verdict.DONE)
+        # Rules 5 to 7.
         return self._line_up(delivery)
 
     def _in_hand(self, key: bytes) -> bool:
@@ -183,26 +212,53 @@ class Ledger:
         run = self.slots.next()
         if run is not None:
             assert run.delivery
-            run.begun = not run.dispatched and self._begins_at_once(run.job)
+            begins = run.state is READY and self._begins_at_once(run.job)
+            if begins:
+                run.state = BEGINS[READY]
             self.running.add(run)
-            self.dedup.started(run.job.key, run.delivery.channel, run.begun)
+            self.dedup.started(run.job.key, run.delivery.channel, begins)
         return run
 
     def begins(self, run: Run) -> None:
         """The handler of a run is about to give it to a process: from now on it is an attempt."""
-        if run.dispatched:
+        before = run.state
+        run.state = BEGINS[before]
+        if before is not BEGUN:
+            self._counts_as_begun(run, before)
+
+    def _counts_as_begun(self, run: Run, before: State) -> None:
+        if before in (DISPATCHED, RECALLED):
             self.slots.begins(run)
-        if not run.begun:
-            run.begun = True
-            self.dedup.begun(run.job.key)
+        self.dedup.begun(run.job.key)
+
+    def withdraw(self, channel: int) -> list[Run]:
+        """What came on this channel and has not begun is not to begin; returns these runs.
+
+        Some may have begun without our knowledge, and then go on.
+        """
+        found = [
+            run
+            for run in self.running
+            if not run.begun and run.delivery and run.delivery.channel == channel
+        ]
+        for run in found:
+            run.state = WITHDRAW[run.state]
+        return found
 
     def ended(self, run: Run) -> None:
         """The handler of a run has ended; its verdict is still to be carried out."""
+        run.state = ENDS[run.state]
         self.slots.ended(run)
 
     def finished(self, run: Run, verdict: Verdict) -> Settle | None:
         """A run has its verdict: the delivery to settle now, or None when that was lost."""
-        self.begins(run)  # or no longer: what has ended is told of those that have
+        before = run.state
+        run.state = FINISH[before]
+        if before is not ENDED:
+            if before is not BEGUN:
+                # Or no longer: that something has ended is told of what has begun.
+                self._counts_as_begun(run, before)
+            self.slots.ended(run)
         self.slots.released(run)
         self.running.remove(run)
         self._orphans.discard(run)
@@ -227,7 +283,8 @@ class Ledger:
 
     def closed(self, channel: int) -> None:
         """We have closed a channel, with nothing left to settle on it, and the broker agreed."""
-        assert not self.holds(channel)
+        if self.holds(channel):
+            raise IllegalInput("a channel was closed with a delivery to settle on it")
         if channel not in self._live:
             self.lost(channel)  # retired: the broker may have taken back what was settled here
             return
@@ -292,11 +349,6 @@ class Ledger:
 
     def _unstarted(self) -> Iterator[Delivery]:
         return itertools.chain(self.held, self.slots.in_line)
-
-    @property
-    def unbegun(self) -> list[Run]:
-        """The runs that no process has come to yet."""
-        return [run for run in self.running if not run.begun]
 
     def owes(self) -> bool:
         """Whether a redelivery would let something be settled that cannot be settled now."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from workerd.core.job import Delivery, Job, Run
+from workerd.core.states import DISPATCHED, READY
 
 
 @dataclass(slots=True)
@@ -131,7 +132,7 @@ class Slots:
         return self._lines[queue].busy < self.concurrency[queue]
 
     def _start(self, delivery: Delivery, dispatched: bool = False) -> Run:
-        run = Run(delivery.job, delivery, dispatched=dispatched)
+        run = Run(delivery.job, delivery, DISPATCHED if dispatched else READY)
         line = self._lines[run.job.queue]
         self._handed_out[run.job.type] += 1
         if dispatched:
@@ -143,7 +144,6 @@ class Slots:
 
     def begins(self, run: Run) -> None:
         """One that was ahead begins: from now on it has a slot."""
-        run.dispatched = False
         line = self._lines[run.job.queue]
         line.dispatched -= 1
         line.busy += 1
@@ -157,7 +157,6 @@ class Slots:
 
     def released(self, run: Run) -> None:
         """It has its verdict, and its slot is free."""
-        self.ended(run)
         self._lines[run.job.queue].busy -= 1
         self._handed_out[run.job.type] -= 1
 

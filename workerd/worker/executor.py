@@ -18,6 +18,7 @@ from workerd.core.counters import Counters
 from workerd.core.handler import Degraded, Registry
 from workerd.core.job import BadJob, Job, Outcome, Report, Run, submitter
 from workerd.core.ledger import Ledger
+from workerd.core.states import IllegalInput
 from workerd.errors import EX_TEMPFAIL
 from workerd.worker.stop import Stop
 
@@ -100,6 +101,8 @@ class Executor:
                 report = replace(report, outcome=Outcome.REJECTED, reason="cancelled")
         except BadJob as bad:
             report = Report(Outcome.REJECTED, bad.reason, error=str(bad), ran=False)
+        except IllegalInput:
+            raise  # the bug is not the handler's
         except Exception:  # noqa: BLE001 - whatever a handler does, the job is not lost
             ran = progress.began is not None
             outcome = Outcome.FAILED if ran else Outcome.UNAVAILABLE
@@ -140,18 +143,13 @@ class Executor:
 
     def withdraw(self, channel: int) -> None:
         """What came on this channel and has not begun does not begin: others may get it now."""
-        unbegun = self._ledger.unbegun
-        runs = [run for run in unbegun if run.delivery and run.delivery.channel == channel]
-        for run in runs:
-            run.withdrawn = True
+        runs = self._ledger.withdraw(channel)
         if runs:
             # Some may have begun, and the daemon not know it yet: those go on.
             self._registry.recall()
         for run in runs:
             progress = self.progress.get(run)
-            if run.begun:
-                run.withdrawn = False
-            elif progress:
+            if progress and not run.begun:
                 progress.end()
 
     # Handlers, and what keeps them from their work.
