@@ -104,7 +104,7 @@ def run_all(settings: Handler, jobs: Sequence[Job], **options: Any) -> list[Ran]
 async def run_one(command: CommandHandler, job: Job, stop: asyncio.Future[None]) -> Report:
     """Run a job as a worker does."""
     try:
-        return await command.run(job, stop, lambda _pid: None)
+        return await command.run(job, stop, lambda _details: None)
     except BadJob as bad:
         return Report(Outcome.REJECTED, bad.reason, error=str(bad), ran=False)
 

@@ -22,6 +22,8 @@ from tests.harness.waiting import TIMEOUT
 from workerd import log, log_formats
 from workerd.config.model import Handler
 from workerd.core.job import Job, Report
+from workerd.handlers.warm.child_process import ChildProcess
+from workerd.handlers.warm.dispatch import Pace
 from workerd.handlers.warm.pool import WarmHandler
 
 __all__ = ["Warm", "do", "do_all", "in_loop", "job", "logged", "pool", "python", "sh"]
@@ -54,20 +56,29 @@ def sh(script: str, **options: Any) -> Handler:
 class Warm(WarmHandler):
     """A pool with what tests ask of it."""
 
+    @property
+    def children(self) -> list[ChildProcess]:
+        """The processes that do not leave."""
+        return self._dispatch.processes
+
+    @property
+    def pace(self) -> Pace:
+        return self._dispatch.pace
+
     async def do(self, each: Job, stop: asyncio.Future[None] | None = None) -> Report:
         """Run a job; its events have its id, and one is called "begun"."""
         never = asyncio.get_running_loop().create_future()
         with log.job_fields(job_id=each.id):
-            return await self.run(each, stop or never, lambda _pid: log.event("begun"))
+            return await self.run(each, stop or never, lambda _details: log.event("begun"))
 
     def soon(self, each: Job, stop: asyncio.Future[None] | None = None) -> asyncio.Task[Report]:
         return asyncio.ensure_future(self.do(each, stop))
 
     async def await_ready(self, count: int = 1) -> list[int]:
         """Wait until so many processes are ready; returns their ids."""
-        while sum(runner.state == "ready" for runner in self._children) < count:
+        while sum(child.is_ready for child in self.children) < count:
             await asyncio.sleep(0.01)
-        return [runner.pid for runner in self._children]
+        return [child.pid for child in self.children]
 
 
 @contextlib.contextmanager
@@ -97,7 +108,7 @@ async def pool(
         try:
             await asyncio.wait_for(warm.close(), TIMEOUT / 2)
         finally:
-            processes.kill_trees([runner.pid for runner in (*warm._children, *warm._leaving)])
+            processes.kill_trees([child.pid for child in (*warm.children, *warm._leaving)])
 
 
 def do_all(settings: Handler, *jobs: Job, **options: Any) -> Ran:

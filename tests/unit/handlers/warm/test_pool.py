@@ -23,7 +23,8 @@ from workerd.config.model import Handler
 from workerd.core.job import Job, Outcome, Report
 from workerd.handlers.registry import HandlerRegistry
 from workerd.handlers.warm import respawn
-from workerd.handlers.warm.pool import LOOK_AHEAD, NOT_BEGUN
+from workerd.handlers.warm.dispatch import LOOK_AHEAD
+from workerd.handlers.warm.pool import NOT_BEGUN
 
 MiB = 1 << 20
 
@@ -75,7 +76,7 @@ def test_a_job_is_told_to_begin_and_that_is_written_down_before_it_is_sent(tmp_p
 
             warm.before_sending = write_down
             never = asyncio.get_running_loop().create_future()
-            await warm.run(job(), never, lambda _pid: order.append("begun"))
+            await warm.run(job(), never, lambda _details: order.append("begun"))
             order.append("done")
 
     in_loop(run())
@@ -141,7 +142,7 @@ async def learn(warm: Warm) -> None:
 
     On a busy machine one may have taken long.
     """
-    while warm._depth < min(warm._most, 8):
+    while warm.pace.depth < min(warm.pace.most, 8):
         await warm.do(job(b"0"))
 
 
@@ -156,7 +157,7 @@ async def ahead(
         stop = stops[number] if number < len(stops) else None
         tasks.append(warm.soon(named(str(number), b"str(os.getpid())"), stop))
     await told(events, "begun", job_id="first")
-    [works] = [runner for runner in warm._children if runner.assignments]
+    [works] = [child for child in warm.children if child.assignments]
     assert len(works.assignments) == 5
     return tasks
 
@@ -181,7 +182,7 @@ def test_jobs_in_a_pipe_go_to_a_process_that_has_nothing_to_do(tmp_path: Path) -
     async def scenario() -> None:
         async with pool(python(tmp_path, EVAL, processes=1), depth=8) as warm:
             first, *others = await ahead(warm, events, tmp_path / "gate")
-            object.__setattr__(warm.settings, "processes", 2)
+            warm._dispatch.limit = 2
             warm.hand_out()
             for task in others:
                 assert (await task).outcome is Outcome.DONE
@@ -228,7 +229,7 @@ def test_no_job_lies_behind_a_long_one_while_a_process_that_leaves_soon_has_noth
             stops[0].set_result(None)
             await tasks[0]
             await warm.do(named("short", b"0"))
-            [idle] = [runner for runner in warm._children if not runner.assignments]
+            [idle] = [child for child in warm.children if not child.assignments]
             object.__setattr__(warm.settings, "recycle_after", idle.count + 2)
             await asyncio.wait_for(warm.do(named("shorter", b"0")), TIMEOUT)
             assert not tasks[1].done()
@@ -270,6 +271,7 @@ def test_jobs_in_a_pipe_do_not_begin_once_it_is_held(tmp_path: Path, leaves: boo
             first, *others = await ahead(warm, events, gate)
             if leaves:
                 warm.retire()
+                await asyncio.sleep(0)
             warm.hold()
             gate.touch()
             assert (await first).outcome is Outcome.DONE
@@ -343,9 +345,10 @@ def test_after_a_job_a_process_may_start_though_one_has_just_failed(
         async with pool(sh(script, processes=2)) as warm:
             warm.start()
             await warm.await_ready()
-            runner = warm._children[0]
-            warm._spawn()
-            while len(warm._children) != 1 or warm._children[0] is not runner or warm._leaving:
+            child = warm.children[0]
+            warm._dispatch.want(2)
+            warm.hand_out()
+            while len(warm.children) != 1 or warm.children[0] is not child or warm._leaving:
                 await asyncio.sleep(0.01)
             first = await warm.do(job(b"1"))
             return [first, *await asyncio.gather(warm.do(job(b"2")), warm.do(job(b"3")))]
@@ -622,7 +625,7 @@ def test_a_process_that_hangs_at_its_start_is_given_up_and_started_again_after_p
             while len(started) < 6:
                 tasks.append(warm.soon(job()))
                 await asyncio.sleep(0.01)
-                started.update(runner.pid for runner in warm._children)
+                started.update(child.pid for child in warm.children)
             # A storm of jobs is no storm of starts: two at a time, and a pause of 0.4 s at least.
             assert time.monotonic() - before >= 2 * (0.3 + 0.4)
         return list(await asyncio.gather(*tasks))
@@ -741,7 +744,7 @@ def test_jobs_do_not_wait_for_a_busy_process_once_others_can_be_had(
                 assert {report.output for report in reports} == {b"short"}
                 assert not long.done()
                 # Not one for each job.
-                assert len(warm._children) == 2
+                assert len(warm.children) == 2
                 gate.touch()
                 await long
                 assert warm.degraded is None
@@ -1145,15 +1148,15 @@ def test_the_end_of_a_job_that_is_done_already_does_not_hit_the_next_one(
                 warm.soon(named("next", following.encode())),
             ]
             await told(events, "begun", job_id="first")
-            [runner] = warm._children
+            [child] = warm.children
             gate.touch()
             # Without the loop: its answer has come, and was not read.
             until(at_next.exists, "that the next one has begun")
             if end == "timeout":
-                until(lambda: time.monotonic() > runner._deadline, "the end of its time")
-                assert runner._timer
-                runner._timer.cancel()
-                runner._look()
+                until(lambda: time.monotonic() > child._deadline, "the end of its time")
+                assert child._timer
+                child._timer.cancel()
+                child._look()
             else:
                 stop.set_result(None)
             return await asyncio.gather(*tasks)
@@ -1176,11 +1179,11 @@ def test_jobs_that_are_taken_out_of_a_pipe_again_and_again_take_no_more_memory(
             tasks = [warm.soon(named("first", wait.encode()))]
             tasks += [warm.soon(named(str(n), large)) for n in range(4)]
             await told(events, "begun", job_id="first")
-            [runner] = warm._children
+            [child] = warm.children
             for _ in range(50):
                 warm.recall()
                 await asyncio.sleep(0)
-            assert runner._inbox.unread() < 6 * len(large)
+            assert child._inbox.unread() < 6 * len(large)
             gate.touch()
             for task in tasks:
                 assert (await task).outcome is Outcome.DONE
@@ -1215,7 +1218,7 @@ def test_a_process_that_was_kept_for_a_job_that_never_began_leaves_without_it(
             await learn(warm)
             stop = asyncio.get_running_loop().create_future()
             waits = asyncio.ensure_future(
-                warm.run(job(), stop, lambda _pid: None, lambda *_, **__: False)
+                warm.run(job(), stop, lambda _details: None, lambda *_, **__: False)
             )
             await asyncio.sleep(0)
             warm.retire()
@@ -1242,7 +1245,7 @@ def test_a_job_that_waits_without_a_process_is_not_forgotten_by_reloads(tmp_path
         stop = asyncio.get_running_loop().create_future()
         slots: list[None] = []
         waits = asyncio.ensure_future(
-            warm.run(job(), stop, lambda _pid: None, lambda behind=None: bool(slots))
+            warm.run(job(), stop, lambda _details: None, lambda behind=None: bool(slots))
         )
         await asyncio.sleep(0)
         for _ in range(2):
