@@ -32,7 +32,7 @@ class Process:
     ``more`` are descriptors that it gets as 3, 4 …; the caller closes its own copies. When it has
     printed something, ``on_output`` is called, if there is one, and has to call `read_now`.
     Those that are started often share their ``poller``.
-    ``cause`` says why it was told to end (`end`), "" when it ended by itself.
+    ``cause`` says why it was ended (`end`); it is "" when the child ended by itself.
     """
 
     def __init__(

@@ -40,7 +40,9 @@ _CHUNK = 1 << 16
 
 
 class Owner(Protocol):
-    """Who has a warm process, and is told what happens to it; none of this asks it for more."""
+    """Who has a warm process. It is called in the middle of what the process does: it only takes
+    note, and asks the process for nothing more before that has ended.
+    """
 
     def ready(self, child: ChildProcess) -> None:
         """The process takes jobs."""
@@ -97,7 +99,7 @@ class ChildProcess:
         self._printer: Assignment | None = None
         #: What it prints while it has no job; logged with the fields of its handler.
         self._between = Transcript(contextvars.copy_context(), lines)
-        #: What it did against the protocol.
+        #: What it did against the protocol, if anything.
         self._fault = ""
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -234,7 +236,7 @@ class ChildProcess:
     def _on_output(self) -> None:
         """It has printed something by itself, and that is the job's that it is at.
 
-        Which one that is can be told when it can begin no other, and all its answers are read:
+        Which job that is shows when it can begin no other, and all its answers are read:
         the first that has none.
         """
         self.freeze()

@@ -1,6 +1,6 @@
 """The states of a warm process, as a table. Pure.
 
-    starting    it has not said that it is ready
+    starting    the process has not said that it is ready
     failed      it did not become ready; what it says no longer counts
     ready       it takes jobs
     leaving     it does the jobs that it has, takes no other, and then reads the end of its input
