@@ -21,6 +21,7 @@ from workerd.handlers.output import Transcript
 from workerd.handlers.process import Process, ending
 from workerd.handlers.program import Program
 from workerd.handlers.warm import results
+from workerd.handlers.warm.answers import LARGEST_PIPE, Answers
 from workerd.handlers.warm.assignment import Assignment
 from workerd.handlers.warm.inbox import Inbox, Tokens
 from workerd.handlers.warm.lifecycle import Lifecycle, State
@@ -29,14 +30,11 @@ from workerd.handlers.warm.protocol import (
     Answer,
     LogLine,
     Message,
-    Parser,
     Printed,
     ProtocolError,
     Ready,
     StartupError,
 )
-
-_CHUNK = 1 << 16
 
 
 class Owner(Protocol):
@@ -93,7 +91,6 @@ class ChildProcess:
         self._settings = settings
         self._lines = lines
         self._loop = asyncio.get_running_loop()
-        self._parser = Parser(settings.output_limit)
         #: The job that is known to print by itself: until that has ended, no other is to lie
         #: behind it, only to be taken back when it prints again.
         self._printer: Assignment | None = None
@@ -105,8 +102,7 @@ class ChildProcess:
         self._timer: asyncio.TimerHandle | None = None
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
             frames, ours = _pipe(theirs, undo)
-            answers, self._answers = reversed(_pipe(undo, theirs))
-            os.set_blocking(self._answers, False)
+            sent, answers = _pipe(undo, theirs)
             tokens = undo.enter_context(contextlib.closing(Tokens())) if asks else None
             self._inbox = Inbox(ours, tokens, before_sending)
             self._process = Process(
@@ -121,9 +117,9 @@ class ChildProcess:
                 self._on_output,
             )
             undo.pop_all()
+        self._answers = Answers(sent, settings.output_limit, self._act, self._broken)
         self.pid = self._process.pid
         self._details = {"pid": self.pid}
-        self._loop.add_reader(self._answers, self._listen)
         self._process.when_over(self._over)
         late = f"not ready within {settings.start_timeout:g} s"
         self._starting = self._loop.call_later(settings.start_timeout, self._unfit, late)
@@ -202,7 +198,7 @@ class ChildProcess:
     def freeze(self) -> None:
         """Have it begin no other job, and read all its answers: it is at the first without one."""
         self._owner.returned(self.take_back())
-        self._listen()
+        self._answers.catch_up()
 
     def _end(self, cause: str) -> None:
         """SIGTERM to its process group, and SIGKILL after ``kill_grace``."""
@@ -223,15 +219,9 @@ class ChildProcess:
         """It does not become ready. Those who wait need not wait for its end as well."""
         self._starting.cancel()
         self._life.move("unfit")
+        self._answers.ignore()
         self._owner.start_failed(self, text)
         self._process.end("unfit", self._settings.kill_grace)
-
-    def _listen(self) -> None:
-        """Read what it has sent."""
-        with contextlib.suppress(BlockingIOError):
-            while sent := os.read(self._answers, _CHUNK):
-                self._parse(sent)
-            self._loop.remove_reader(self._answers)
 
     def _on_output(self) -> None:
         """It has printed something by itself, and that is the job's that it is at.
@@ -243,28 +233,21 @@ class ChildProcess:
         self._printer = self.assignments[0] if self.assignments else None
         self._process.read_now()
 
-    def _parse(self, data: bytes) -> None:
-        if not self._life.counts:
-            return
-        try:
-            for message in self._parser.feed(data):
-                if isinstance(message, Answer) and (message.printed or not self._asks):
-                    # What the job has printed by itself is in the pipes by now.
-                    self._process.read_now()
-                self._act(message)
-                if not self._life.counts:
-                    return
-        except ProtocolError as broken:
-            self._fault = f"broke the protocol: {broken}"
-            if self.is_starting:
-                self._unfit(self._fault)
-            else:
-                self._life.move("breach")
-            self._process.end("protocol", 0.0)
+    def _broken(self, error: ProtocolError) -> None:
+        """It has broken the protocol: nothing that it says counts any more."""
+        self._fault = f"broke the protocol: {error}"
+        if self.is_starting:
+            self._unfit(self._fault)
+        else:
+            self._life.move("breach")
+        self._process.end("protocol", 0.0)
 
     def _act(self, message: Message) -> None:
         match message:
             case Answer():
+                if message.printed or not self._asks:
+                    # What the job has printed by itself is in the pipes by now.
+                    self._process.read_now()
                 self._answered(message)
             case Printed():
                 self._printed(message.stream, message.data)
@@ -326,7 +309,7 @@ class ChildProcess:
 
     def _over(self, status: int) -> None:
         """The process has ended, and what it printed has been read."""
-        self._listen()
+        self._answers.catch_up(LARGEST_PIPE)
         exit_status, signal = ending(status)
         if self.is_starting:
             end = f"ended with {signal or f'status {exit_status}'} before it was ready"
@@ -351,8 +334,7 @@ class ChildProcess:
         self._starting.cancel()
         if self._timer:
             self._timer.cancel()
-        self._loop.remove_reader(self._answers)
-        os.close(self._answers)
+        self._answers.close()
         self._between.close()
 
     def _divide(self) -> tuple[list[Assignment], list[Assignment]]:

@@ -147,8 +147,7 @@ class Inbox:
 
     def unread(self) -> int:
         """How many bytes of what was put the process has not read."""
-        count = fcntl.ioctl(self._pipe, termios.FIONREAD, struct.pack("i", 0))
-        return sum(map(len, self._unsent.values())) + int(struct.unpack("i", count)[0])
+        return sum(map(len, self._unsent.values())) + bytes_in(self._pipe)
 
     @property
     def closed(self) -> bool:
@@ -162,3 +161,9 @@ class Inbox:
             self._pipe = -1
             if self._tokens is not None:
                 self._tokens.close()
+
+
+def bytes_in(pipe: int) -> int:
+    """How many bytes of a pipe have not been read."""
+    count = fcntl.ioctl(pipe, termios.FIONREAD, struct.pack("i", 0))
+    return int(struct.unpack("i", count)[0])

@@ -46,8 +46,3 @@ class Lifecycle:
         if after is None:
             raise AssertionError(f"{event!r} of a process that is {self.state}")
         self.state = after
-
-    @property
-    def counts(self) -> bool:
-        """Whether what the process says counts."""
-        return self.state not in ("failed", "broken")

@@ -276,6 +276,10 @@ BREACHES = {
     "a length in words": 'echo \'{"frame":1,"outcome":"done","length":"1"}\'',
     "a delay below nothing": 'echo \'{"frame":1,"outcome":"failed","retry_after":-1}\'',
     "a wrong level": 'echo \'{"log":"loud","text":"x"}\'',
+    "a level that is a list": "echo '{\"log\":[]}'",
+    "a text that is a table": 'echo \'{"log":"info","text":{}}\'',
+    "a length beyond all numbers": 'echo \'{"frame":1,"outcome":"done","length":1e999}\'',
+    "a delay that is no number": 'echo \'{"frame":1,"outcome":"failed","retry_after":NaN}\'',
     "a wrong stream": 'echo \'{"output":"stdin","length":1}\'; echo',
     "a line without end": "head -c 3000000 /dev/zero",
 }
