@@ -102,10 +102,10 @@ def test_a_killed_process_costs_its_job_one_attempt_and_no_job_is_lost_or_done_t
         nonlocal kills
         while kills < JOBS // 20:
             await asyncio.sleep(chance.uniform(0.002, 0.04))
-            ready = [runner for runner in warm._children if runner.state == "ready"]
+            ready = [child for child in warm.children if child.is_ready]
             if ready:
                 kills += 1
-                at_work = [runner for runner in ready if runner.assignments]
+                at_work = [child for child in ready if child.assignments]
                 os.kill(chance.choice(at_work or ready).pid, signal.SIGKILL)
 
     async def scenario() -> None:

@@ -101,10 +101,33 @@ def run_all(settings: Handler, jobs: Sequence[Job], **options: Any) -> list[Ran]
     return [Ran(report, events) for report in reports]
 
 
+def arguments(*templates: str, job: Job, **options: Any) -> list[bytes]:
+    """What a program is given for these arguments."""
+    report = run(handler(*SHOW_ARGUMENTS, *templates, **options), job).report
+    assert report.outcome is Outcome.DONE, report
+    return report.output.split(b"\0")[:-1]
+
+
+def refusal(*templates: str, job: Job, **options: Any) -> Report:
+    """The report on a job that no program may be given."""
+    report = run(handler("sh", "-c", "echo it ran", *templates, **options), job).report
+    assert report.outcome is Outcome.REJECTED
+    assert report.output == b"", "the program ran"
+    return report
+
+
+def environment(job: Job, environ: dict[str, str] = ENVIRONMENT, **options: Any) -> dict[str, str]:
+    """The environment in which a job runs."""
+    report = run(handler("env", "-0", **options), job, environ=environ).report
+    assert report.outcome is Outcome.DONE, report
+    lines = report.output.decode().split("\0")[:-1]
+    return dict(line.split("=", 1) for line in lines)
+
+
 async def run_one(command: CommandHandler, job: Job, stop: asyncio.Future[None]) -> Report:
     """Run a job as a worker does."""
     try:
-        return await command.run(job, stop, lambda _pid: None)
+        return await command.run(job, stop, lambda _details: None)
     except BadJob as bad:
         return Report(Outcome.REJECTED, bad.reason, error=str(bad), ran=False)
 

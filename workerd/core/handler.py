@@ -9,17 +9,20 @@ from typing import NamedTuple, Protocol
 from workerd.config.model import Settings
 from workerd.core.job import Job, Report
 
+#: What a handler says of a job that it has begun, such as ``pid``; what it does not know is absent.
+Details = Mapping[str, int | str]
+
 
 class Started(Protocol):
-    """Told that a job has begun, and in which process."""
+    """Called when a job has really begun, with what its handler says of that."""
 
-    def __call__(self, pid: int, /) -> None: ...
+    def __call__(self, facts: Details, /) -> None: ...
 
 
 class MayBegin(Protocol):
     """Says whether a job may begin now, or ``behind`` one of this queue: once that has ended."""
 
-    def __call__(self, behind: str | None = None) -> bool: ...
+    def __call__(self, behind: str | None = None, /) -> bool: ...
 
 
 class Degraded(NamedTuple):
@@ -37,16 +40,16 @@ class Degraded(NamedTuple):
 class Handler(Protocol):
     """What runs jobs of one type."""
 
-    #: Whether each job begins at once; elsewhere it may have to wait for a free process.
+    #: Whether each job begins as soon as it is run; otherwise it may have to wait.
     immediate: bool
 
     @property
     def capacity(self) -> int:
-        """For how many jobs it has room, slots or not; 0: it needs no more than have slots."""
+        """How many jobs the handler has room for, slots or not; 0: only for those with slots."""
 
     @property
     def degraded(self) -> Degraded | None:
-        """What keeps it from having its processes, None when nothing does."""
+        """What keeps the handler from running jobs as it should, None when nothing does."""
 
     async def run(
         self,
@@ -58,8 +61,9 @@ class Handler(Protocol):
     ) -> Report:
         """Run the job; when ``stop`` is done, interrupt it.
 
-        ``started`` is called when it has really begun. Raises BadJob before, when it never can.
-        One that is not ``immediate`` begins only what ``may_begin``; see `Slots.may_begin`.
+        ``started`` is called when the job has really begun. Raises BadJob, before that, when the
+        job never can. A handler that is not ``immediate`` begins only what ``may_begin``; see
+        `Slots.may_begin`.
         """
 
 

@@ -84,7 +84,9 @@ async def _run(settings: Settings, job: Job, guardian: Guardian) -> Report:
         began = time.monotonic()
         try:
             admit(job, settings, time.time())
-            report = await runs.run(job, stop, lambda _pid: log.event("start"))
+            report = await runs.run(
+                job, stop, lambda _details: log.event("start"), lambda _behind=None, /: True
+            )
         except BadJob as bad:
             report = Report(Outcome.REJECTED, bad.reason, error=str(bad), ran=False)
         log.event(

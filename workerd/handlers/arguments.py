@@ -21,7 +21,7 @@ def text_of(value: object) -> bytes:
     return text.encode()
 
 
-class Values:
+class JobValues:
     """The values of placeholders for one job; its body is parsed as JSON at most once."""
 
     def __init__(self, job: Job) -> None:

@@ -3,9 +3,9 @@
     main([MODULE:FUNCTION, LEVEL])       jobs come on descriptor 3, answers go to 4
     main(["--check", MODULE:FUNCTION])   only imports it
 
-On descriptor 5 come the numbers of the frames that it may begin, eight bytes each. Whoever reads
-a number first has the job: the daemon, which can read them as well, takes back what is to wait,
-or to go to another process. So jobs can lie in the pipe, and none is bound to this process.
+On descriptor 5 come tokens: the numbers of the frames that may begin, eight bytes each. Whoever
+reads a token first has the job: the daemon, which can read them as well, takes back what is to
+wait, or to go to another process. So jobs can lie in the pipe, and none is bound to this process.
 
 The application's own interpreter runs this file, Python 3.8 or later, by its path (child_boot.py):
 there is nothing but the standard library, and nothing of workerd can be imported.
@@ -41,14 +41,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-#: What a traceback, a note or a record of the log may have, in characters.
+#: The longest traceback, note or logged text, in characters.
 MAX_TEXT = 8192
 #: Above the descriptors that an application is likely to name.
 _HIGH = 64
 _CHUNK = 1 << 16
 #: Seconds for the daemon to read what a job has printed; it may be busy.
 _PATIENCE = 1.0
-_PERMIT = struct.Struct("=Q")
+_TOKEN = struct.Struct("=Q")
 _SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
@@ -105,14 +105,14 @@ class Job:
 
 
 class Channel:
-    """The private descriptors; a forked copy of this process has them no more."""
+    """The private descriptors; a forked copy of this process loses them."""
 
     def __init__(self, *descriptors: int) -> None:
         # Closed for what the application starts, and out of the way of what it opens.
         self._all = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH) for fd in descriptors]
         for fd in descriptors:
             os.close(fd)
-        self._read, self._write, self._permits = self._all
+        self._read, self._write, self._tokens = self._all
         self._files = [_file(fd) for fd in self._all]
         self._buffer = bytearray()
         # Re-entrant, for a signal handler may print in the middle of a print.
@@ -123,8 +123,8 @@ class Channel:
     def frames(self) -> Iterator[tuple[dict[str, Any], bytes]]:
         """One job after another, until the daemon closes its end."""
         with contextlib.suppress(EOFError):
-            while permit := os.read(self._permits, _PERMIT.size):
-                (number,) = _PERMIT.unpack(permit)
+            while token := os.read(self._tokens, _TOKEN.size):
+                (number,) = _TOKEN.unpack(token)
                 frame, body = self._next()
                 while frame["frame"] != number:  # the daemon has taken that one back
                     frame, body = self._next()
@@ -159,13 +159,14 @@ class Channel:
                 rest = rest[os.write(self._write, rest) :]
 
     def output(self, stream: str, data: bytes) -> None:
-        """What was printed. A forked copy prints it, so that no two processes mix messages."""
+        """Send what was printed. A forked copy prints it: no two processes mix messages."""
         if self.ours:
             self.send({"output": stream}, data)
         else:
             os.write(1 if stream == "stdout" else 2, data)
 
     def log(self, level: str, logger: str, text: str) -> None:
+        """Send what was logged; a forked copy prints it."""
         if self.ours:
             self.send({"log": level, "logger": logger, "text": _cut(text)})
         else:
@@ -173,7 +174,7 @@ class Channel:
 
     @property
     def broken(self) -> bool:
-        """Whether somebody has closed a descriptor, and perhaps opened it as something else."""
+        """Whether a descriptor was closed, and perhaps opened as something else."""
         return [_file(fd) for fd in self._all] != self._files
 
     def _forked(self) -> None:
@@ -210,8 +211,8 @@ def _text_stream(channel: Channel, name: str, fd: int) -> io.TextIOWrapper:
     return io.TextIOWrapper(buffer, "utf-8", "backslashreplace", line_buffering=True)
 
 
-class _Records(logging.Handler):
-    """Records of `logging` as messages, each with its level."""
+class _LogHandler(logging.Handler):
+    """Sends what is logged as messages, each with its level."""
 
     def __init__(self, channel: Channel) -> None:
         super().__init__()
@@ -228,8 +229,8 @@ class _Records(logging.Handler):
 _NAMES = ("error", "warning", "info")
 
 
-class State:
-    """What a job may change of its process, as it was before the first one."""
+class Baseline:
+    """What a job may change of its process, as it was before the first job."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -245,7 +246,7 @@ class State:
         }
         self._streams = sys.stdin, sys.stdout, sys.stderr
         self._threads = set(threading.enumerate())
-        self._told = False
+        self._warned = False
 
     @property
     def stderr(self) -> int:
@@ -253,20 +254,20 @@ class State:
         return self._descriptors[2][1]
 
     def has_printed(self) -> bool:
-        """Whether something waits to be read that was not printed as messages."""
+        """Whether something printed past the messages waits to be read."""
         try:
             return any(_waits(copy) for _, copy in self._descriptors.values())
         except OSError:
             return False
 
     def await_reader(self) -> None:
-        """Wait until it has been read: it is the last job's, and not the next one's."""
+        """Wait until that has been read: it is the last job's, and not the next one's."""
         until = time.monotonic() + _PATIENCE
         while self.has_printed() and time.monotonic() < until:
             time.sleep(0.0002)
 
     def restore(self) -> bool:
-        """Put back what can be put back cheaply; False: this process had better end."""
+        """Put back what can be put back cheaply; returns False if this process had better end."""
         try:
             return self._restore()
         except OSError:
@@ -321,11 +322,11 @@ class State:
                 os.environb[name] = value
 
     def _watch_threads(self) -> None:
-        if self._told or threading.active_count() <= len(self._threads):
+        if self._warned or threading.active_count() <= len(self._threads):
             return
         left = [thread.name for thread in threading.enumerate() if thread not in self._threads]
-        self._told = True
-        text = f"left running by a job: thread {', '.join(left)} (told once)"
+        self._warned = True
+        text = f"left running by a job: thread {', '.join(left)} (logged once)"
         self._channel.log("warning", "workerd", text)
 
 
@@ -337,7 +338,7 @@ class Child:
         self._function = function
         # Not one of the tree of loggers: no configuration of those disables it.
         self._log = logging.Logger("job")
-        self._log.addHandler(_Records(channel))
+        self._log.addHandler(_LogHandler(channel))
         self._loop: Any = None
         #: SIGTERM may raise `Terminated`: while a job runs, or none.
         self._may_end = False
@@ -350,8 +351,8 @@ class Child:
                 after_in_parent=self._release_sigterm,
                 after_in_child=self._be_mortal,
             )
-        self._state = State(channel)
-        faulthandler.enable(self._state.stderr)
+        self._baseline = Baseline(channel)
+        faulthandler.enable(self._baseline.stderr)
 
     def run(self) -> None:
         """Do one job after another, until no more can come."""
@@ -389,31 +390,31 @@ class Child:
             result = _encode(value)
             answer["outcome"] = "done"
         except Retry as retry:
-            answer.update(retry_after=retry.delay, note=_shown(retry.note), error=_told(retry))
+            answer.update(retry_after=retry.delay, note=_text(retry.note), error=_described(retry))
         except Reject as reject:
-            answer.update(outcome="rejected", note=_shown(reject.note), error=_shown(reject.note))
+            answer.update(outcome="rejected", note=_text(reject.note), error=_text(reject.note))
         except BaseException as error:
             if isinstance(error, Terminated):
                 raise
             if not self._channel.ours:
                 self._end_copy(error)
-            answer["error"] = _told(error)
+            answer["error"] = _described(error)
             # Who ends the process means it; without memory or stack anything may be half done.
             fit = isinstance(error, Exception) and not isinstance(
                 error, (MemoryError, RecursionError)
             )
         if self._channel.broken:
-            os.write(self._state.stderr, b"the job has closed the descriptors of the protocol\n")
+            os.write(self._baseline.stderr, b"the job has closed the descriptors of the protocol\n")
             os._exit(70)
-        fit = self._state.restore() and fit
+        fit = self._baseline.restore() and fit
         if not fit:
             answer["last"] = True
-        printed = self._state.has_printed()
+        printed = self._baseline.has_printed()
         if printed:
             answer["printed"] = True
         self._channel.send(answer, result)
         if printed:
-            self._state.await_reader()
+            self._baseline.await_reader()
         return fit
 
     def _await(self, awaitable: Any) -> Any:
@@ -437,7 +438,7 @@ class Child:
                 self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
 
     def _end_copy(self, end: int | BaseException) -> NoReturn:
-        """A forked copy came back from the function: it must never answer for the job."""
+        """End a forked copy that came back from the function: it must never answer for the job."""
         status = end if isinstance(end, int) else 1
         if isinstance(end, SystemExit):
             status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
@@ -448,7 +449,7 @@ class Child:
         os._exit(status & 255)
 
     def _allow_end(self) -> None:
-        """From now on SIGTERM raises `Terminated`; it may have come already."""
+        """Let SIGTERM raise `Terminated` from now on; it may have come already."""
         self._may_end = True
         if self._terminated:
             raise Terminated
@@ -501,7 +502,7 @@ def _flush(stream: Any) -> None:
 
 
 def _encode(value: Any) -> bytes:
-    """The result of a function."""
+    """What a function has returned, as bytes. Raises TypeError and ValueError."""
     if value is None:
         return b""
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -511,8 +512,8 @@ def _encode(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def _told(error: BaseException) -> str:
-    """An exception with its traceback, without the frames of this file."""
+def _described(error: BaseException) -> str:
+    """The traceback of an exception, without the frames of this file."""
     try:
         place = error.__traceback__
         while place is not None and place.tb_frame.f_code.co_filename == __file__:
@@ -522,7 +523,8 @@ def _told(error: BaseException) -> str:
         return f"{type(error).__name__}, and showing it ended in {type(second).__name__}"
 
 
-def _shown(value: object) -> str:
+def _text(value: object) -> str:
+    """A note or a reason as text, whatever it is."""
     try:
         return _cut(str(value))
     except BaseException as error:
@@ -566,7 +568,7 @@ def _load(name: str) -> Callable[[Job], Any]:
 
 
 def _check(name: str) -> NoReturn:
-    """Import it, and say in the last line of standard error what is wrong with it."""
+    """Import the function, and say in the last line of standard error what is wrong with it."""
     sys.argv = [name]
     status = 0
     try:
@@ -587,12 +589,12 @@ def main(arguments: list[str]) -> None:
     sys.argv = [name]
     sys.stdout = sys.__stdout__ = _text_stream(channel, "stdout", 1)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = _text_stream(channel, "stderr", 2)  # type: ignore[misc]
-    logging.root.addHandler(_Records(channel))
+    logging.root.addHandler(_LogHandler(channel))
     logging.root.setLevel(_LEVELS[level])
     try:
         function = _load(name)
     except BaseException as error:
-        channel.send({"error": _told(error)})
+        channel.send({"error": _described(error)})
         os._exit(1)
     child = Child(channel, function)
     channel.send({"ready": 1})

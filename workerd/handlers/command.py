@@ -15,7 +15,7 @@ from workerd.core.handler import Started
 from workerd.core.job import BadJob, Job, Outcome, Report
 from workerd.core.retry import limit
 from workerd.handlers import report_file
-from workerd.handlers.arguments import HEADER_VALUE_LIMIT, HEADERS_LIMIT, Values, text_of
+from workerd.handlers.arguments import HEADER_VALUE_LIMIT, HEADERS_LIMIT, JobValues, text_of
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.output import ERROR_LIMIT, Output
 from workerd.handlers.poller import Poller
@@ -35,7 +35,7 @@ class CommandHandler:
     ) -> None:
         self._settings = settings
         self._guardian = guardian
-        self._readiness = Poller()
+        self._poller = Poller()
         self._templates = [Template.parse(argument) for argument in settings.command]
         self._output_lines = output_lines
         self._program = Program(settings.command[0], settings, environ)
@@ -76,13 +76,13 @@ class CommandHandler:
                 stderr.feed,
                 self._guardian,
                 [report],
-                readiness=self._readiness,
+                poller=self._poller,
             )
         except ValueError:
             raise BadJob("bad-argument", "an argument contains a NUL byte") from None
         except OSError as error:
             return self._spawn_failed(error)
-        started(process.pid)
+        started({"pid": process.pid})
 
         def interrupt(_stop: object) -> None:
             process.end("drain", settings.kill_grace)
@@ -95,7 +95,7 @@ class CommandHandler:
             stop.remove_done_callback(interrupt)
         stdout.close()
         stderr.close()
-        wished = report_file.read(report)
+        asked = report_file.read(report)
         outcome, reason = self._judge(status, process.cause)
         exit_status, signal = ending(status)
         return Report(
@@ -105,8 +105,8 @@ class CommandHandler:
             signal=signal,
             error=log_formats.text_lines(stderr.tail) if outcome is not Outcome.DONE else "",
             output=stdout.tail,
-            retry_after=wished.retry_after,
-            note=wished.note,
+            retry_after=asked.retry_after,
+            note=asked.note,
         )
 
     def _judge(self, status: int, cause: str) -> tuple[Outcome, str]:
@@ -133,7 +133,7 @@ class CommandHandler:
     def _arguments(self, job: Job) -> list[bytes]:
         arguments = [self._program.path]
         options_end = False
-        values = Values(job)
+        values = JobValues(job)
         for template in self._templates[1:]:
             argument = b"".join(
                 part.encode() if isinstance(part, str) else values.of(part)

@@ -6,7 +6,6 @@ import contextvars
 from collections import deque
 
 from workerd import log, log_formats
-from workerd.handlers.warm.protocol import LogLine
 
 #: The end of stderr that a dead letter carries, in bytes.
 ERROR_LIMIT = 8192
@@ -82,8 +81,8 @@ class Output:
         )
 
 
-class Records:
-    """What one job says through its language's logging; bounded like an `Output`."""
+class LogLines:
+    """What one job logs through its language's logging; bounded like an `Output`."""
 
     def __init__(self, lines: int) -> None:
         self._head = lines - lines // 2
@@ -91,7 +90,7 @@ class Records:
         self._rest_lines = 0
 
     def add(self, level: log_formats.Level, logger: str, text: str) -> None:
-        """A record; each of its lines is a line of the log."""
+        """One text; each of its lines is a line of the log."""
         for line in text.split("\n"):
             if self._head > 0:
                 self._head -= 1
@@ -115,25 +114,27 @@ class Records:
 
 
 class Transcript:
-    """What one job of a warm process says, or the process between two; logged in ``context``."""
+    """What a warm process prints and logs for one job, or between two; logged in ``context``."""
 
     def __init__(self, context: contextvars.Context, lines: int) -> None:
         self._context = context
         self._lines = lines
         self._outputs: dict[str, Output] = {}
-        self._records: Records | None = None
+        self._log_lines: LogLines | None = None
 
     def printed(self, stream: str, data: bytes) -> None:
+        """More of one of the two output streams."""
         output = self._outputs.get(stream)
         if output is None:
             keep = ERROR_LIMIT if stream == "stderr" else 0
             output = self._outputs[stream] = Output(stream, "info", self._lines, keep)
         self._context.run(output.feed, data)
 
-    def recorded(self, record: LogLine) -> None:
-        if self._records is None:
-            self._records = Records(self._lines)
-        self._context.run(self._records.add, record.level, record.logger, record.text)
+    def logged(self, level: log_formats.Level, logger: str, text: str) -> None:
+        """A text that came through the language's logging."""
+        if self._log_lines is None:
+            self._log_lines = LogLines(self._lines)
+        self._context.run(self._log_lines.add, level, logger, text)
 
     @property
     def stderr(self) -> str:
@@ -142,13 +143,13 @@ class Transcript:
         return log_formats.text_lines(output.tail) if output else ""
 
     def close(self) -> None:
-        """All of it is in the log then; what comes after it is a new one."""
+        """Log what was held back; what comes after that is counted anew."""
         for output in self._outputs.values():
             self._context.run(output.close)
         self._outputs.clear()
-        if self._records is not None:
-            self._context.run(self._records.close)
-            self._records = None
+        if self._log_lines is not None:
+            self._context.run(self._log_lines.close)
+            self._log_lines = None
 
 
 def _append(buffer: bytearray, data: bytes, limit: int) -> None:

@@ -31,8 +31,8 @@ class Process:
 
     ``more`` are descriptors that it gets as 3, 4 …; the caller closes its own copies. When it has
     printed something, ``on_output`` is called, if there is one, and has to call `read_now`.
-    Those that are started often share their ``readiness``.
-    ``cause`` says why it was told to end (`end`), "" when it ended by itself.
+    Those that are started often share their ``poller``.
+    ``cause`` says why it was ended (`end`); it is "" when the child ended by itself.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class Process:
         guardian: Guardian,
         more: Sequence[int] = (),
         on_output: Callable[[], None] | None = None,
-        readiness: Poller | None = None,
+        poller: Poller | None = None,
     ) -> None:
         """Start it. Raises OSError (no such program, no more processes …) and ValueError (NUL)."""
         self._loop = asyncio.get_running_loop()
         self._guardian = guardian
         self._on_stdout, self._on_stderr = on_stdout, on_stderr
         self._on_output = on_output
-        self._readiness = readiness or Poller()
+        self._poller = poller or Poller()
         self.cause = ""
         #: It has ended, and what it wrote last is being read.
         self.over = False
@@ -83,7 +83,7 @@ class Process:
         # The ends that it writes to stay open here as well: that it closes them is no event.
         self._stdout, stdout = self._pipe()
         self._stderr, stderr = self._pipe()
-        self._readiness.prepare()
+        self._poller.prepare()
         self.pid = _spawn(argv, environment, working_directory, (stdin, stdout, stderr, *more))
         self._guardian.started(self.pid)
         try:
@@ -148,16 +148,16 @@ class Process:
         return os.waitid(os.P_PIDFD, self._pidfd, flags) is not None
 
     def _listen(self) -> None:
-        readiness, heard = self._readiness, self._on_output
+        poller, on_output = self._poller, self._on_output
         if self._stdin >= 0:
-            readiness.add(self._stdin, select.EPOLLOUT, self._feed)
+            poller.add(self._stdin, select.EPOLLOUT, self._feed)
         for fd, on_data in ((self._stdout, self._on_stdout), (self._stderr, self._on_stderr)):
             os.set_blocking(fd, False)
-            if heard:
-                readiness.add(fd, select.EPOLLIN, heard)
+            if on_output:
+                poller.add(fd, select.EPOLLIN, on_output)
             else:
-                readiness.add(fd, select.EPOLLIN, _read, fd, on_data)
-        readiness.add(self._pidfd, select.EPOLLIN, self._reap)
+                poller.add(fd, select.EPOLLIN, _read, fd, on_data)
+        poller.add(self._pidfd, select.EPOLLIN, self._reap)
 
     def _feed(self) -> None:
         """Write the body as far as the pipe takes it; a child that never reads blocks nobody."""
@@ -202,13 +202,13 @@ class Process:
 
     def _drop(self, fd: int) -> None:
         self._open.remove(fd)
-        self._readiness.discard(fd)
+        self._poller.discard(fd)
         os.close(fd)
 
     def _close(self) -> None:
         while self._open:
             self._drop(self._open[-1])
-        self._readiness.release()
+        self._poller.release()
 
 
 def _spawn(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from workerd.config.model import Handler
 
-#: What the kernel's own words do not tell.
+#: What the kernel's own words leave out.
 _HINTS = {errno.EAGAIN: ": no process is left (TasksMax=, ulimit -u)"}
 
 _PRIVATE = re.compile(
@@ -60,7 +60,7 @@ class Program:
         self.path = self._find()
 
     def cannot_run(self, error: OSError) -> str:
-        """What is told when it could not be started. The next time it is looked for anew."""
+        """Why it could not be started. The next time it is looked for anew."""
         self.path = self._find()  # it may have moved: a deploy, another PATH entry
         where = f" in {self.directory}" if self.directory else ""
         hint = _HINTS.get(error.errno or 0, "")

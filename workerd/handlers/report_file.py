@@ -1,4 +1,4 @@
-"""What a program tells of its job, in the file that the variable WORKERD_REPORT names.
+"""What a program says of its job, in the file that the variable WORKERD_REPORT names.
 
 Each line is NAME=VALUE:
 

@@ -7,7 +7,7 @@ import functools
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from workerd import log
 from workerd.config.model import Settings
@@ -15,7 +15,7 @@ from workerd.core.admission import admit
 from workerd.core.breaker import Breaker
 from workerd.core.cancellations import Cancellations
 from workerd.core.counters import Counters
-from workerd.core.handler import Degraded, Registry
+from workerd.core.handler import Degraded, Details, Registry
 from workerd.core.job import BadJob, Job, Outcome, Report, Run, submitter
 from workerd.core.ledger import Ledger
 from workerd.core.states import IllegalInput
@@ -27,12 +27,12 @@ from workerd.worker.stop import Stop
 class Progress:
     """How far a run is. ``began`` is an instant of the monotonic clock, None before the start.
 
-    When ``stop`` is done, the handler ends the job. ``pid`` is that of its process.
+    When ``stop`` is done, the handler ends the job. ``details`` are its handler's.
     """
 
     stop: asyncio.Future[None]
     began: float | None = None
-    pid: int | None = None
+    details: Details = field(default_factory=dict)
     cancelled: bool = False
 
     def end(self) -> None:
@@ -81,8 +81,8 @@ class Executor:
         if run.withdrawn or self._stop.interrupt.done():
             progress.end()
 
-        def started(pid: int) -> None:
-            progress.began, progress.pid = time.monotonic(), pid
+        def started(details: Details) -> None:
+            progress.began, progress.details = time.monotonic(), details
             self._ledger.begins(run)
             self._counters.began(run, time.time())
             isolated = True if self._ledger.slots.is_isolated(run) else None

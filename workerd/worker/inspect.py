@@ -229,7 +229,7 @@ class Inspector:
             "queue": job.queue,
             "attempt": job.attempt,
             "age": None if age is None else round(age, 1),
-            "pid": progress.pid if progress else None,
+            "pid": progress.details.get("pid") if progress else None,
             "ending": progress is None or progress.stop.done(),
             "submitter": submitter(job.message),
         }

@@ -1,168 +1,28 @@
-"""Command handlers: arguments, environment, and what becomes of a job."""
+"""Command handlers: what a program is given, and what becomes of its job."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.harness.commands import (
     ENVIRONMENT,
-    SHOW_ARGUMENTS,
     alone,
+    arguments,
+    environment,
     handler,
     in_loop,
     job,
     prepared,
+    refusal,
     run,
     run_one,
 )
 from tests.harness.waiting import SCALE
 from workerd.core.job import Job, Outcome, Report
-
-
-def arguments(*templates: str, job: Job, **options: Any) -> list[bytes]:
-    """What a program is given for these arguments."""
-    report = run(handler(*SHOW_ARGUMENTS, *templates, **options), job).report
-    assert report.outcome is Outcome.DONE, report
-    return report.output.split(b"\0")[:-1]
-
-
-def refusal(*templates: str, job: Job, **options: Any) -> Report:
-    """The report on a job that no program may be given."""
-    report = run(handler("sh", "-c", "echo it ran", *templates, **options), job).report
-    assert report.outcome is Outcome.REJECTED
-    assert report.output == b"", "the program ran"
-    return report
-
-
-def environment(job: Job, environ: dict[str, str] = ENVIRONMENT, **options: Any) -> dict[str, str]:
-    """The environment in which a job runs."""
-    report = run(handler("env", "-0", **options), job, environ=environ).report
-    assert report.outcome is Outcome.DONE, report
-    lines = report.output.decode().split("\0")[:-1]
-    return dict(line.split("=", 1) for line in lines)
-
-
-# Placeholders
-
-
-def test_every_placeholder_has_its_value() -> None:
-    given = job(
-        b'{"user": "ann"}',
-        message_id="id-7",
-        type="greet",
-        headers={"X-Trace": "t1", "x-workerd-attempt": 2},
-    )
-    templates = ["{id}", "{type}", "{queue}", "{attempt}", "{body}", "{body.user}"]
-    assert arguments(*templates, "{header.X-Trace}", job=given) == [
-        b"id-7",
-        b"greet",
-        b"work",
-        b"3",
-        b'{"user": "ann"}',
-        b"ann",
-        b"t1",
-    ]
-
-
-def test_several_placeholders_and_text_make_one_argument() -> None:
-    given = job(b'{"a": "1 2", "b": "x"}')
-    assert arguments("--{body.a}={{{body.b}}}!", job=given) == [b"--1 2={x}!"]
-
-
-def test_a_value_is_not_expanded_again() -> None:
-    given = job(b'{"k": "{header.x}", "l": "{{"}', message_id="{body}", headers={"x": "{id}"})
-    templates = ("{body.k}", "{body.l}", "{id}", "{header.x}")
-    assert arguments(*templates, job=given) == [b"{header.x}", b"{{", b"{body}", b"{id}"]
-
-
-def test_double_braces_are_braces() -> None:
-    assert arguments("{{id}}", '{{"a": {id}}}', job=job(message_id="7")) == [b"{id}", b'{"a": 7}']
-
-
-@pytest.mark.parametrize(
-    "hostile",
-    ["$(touch /tmp/x)", "`id`", "; id", "a b\tc", "*", "'\"", "a\nb", "\\n%s%n", "~", "$HOME", ""],
-)
-def test_a_value_stays_inside_its_argument_whatever_a_shell_would_make_of_it(hostile: str) -> None:
-    given = job(hostile.encode(), message_id=f"i{hostile}", headers={"h": hostile})
-    assert arguments("{body}", "x{header.h}", "{id}", job=given) == [
-        hostile.encode(),
-        b"x" + hostile.encode(),
-        b"i" + hostile.encode(),
-    ]
-
-
-def test_any_bytes_but_nul_may_be_an_argument() -> None:
-    body = bytes(range(1, 256))
-    assert arguments("{body}", job=job(body)) == [body]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        ("5", "5"),
-        ("-0.5", "-0.5"),
-        ("true", "true"),
-        ("null", "null"),
-        ('[1, {"a": "b"}]', '[1, {"a": "b"}]'),
-        ('"gr\\u00fcn"', "grün"),
-        ('"\\ud83d\\ude00"', "😀"),
-        ('""', ""),
-    ],
-)
-def test_a_value_of_the_body_that_is_no_text_is_given_as_json(value: str, text: str) -> None:
-    given = job(b'{"k": %s}' % value.encode())
-    assert arguments("{body.k}", job=given) == [text.encode()]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (5, b"5"),
-        (True, b"true"),
-        (["a", 1], b'["a", 1]'),
-        (b"\xfc", b"\xfc"),
-        ({b"\xfc": 1, "a": 2}, b'{"a": 2}'),
-    ],
-)
-def test_a_header_that_is_no_text_is_given_as_json_and_bytes_as_they_are(
-    value: object, text: bytes
-) -> None:
-    assert arguments("{header.h}", job=job(headers={"h": value})) == [text]
-
-
-@pytest.mark.parametrize(
-    ("body", "error"),
-    [
-        (b'{"other": 1}', "the body has no key 'k'"),
-        (b"", "the body is not JSON"),
-        (b"{", "the body is not JSON"),
-        (b'{"k": "\xff"}', "the body is not JSON"),
-        (b'["k"]', "the body is not a JSON object"),
-        (b'{"k": ' + b"[" * 100_000, "the body is not JSON"),
-        (b'{"k": ' + b"9" * 5000 + b"}", "the body is not JSON"),
-        (b'{"k": "\\ud800"}', "the value of 'k' is half a surrogate pair"),
-    ],
-)
-def test_a_body_without_the_value_that_is_asked_for_is_refused(body: bytes, error: str) -> None:
-    report = refusal("{body.k}", job=job(body))
-    assert report.reason == "bad-body"
-    assert error in report.error
-
-
-def test_a_missing_header_is_refused() -> None:
-    report = refusal("{header.X-Trace}", job=job(headers={"x-trace": "other"}))
-    assert (report.reason, report.error) == ("bad-header", "there is no header 'X-Trace'")
-
-
-# Dashes
 
 
 @pytest.mark.parametrize("value", ["-", "--", "-rf", "--output=/etc/passwd"])
@@ -198,9 +58,6 @@ def test_a_dash_after_literal_text_is_harmless() -> None:
     assert run(handler(*command), job(b"-n")).report.output == b"--name=-n\0./-n\0"
 
 
-# What no program can be given
-
-
 @pytest.mark.parametrize("given", [job(b"a\0b"), job(message_id="a\0b"), job(content_type="\0")])
 def test_a_nul_is_refused(given: Job) -> None:
     report = refusal("{body}", job=given)
@@ -222,9 +79,6 @@ def test_an_argument_that_is_too_long_is_refused_at_once(template: str, given: J
 def test_a_large_body_that_is_no_argument_is_no_trouble() -> None:
     report = run(handler("wc", "-c"), job(b"x" * 200_000, headers={"big": "x" * 200_000})).report
     assert report.output == b"200000\n"
-
-
-# Environment
 
 
 def test_a_job_has_the_daemons_environment_without_what_is_not_its_business() -> None:
@@ -348,152 +202,6 @@ def test_what_a_job_is_given_does_not_depend_on_the_daemons_locale() -> None:
         ascii_only,
     )
     assert said == f"ascii {'→'.encode() * 9 + bytes([0xFC])!a} \n"
-
-
-# The program
-
-
-def test_a_program_is_looked_up_in_the_path_that_it_will_have(tmp_path: Path) -> None:
-    program(tmp_path / "mine", "echo found")
-    report = run(handler("mine", environment={"PATH": f"{tmp_path}:/bin"}), job()).report
-    assert report.output == b"found\n"
-
-
-def test_a_relative_program_is_found_from_its_working_directory(tmp_path: Path) -> None:
-    program(tmp_path / "bin/here", "pwd")
-    before = os.getcwd()
-    report = run(handler("./bin/here", working_directory=tmp_path), job()).report
-    assert report.output == f"{tmp_path}\n".encode()
-    assert os.getcwd() == before
-
-
-def test_a_relative_entry_of_the_path_counts_from_the_working_directory(tmp_path: Path) -> None:
-    program(tmp_path / "bin/here", "pwd")
-    options = {"working_directory": tmp_path, "environment": {"PATH": "/bin:bin"}}
-    report = run(handler("here", **options), job()).report
-    assert report.output == f"{tmp_path}\n".encode()
-
-
-def test_without_a_working_directory_a_job_is_where_the_daemon_is() -> None:
-    assert run(handler("pwd"), job()).report.output == f"{os.getcwd()}\n".encode()
-
-
-def program(path: Path, script: str, interpreter: str = "/bin/sh") -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!{interpreter}\n{script}\n")
-    path.chmod(0o755)
-    return path
-
-
-def missing(path: Path) -> None:
-    path.unlink()
-
-
-def not_executable(path: Path) -> None:
-    path.chmod(0o644)
-
-
-def without_interpreter(path: Path) -> None:
-    path.write_text("#!/nowhere/sh\necho ran\n")
-
-
-def without_shebang(path: Path) -> None:
-    path.write_text("echo ran\n")
-
-
-def empty(path: Path) -> None:
-    path.write_text("")
-
-
-def a_directory(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def a_dangling_link(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("nothing")
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [
-        missing,
-        not_executable,
-        without_interpreter,
-        without_shebang,
-        empty,
-        a_directory,
-        a_dangling_link,
-    ],
-)
-def test_a_program_that_cannot_be_started_is_not_the_jobs_fault(
-    tmp_path: Path, broken: Any
-) -> None:
-    path = program(tmp_path / "prog", "echo ran")
-    command = handler(str(path))
-    broken(path)
-
-    async def scenario() -> tuple[Report, Report]:
-        runs = prepared(command)
-        never = asyncio.get_running_loop().create_future()
-        refused = await run_one(runs, job(), never)
-        if path.is_dir():
-            path.rmdir()
-        path.unlink(missing_ok=True)
-        program(path, "echo ran")
-        return refused, await run_one(runs, job(), never)
-
-    refused, done = in_loop(scenario())
-    assert (refused.outcome, refused.reason) == (Outcome.UNAVAILABLE, "cannot-run")
-    assert refused.error.startswith(f"cannot run {path}: ")
-    assert (done.outcome, done.output) == (Outcome.DONE, b"ran\n")
-
-
-def test_a_program_that_is_just_being_written_is_not_the_jobs_fault(tmp_path: Path) -> None:
-    path = tmp_path / "prog"
-    shutil.copy("/bin/true", path)
-    with path.open("ab"):
-        report = run(handler(str(path)), job()).report
-    assert (report.outcome, report.error) == (
-        Outcome.UNAVAILABLE,
-        f"cannot run {path}: Text file busy",
-    )
-    assert run(handler(str(path)), job()).report.outcome is Outcome.DONE
-
-
-def test_a_program_that_moved_within_the_path_is_found_again(tmp_path: Path) -> None:
-    old, new = tmp_path / "old", tmp_path / "new"
-    path = program(old / "prog", "echo ran")
-    command = handler("prog", environment={"PATH": f"{old}:{new}:/bin"})
-
-    async def scenario() -> list[Outcome]:
-        runs = prepared(command)
-        never = asyncio.get_running_loop().create_future()
-        before = await run_one(runs, job(), never)
-        new.mkdir()
-        path.rename(new / "prog")
-        # The first attempt finds out; it is made again after a pause.
-        between = await run_one(runs, job(), never)
-        return [before.outcome, between.outcome, (await run_one(runs, job(), never)).outcome]
-
-    outcomes = in_loop(scenario())
-    assert outcomes == [Outcome.DONE, Outcome.UNAVAILABLE, Outcome.DONE]
-
-
-@pytest.mark.parametrize("kind", ["missing", "a file"])
-def test_a_missing_working_directory_is_not_the_jobs_fault(tmp_path: Path, kind: str) -> None:
-    place = tmp_path / "place"
-    if kind == "a file":
-        place.touch()
-    before = os.getcwd()
-    report = run(handler("true", working_directory=place), job()).report
-    assert (report.outcome, report.reason) == (Outcome.UNAVAILABLE, "cannot-run")
-    assert report.error.startswith(f"cannot run true in {place}: ")
-    assert os.getcwd() == before
-
-
-# How it ends
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ class Faulty:
 
     async def run(self, _job: Job, _stop: object, started: Started, _may_begin: MayBegin) -> Report:
         if self._begins:
-            started(1)
+            started({"pid": 1})
         raise RuntimeError("a bug of ours")
 
     def of(self, _settings: Settings, _changed: Callable[[str], None]) -> Mapping[str, Any]:

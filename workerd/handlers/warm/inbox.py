@@ -1,4 +1,4 @@
-"""What waits for a warm process to read it: its jobs, and the permits to begin them."""
+"""What waits for a warm process to read it: its jobs, and the tokens to begin them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CHUNK = 1 << 16
 #: How many frames are written at once.
 _MOST_FRAMES = 64
 #: The number of a frame, see `child`.
-_PERMIT = struct.Struct("=Q")
+_TOKEN = struct.Struct("=Q")
 
 
 class Tokens:
@@ -39,26 +39,26 @@ class Tokens:
         return self._theirs.fileno()
 
     def add(self, number: int) -> None:
-        """It may begin this one, once `send` is called."""
-        self._unsent += _PERMIT.pack(number)
+        """Let the process begin this job, once `send` is called."""
+        self._unsent += _TOKEN.pack(number)
 
     def send(self) -> None:
-        """Send as many as there is room for. With each answer of the process there may be more."""
+        """Send as many tokens as there is room for; each answer of the process may make more."""
         if self._unsent:
             with contextlib.suppress(BlockingIOError):
                 sent = self._ours.send(self._unsent, socket.MSG_DONTWAIT)
                 self._unsent = self._unsent[sent:]
 
     def take_back(self) -> set[int]:
-        """Those that it has not read, and never will."""
+        """The numbers that the process has not read, and never will."""
         taken, self._unsent = self._unsent, b""
         with contextlib.suppress(BlockingIOError):
             while data := self._theirs.recv(_CHUNK, socket.MSG_DONTWAIT):
                 taken += data
-        return {number for (number,) in _PERMIT.iter_unpack(taken)}
+        return {number for (number,) in _TOKEN.iter_unpack(taken)}
 
     def close(self) -> None:
-        """Both ends: the process reads the end of the file."""
+        """Close both ends: the process reads the end of the file."""
         self._ours.close()
         self._theirs.close()
 
@@ -66,8 +66,8 @@ class Tokens:
 class Inbox:
     """The pipe of one process, with its jobs.
 
-    With ``tokens``, it begins a job only when it has read the permit for it, and those that it
-    has not begun can be taken back. ``before_sending`` is called before it is sent any.
+    With ``tokens``, the process begins a job only when it has read the job's token, and those that
+    it has not begun can be taken back. ``before_sending`` is called before any is sent.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Inbox:
         self._is_full = False
 
     def put(self, assignment: Assignment, max_attempts: int) -> None:
-        """One more job; `send` sends all that were put since the last time."""
+        """Add a job; `send` sends all that were put since the last time."""
         self._number = assignment.number = self._number + 1
         data = self._unsent[assignment.number] = frame(
             assignment.number, assignment.job, max_attempts
@@ -118,18 +118,18 @@ class Inbox:
             self._is_full = True
             return
         except BrokenPipeError:
-            pass  # it has ended, which will be told soon
+            pass  # the process has ended, which is reported soon
         if self._is_full:
             self._is_full = False
             self._loop.remove_writer(self._pipe)
 
     def send_tokens(self) -> None:
-        """Those that there was no room for, once it has read others."""
+        """Send the tokens that there was no room for, once the process has read others."""
         if self._tokens is not None:
             self._tokens.send()
 
     def take_back(self, assignments: list[Assignment]) -> list[Assignment]:
-        """Those of these that it has not begun, and never will: always the last."""
+        """Those of these jobs that have not begun, and never will: always the last."""
         if self._tokens is None:
             return []
         unread = self._tokens.take_back()
@@ -146,19 +146,24 @@ class Inbox:
         return back
 
     def unread(self) -> int:
-        """How many bytes of what was put it has not read."""
-        count = fcntl.ioctl(self._pipe, termios.FIONREAD, struct.pack("i", 0))
-        return sum(map(len, self._unsent.values())) + int(struct.unpack("i", count)[0])
+        """How many bytes of what was put the process has not read."""
+        return sum(map(len, self._unsent.values())) + bytes_in(self._pipe)
 
     @property
     def closed(self) -> bool:
         return self._pipe < 0
 
     def close(self) -> None:
-        """It reads the end of the file."""
+        """Close it: the process reads the end of the file."""
         if not self.closed:
             self._loop.remove_writer(self._pipe)
             os.close(self._pipe)
             self._pipe = -1
             if self._tokens is not None:
                 self._tokens.close()
+
+
+def bytes_in(pipe: int) -> int:
+    """How many bytes of a pipe have not been read."""
+    count = fcntl.ioctl(pipe, termios.FIONREAD, struct.pack("i", 0))
+    return int(struct.unpack("i", count)[0])

@@ -6,9 +6,10 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from workerd.core.job import Job, Outcome, value
+from workerd.core.topology import MAX_DELAY
 
 VERSION = 1
 #: The longest line that a process may send, in bytes; what follows a line has no limit.
@@ -195,14 +196,14 @@ def _head(line: bytes) -> dict[str, Any]:
     if not isinstance(head, dict):
         raise ProtocolError(f"a line that is not a JSON object: {line[:80]!r}")
     if "output" in head and head["output"] not in ("stdout", "stderr"):
-        raise ProtocolError(f"no such output: {str(head['output'])[:80]!r}")
+        raise ProtocolError(f"no such output: {_excerpt(head['output'])}")
     return head
 
 
 def _length(head: dict[str, Any]) -> int:
     length = head.get("length", 0)
     if type(length) is not int or length < 0:
-        raise ProtocolError(f"no length: {str(length)[:80]!r}")
+        raise ProtocolError(f"no length: {_excerpt(length)}")
     if length and not ("frame" in head or "output" in head):
         raise ProtocolError("bytes after a line that has none")
     return length
@@ -212,39 +213,65 @@ def _message(head: dict[str, Any]) -> Message:
     if "frame" in head:
         return _answer(head, b"")
     if "log" in head:
-        level = head["log"]
+        level = _field(head, "log", str, "")
         if level not in _LEVELS:
-            raise ProtocolError(f"no such level: {str(level)[:80]!r}")
-        return LogLine(level, str(head.get("logger", "")), str(head.get("text", "")))
+            raise ProtocolError(f"no such level: {_excerpt(level)}")
+        return LogLine(level, _field(head, "logger", str, ""), _field(head, "text", str, ""))
     if "ready" in head:
-        if head["ready"] != VERSION:
-            raise ProtocolError(f"it speaks version {str(head['ready'])[:80]}, not {VERSION}")
+        if type(head["ready"]) is not int or head["ready"] != VERSION:
+            raise ProtocolError(f"it speaks version {_excerpt(head['ready'])}, not {VERSION}")
         return Ready()
     if "error" in head:
-        return StartupError(str(head["error"]))
-    raise ProtocolError(f"an unknown message: {str(head)[:80]}")
+        return StartupError(_field(head, "error", str, ""))
+    raise ProtocolError(f"an unknown message: {_excerpt(head)}")
 
 
 def _answer(head: dict[str, Any], output: bytes) -> Answer:
     number = head["frame"]
-    outcome = _OUTCOMES.get(str(head.get("outcome")))
+    outcome = _OUTCOMES.get(_field(head, "outcome", str, ""))
     if type(number) is not int or outcome is None:
-        raise ProtocolError(f"an answer with frame {str(number)[:80]} and no known outcome")
-    retry_after = head.get("retry_after")
-    if retry_after is not None and not _is_delay(retry_after):
-        raise ProtocolError(f"retry_after is not a number of seconds: {str(retry_after)[:80]!r}")
+        raise ProtocolError(f"an answer with frame {_excerpt(number)} and no known outcome")
     return Answer(
         number,
         outcome,
         output,
-        error=str(head.get("error") or ""),
-        note=str(head.get("note") or ""),
-        retry_after=retry_after,
-        last=head.get("last") is True,
-        printed=head.get("printed") is True,
+        error=_field(head, "error", str, ""),
+        note=_field(head, "note", str, ""),
+        retry_after=_delay(head.get("retry_after")),
+        last=_field(head, "last", bool, False),
+        printed=_field(head, "printed", bool, False),
     )
 
 
-def _is_delay(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0 <= value < math.inf  # type: ignore[operator]
+T = TypeVar("T")
+
+
+def _field(head: dict[str, Any], name: str, kind: type[T], default: T) -> T:
+    """A value of a line; null counts as absent."""
+    found = head.get(name)
+    if found is None:
+        return default
+    if not isinstance(found, kind):
+        raise ProtocolError(f"{name} is no {_NAMES[kind]}: {_excerpt(found)}")
+    return found
+
+
+_NAMES = {str: "text", bool: "true or false"}
+
+
+def _delay(seconds: object) -> float | None:
+    if seconds is None:
+        return None
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not number or not 0 <= seconds < math.inf:  # type: ignore[operator]
+        raise ProtocolError(f"retry_after is not a number of seconds: {_excerpt(seconds)}")
+    # Before it becomes a float: an integer may be larger than any.
+    return float(min(seconds, MAX_DELAY))
+
+
+def _excerpt(value: object) -> str:
+    """The beginning of a value, however deep or large that is."""
+    try:
+        return repr(value)[:80]
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"

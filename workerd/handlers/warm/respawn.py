@@ -1,23 +1,32 @@
-"""Whether a warm handler may start another process: after one that could not, not at once."""
+"""When a warm handler may start another process: not at once after one that did not come up."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from workerd import log
 from workerd.backoff import backoff
 from workerd.core.handler import Degraded
 from workerd.core.job import Outcome, Report
 
-if TYPE_CHECKING:
-    from workerd.handlers.warm.child_process import ChildProcess
-
 #: Seconds without an attempt to start a process after one that failed: at first, and at most.
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 #: Seconds after which one that was ready has not ended at once.
 TRIAL = 1.0
+
+
+class Child(Protocol):
+    """A process of the handler's."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes jobs."""
 
 
 class Respawner:
@@ -30,48 +39,48 @@ class Respawner:
     def __init__(
         self, handler: str, try_again: Callable[[], object], changed: Callable[[], object]
     ) -> None:
-        #: Why one could not start; None once one that came up later works.
+        #: Why a process did not come up; None once one that came up later works.
         self.trouble: Report | None = None
         self._handler = handler
         self._try_again = try_again
         self._changed = changed
-        #: The processes that were ready before that: what they do proves nothing.
-        self._veterans: set[ChildProcess] = set()
+        #: The processes that were ready before the trouble: what they do proves nothing.
+        self._veterans: set[Child] = set()
         self._pauses: Iterator[float] = iter(())
         self._pause: asyncio.TimerHandle | None = None
 
     @property
     def paused(self) -> bool:
-        """Whether none is to be started: one has just failed."""
+        """Whether no process is to be started: one has just failed."""
         return self._pause is not None
 
-    def degraded(self, children: Iterable[ChildProcess]) -> Degraded | None:
-        """See `handling.Handler`; these are the processes that there are."""
+    def degraded(self, children: Iterable[Child]) -> Degraded | None:
+        """See `core.handler.Handler`; ``children`` are the processes that there are."""
         if self.trouble is None:
             return None
-        return Degraded(not any(_is_ready(child) for child in children), self.trouble.error)
+        return Degraded(not any(child.is_ready for child in children), self.trouble.error)
 
-    def failed(self, reason: str, text: str, children: Iterable[ChildProcess]) -> None:
-        """One could not be started, or did not come up; these are those that there are."""
+    def failed(self, reason: str, text: str, children: Iterable[Child]) -> None:
+        """A process could not be started, or did not come up; ``children`` are the others."""
         if self.trouble is None:
             self._pauses = backoff(FIRST_PAUSE, LONGEST_PAUSE)
         pause = next(self._pauses)
         if self.trouble is None or self.trouble.error != text:
             log.error("child failed", reason=reason, error=text[-2000:])
         self.trouble = Report(Outcome.UNAVAILABLE, reason, error=text)
-        self._veterans = set(filter(_is_ready, children))
+        self._veterans = {child for child in children if child.is_ready}
         self.end_pause()
         self._pause = asyncio.get_running_loop().call_later(pause, self._pause_is_over)
         self._changed()
 
-    def ready(self, child: ChildProcess) -> None:
-        """This one has come up. Whether it stays will be seen."""
+    def ready(self, child: Child) -> None:
+        """A process has come up. Whether it stays will be seen."""
         self.end_pause()
         if self.trouble:
             asyncio.get_running_loop().call_later(TRIAL, self._stays, child)
 
-    def works(self, child: ChildProcess) -> None:
-        """It has done a job, or could: if it came up since another did not, the trouble is over."""
+    def works(self, child: Child) -> None:
+        """A process has done a job, or could. One that came up after the trouble began ends it."""
         if self.trouble is not None and child not in self._veterans:
             self.trouble = None
             self._veterans.clear()
@@ -80,7 +89,7 @@ class Respawner:
             self._changed()
 
     def end_pause(self) -> None:
-        """The next may be started now."""
+        """Let the next process be started now."""
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
@@ -89,10 +98,6 @@ class Respawner:
         self._pause = None
         self._try_again()
 
-    def _stays(self, child: ChildProcess) -> None:
-        if _is_ready(child):
+    def _stays(self, child: Child) -> None:
+        if child.is_ready:
             self.works(child)
-
-
-def _is_ready(child: ChildProcess) -> bool:
-    return child.state == "ready"

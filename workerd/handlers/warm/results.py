@@ -7,13 +7,13 @@ from workerd.core.job import Outcome, Report
 from workerd.handlers.process import ending
 from workerd.handlers.warm.protocol import Answer
 
-#: Of what a process says of itself or of a job, in characters.
+#: The longest text that is kept of an answer, in characters.
 _LONGEST_TEXT = 16 * 1024
 
-#: What most jobs have to say.
+#: The result of most jobs.
 _DONE = Report(Outcome.DONE)
 
-#: What becomes of the job of a process that was told to end.
+#: What becomes of the job of a process that was ended for this reason.
 _CAUSES = {
     "drain": (Outcome.INTERRUPTED, "drain"),
     "timeout": (Outcome.FAILED, "timeout"),
@@ -21,7 +21,9 @@ _CAUSES = {
 
 
 def answered(answer: Answer, cause: str) -> Report:
-    """A job that was told to end, for this ``cause``, and is done all the same, is done."""
+    """The report on a job that has this answer. One that was to end, for this ``cause``, and is
+    done all the same, is done.
+    """
     if answer.outcome is Outcome.DONE and not (answer.output or answer.error or answer.note):
         return _DONE
     if answer.outcome is not Outcome.DONE and cause in _CAUSES:
@@ -42,7 +44,7 @@ def answered(answer: Answer, cause: str) -> Report:
 
 
 def unanswered(status: int, cause: str, error: str) -> Report:
-    """The process of the job has ended in the middle of it."""
+    """The report on a job whose process has ended in the middle of it."""
     outcome, reason = _CAUSES.get(cause, (Outcome.FAILED, "crashed"))
     exit_status, killed_by = ending(status)
     return Report(outcome, reason, exit_status=exit_status, signal=killed_by, error=error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import re
@@ -19,11 +20,13 @@ from tests.harness.processes import MissingTool
 from tests.harness.trixie import CHECKOUT
 from workerd.config.model import Handler
 from workerd.core.job import Outcome, Report
+from workerd.core.topology import MAX_DELAY
 from workerd.handlers.warm.protocol import (
     Answer,
     LogLine,
     Parser,
     Printed,
+    ProtocolError,
     Ready,
     StartupError,
     frame,
@@ -202,3 +205,66 @@ def test_an_answer_means_the_same_however_it_is_spelt(line: bytes) -> None:
 def test_an_answer_that_says_more_is_heard_out(line: bytes) -> None:
     (answer,) = Parser(10).feed(line + b"\n")
     assert answer != Answer(5, Outcome.DONE)
+
+
+# Whatever a child sends is a message or a breach: nothing else comes of it.
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.just(10**400)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["debug", "done", "failed", "stdout", "\ud800"]),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=3), inside),
+    max_leaves=5,
+)
+KEYS = ["frame", "outcome", "length", "output", "log", "logger", "text", "ready", "error", "note"]
+LINES = st.dictionaries(
+    st.sampled_from([*KEYS, "retry_after", "last", "printed"]), JSON, max_size=5
+).map(lambda line: json.dumps(line).encode() + b"\n")
+DEEP = st.sampled_from(
+    [
+        b'{"log":' + b"[" * depth + b"]" * depth + b"}\n"
+        for depth in (1, 100, 900, 970, 990, 100_000)
+    ]
+)
+
+
+@given(st.lists(LINES | DEEP | st.binary(max_size=20), max_size=4), st.integers(0, 40))
+def test_any_bytes_of_a_child_are_messages_or_a_breach_of_the_protocol(
+    pieces: list[bytes], cut: int
+) -> None:
+    data = b"".join(pieces)
+    parser = Parser(10)
+    with contextlib.suppress(ProtocolError):
+        for part in (data[:cut], data[cut:]):
+            for message in parser.feed(part):
+                check(message)
+
+
+def check(message: object) -> None:
+    """Each field is of its type."""
+    match message:
+        case Answer():
+            assert type(message.frame) is int
+            assert isinstance(message.outcome, Outcome)
+            assert isinstance(message.output, bytes)
+            assert isinstance(message.error, str)
+            assert isinstance(message.note, str)
+            assert {type(message.last), type(message.printed)} == {bool}
+            if message.retry_after is not None:
+                assert isinstance(message.retry_after, float)
+                assert 0 <= message.retry_after <= MAX_DELAY
+        case LogLine():
+            assert message.level in ("debug", "info", "warning", "error")
+            assert isinstance(message.logger, str)
+            assert isinstance(message.text, str)
+        case Printed():
+            assert message.stream in ("stdout", "stderr")
+            assert isinstance(message.data, bytes)
+        case StartupError():
+            assert isinstance(message.text, str)
+        case _:
+            assert isinstance(message, Ready)
