@@ -120,3 +120,9 @@ def test_every_link_leads_somewhere(page: Path) -> None:
                 re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings
             }
             assert anchor in anchors, target
+
+
+def test_the_words_of_the_glossary_are_in_order_and_there_once() -> None:
+    words = re.findall(r"(?m)^\| ([^|]+) \| ", (DOCS / "glossary.md").read_text())[1:]
+    assert "dead letter" in words
+    assert words == sorted(set(words), key=str.casefold)
