@@ -28,6 +28,9 @@ its notify socket and its queues. What does so imports nothing of workerd:
 Unit tests share parts of workerd itself:
 
     samples     a message, and what a run of it may come to
+    letters     dead letters as workerd and RabbitMQ make them
+    run_logs    run logs: two keys of jobs, and what happens to an instance
+    log_records  records of the log, and the journal that takes them
     commands    command handlers without a daemon
     pools       warm handlers without a daemon and a broker
     episodes    random episodes for the ledger: a model of RabbitMQ and of the worker around it

@@ -21,10 +21,8 @@ NAMED_FOR_A_SUBJECT = {
 
 # What is too long and is about to be split. An entry that is no longer needed fails the test.
 NOT_YET = {
-    "tests/broker/test_dead.py",
     "tests/broker/test_host.py",
     "tests/broker/test_service.py",
-    "tests/unit/test_log.py",
     "tests/unit/handlers/test_child.py",
     "tests/unit/handlers/test_command.py",
     "tests/unit/handlers/warm/test_pool.py",
