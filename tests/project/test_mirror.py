@@ -21,8 +21,6 @@ NAMED_FOR_A_SUBJECT = {
 
 # What is too long and is about to be split. An entry that is no longer needed fails the test.
 NOT_YET = {
-    "tests/broker/test_host.py",
-    "tests/broker/test_service.py",
     "tests/unit/handlers/test_child.py",
     "tests/unit/handlers/test_command.py",
     "tests/unit/handlers/warm/test_pool.py",
