@@ -22,6 +22,7 @@ and the leaves, which any of them may use:
     errors       the tree of errors, and the exit status of each
     log          events with fields, without ever waiting
     log_formats  how events are written: to the journal, as JSON, for a console
+    output       what a command prints: lines, tables and JSON, errors
     paths        where the files of an instance are
     ids          ids of jobs, and of their copies
     units        durations and sizes as people write them

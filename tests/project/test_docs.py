@@ -120,3 +120,45 @@ def test_every_link_leads_somewhere(page: Path) -> None:
                 re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings
             }
             assert anchor in anchors, target
+
+
+def test_the_words_of_the_glossary_are_in_order_and_there_once() -> None:
+    words = re.findall(r"(?m)^\| ([^|]+) \| ", (DOCS / "glossary.md").read_text())[1:]
+    assert "dead letter" in words
+    assert words == sorted(set(words), key=str.casefold)
+
+
+GUIDES = ["architecture.md", "contributing.md"]
+
+
+def members() -> dict[str, set[str]]:
+    """The classes of workerd, with what each of them has."""
+    found: dict[str, set[str]] = {}
+    for path in sorted((CHECKOUT / "workerd").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                own = found.setdefault(node.name, set())
+                for each in ast.walk(node):
+                    if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef):
+                        own.add(each.name)
+                    elif isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store):
+                        own.add(each.attr)
+    return found
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_a_guide_to_the_code_names_files_that_there_are(guide: str) -> None:
+    named = re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`", (DOCS / guide).read_text())
+    assert named
+    places = (CHECKOUT, CHECKOUT / "workerd")
+    missing = [name for name in named if not any((root / name).exists() for root in places)]
+    assert [name for name in missing if "NAME" not in name and "*" not in name] == []
+
+
+def test_the_architecture_names_what_is_in_the_code() -> None:
+    classes = members()
+    named = re.findall(
+        r"\b([A-Z]\w+)\.(?!md|py)([a-z_]\w+)", (DOCS / "architecture.md").read_text()
+    )
+    assert ("Worker", "perform") in named
+    assert {f"{cls}.{name}" for cls, name in named if name not in classes.get(cls, set())} == set()

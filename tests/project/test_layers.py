@@ -63,8 +63,6 @@ NOT_YET: dict[str, set[str]] = {
     "floors": set(),
     # Without these imports there is no circle.
     "circles": {
-        "workerd.broker.channel -> workerd.broker.connection",
-        "workerd.control.session -> workerd.control.server",
         "workerd.handlers.warm.assignment -> workerd.handlers.warm.child_process",
         "workerd.handlers.warm.child_process -> workerd.handlers.warm.pool",
     },

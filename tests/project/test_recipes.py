@@ -129,7 +129,7 @@ def test_a_command_is_in_the_readme_and_in_the_manual(name: str, manual: Path) -
     assert f'\n.SH "workerd {roff(name)}"\n' in (manual / "workerd.8").read_text()
 
 
-@pytest.mark.parametrize("name", {name.partition(" ")[0] for name in COMMANDS})
+@pytest.mark.parametrize("name", sorted({name.partition(" ")[0] for name in COMMANDS}))
 def test_a_command_has_a_module_that_is_named_for_it_or_says_so(name: str) -> None:
     modules = CHECKOUT / "workerd/cli"
     module = modules / f"{name.replace('-', '_')}.py"

@@ -6,6 +6,7 @@ Everything runs in one asyncio loop; nothing here decides what becomes of a job.
 
     connection    one connection, and the endless supply of them
     channel       one channel: declaring, consuming, settling, confirmed publishing
+    confirms      which published messages of a channel the broker has taken
     parameters    address, login, TLS and limits, as pika wants them
     errors        what errors of pika, RabbitMQ and the network mean, as `BrokerError`
     frames        deliveries, read out of the bytes of a broker without pika

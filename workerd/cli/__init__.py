@@ -4,7 +4,6 @@ Start at `main.parser`. Each command has its options in a module of its own, add
 
     main          parses, puts the parts together, turns errors into exit statuses
     options       options that commands share
-    output        tables for people, JSON lines for programs
     run           `workerd run`
     check         `workerd check`
     setup         `workerd setup`
@@ -15,7 +14,8 @@ Start at `main.parser`. Each command has its options in a module of its own, add
     health        `workerd health`
     queues        `workerd queues`
     logs          `workerd logs`
-    steer         `workerd pause`, `resume`, `cancel`
+    cancel        `workerd cancel`
+    pause         `workerd pause`, `workerd resume`
     dead          `workerd dead`
     metrics       `workerd metrics`
     prometheus    the metrics of every instance, as Prometheus reads them

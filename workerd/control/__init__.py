@@ -6,6 +6,7 @@ Start at `server.Control`, or at `client.ask` for the other end.
     client     asks an instance: plain, blocking, without asyncio
     instances  the instances of this host: what each says, or why it says nothing
     server     the socket: who may ask, and how much; nothing of it holds up a job
+    limits     how much those who ask may take, all together and each user
     session    one connection as the server sees it: its requests and their replies
     peer       who asks, as the kernel knows it
     requests   what is answered, and what an operator may have done

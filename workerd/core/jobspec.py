@@ -1,5 +1,5 @@
 """What a submission asks for, before it is known whether that can be: from a command line, or
-from the local socket. `order` judges it.
+from the local socket. `submission` judges it.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """`workerd status --watch`: asks the instances every second, and shows what they say.
 
-What is drawn is in `screen`; here is who is asked when, and the terminal.
+What is drawn is in `sections`; here is who is asked when, and the terminal.
 """
 
 from __future__ import annotations
