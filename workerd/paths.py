@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 _RUNTIME = "/run/workerd"
 _STATE = "/var/lib/workerd"
+
+
+def is_instance(name: str) -> bool:
+    """Whether an instance may have this name, which is one step of a path and plain text."""
+    return re.fullmatch(r"(?!\.{1,2}\Z)[A-Za-z0-9_.-]{1,32}", name) is not None
 
 
 def runtime_directory(environ: Mapping[str, str] = os.environ) -> Path:

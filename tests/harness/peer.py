@@ -52,6 +52,8 @@ class DeadLetter:
     id: str
     body: bytes = b""
     redelivered: bool = False
+    #: Other properties, by the names that pika has for them.
+    properties: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -262,7 +264,9 @@ class Peer:
                 method = pika.spec.Basic.Deliver(
                     channel.consumer_tag, channel.tag, letter.redelivered, "", channel.queue
                 )
-                properties = pika.BasicProperties(message_id=letter.id, delivery_mode=2)
+                properties = pika.BasicProperties(
+                    message_id=letter.id, delivery_mode=2, **letter.properties
+                )
                 channel.connection.send(channel.number, method, properties, letter.body)
 
     def _settle(self, channel: Channel, method: Any) -> None:
