@@ -2,18 +2,43 @@
 
 Texts of publishers, jobs, brokers and peers are made `safe` here, so no command forgets to. An
 output that cannot be written is a CommandError with EX_IOERR, once: what is printed after that
-goes nowhere, and the one line about it is all that is said.
+goes nowhere, and one line on standard error is all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
 from collections.abc import Sequence
 
 from workerd.errors import EX_IOERR, CommandError
+
+
+class ReaderGone(CommandError):
+    """Nobody reads standard output any more, as behind a pipe to `head`."""
+
+
+def open_streams() -> None:
+    """Make the descriptors 0 to 2 usable, whatever is closed of them: call this first.
+
+    Else what is opened next gets their numbers. A closed standard output cannot be written.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Opened for reading, which is what writing to it will fail of.
+            os.open(os.devnull, os.O_WRONLY if number == 2 else os.O_RDONLY)
+            os.set_inheritable(number, True)
+    # None is what Python makes of a closed one.
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What the locale cannot write must not raise.
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def print_line(text: str) -> None:
@@ -36,7 +61,11 @@ def print_json(value: object) -> None:
 
 
 def print_bytes(data: bytes) -> None:
-    """Write bytes as they are: for programs. Raises CommandError."""
+    """Write bytes as they are for programs, as safe lines for a terminal. Raises CommandError."""
+    if sys.stdout.isatty():
+        for line in data.decode("utf-8", "backslashreplace").splitlines():
+            print_line(line)
+        return
     flush()
     try:
         sys.stdout.buffer.write(data)
@@ -76,4 +105,5 @@ def _write(text: str) -> None:
 
 def _lost(error: OSError) -> CommandError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return CommandError(EX_IOERR, f"standard output: {error.strerror}")
+    kind = ReaderGone if isinstance(error, BrokenPipeError) else CommandError
+    return kind(EX_IOERR, f"standard output: {error.strerror}")

@@ -298,7 +298,7 @@ def test_a_body_too_large_for_the_broker_is_65_at_once(submit: Submit, message_l
 def test_a_broker_that_is_down_is_tried_until_the_timeout(nowhere: Path) -> None:
     result = run([*SUBMIT, "--config", nowhere, "--timeout", f"{SCALE}s", "sleep", "4"])
     assert (result.status, result.stdout) == (69, "")
-    assert result.stderr == "submit: connection refused\n"
+    assert result.stderr.endswith(": connection refused\n")
     assert SCALE / 2 < result.seconds < SCALE + START
 
 

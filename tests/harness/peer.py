@@ -52,6 +52,8 @@ class DeadLetter:
     id: str
     body: bytes = b""
     redelivered: bool = False
+    #: Other properties, by the names that pika has for them.
+    properties: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -113,6 +115,8 @@ class Peer:
     ) -> None:
         self.silent = silent
         self.mute = mute
+        #: How a client may log in.
+        self.mechanisms = "PLAIN"
         self.ack_timeout = ack_timeout
         self.asked: list[Any] = []
         self.settled: list[Settled] = []
@@ -262,7 +266,9 @@ class Peer:
                 method = pika.spec.Basic.Deliver(
                     channel.consumer_tag, channel.tag, letter.redelivered, "", channel.queue
                 )
-                properties = pika.BasicProperties(message_id=letter.id, delivery_mode=2)
+                properties = pika.BasicProperties(
+                    message_id=letter.id, delivery_mode=2, **letter.properties
+                )
                 channel.connection.send(channel.number, method, properties, letter.body)
 
     def _settle(self, channel: Channel, method: Any) -> None:
@@ -411,7 +417,7 @@ class Connection:
                     break
                 unread = unread[size:]
                 if isinstance(frame, pika.frame.ProtocolHeader):
-                    self.send(0, _start())
+                    self.send(0, _start(self._peer.mechanisms))
                 elif isinstance(frame, pika.frame.Method):
                     if isinstance(frame.method, pika.spec.Basic.Publish):
                         publishing[frame.channel_number] = (frame.method.routing_key, 0, b"")
@@ -429,7 +435,7 @@ class Connection:
                         self._peer.handle_message(self, number, key, body)
 
 
-def _start() -> pika.spec.Connection.Start:
+def _start(mechanisms: str) -> pika.spec.Connection.Start:
     capabilities = (
         "authentication_failure_close",
         "basic.nack",
@@ -444,4 +450,4 @@ def _start() -> pika.spec.Connection.Start:
         "version": "4.3.0",
         "capabilities": dict.fromkeys(capabilities, True),
     }
-    return pika.spec.Connection.Start(0, 9, properties, "PLAIN", "en_US")
+    return pika.spec.Connection.Start(0, 9, properties, mechanisms, "en_US")

@@ -82,13 +82,17 @@ class Connection:
     async def to_any(cls, broker: Broker, name: str, environ: Mapping[str, str]) -> Connection:
         """Connect to the first broker that answers, in random order; see `open`.
 
-        Raises the last one's BrokerError.
+        Raises the last one's BrokerError, with its name.
         """
         urls = random.sample(broker.urls, len(broker.urls))
         for url in urls[:-1]:
             with contextlib.suppress(BrokerError):
                 return await cls.open(url, broker, name, environ)
-        return await cls.open(urls[-1], broker, name, environ)
+        try:
+            return await cls.open(urls[-1], broker, name, environ)
+        except BrokerError as error:
+            where = f"{urls[-1].host}:{urls[-1].port}"
+            raise BrokerError(error.kind, f"{where}: {error}", error.code) from None
 
     @property
     def version(self) -> tuple[int, ...]:

@@ -49,6 +49,13 @@ def diagnose(error: BaseException) -> BrokerError:
         return BrokerError(ErrorKind.REFUSED, f"TLS: the broker says: {alert[1]}")
     if isinstance(error, ssl.SSLError) and error.reason:
         return BrokerError(ErrorKind.AWAY, f"TLS: {error.reason.replace('_', ' ').lower()}")
+    if isinstance(error, pika.exceptions.AuthenticationError):
+        # Its text is the bare name of the mechanism that is not offered.
+        text = "the broker takes no password: add PLAIN to its auth_mechanisms (rabbitmq.conf)"
+        return BrokerError(ErrorKind.REFUSED, text)
+    if isinstance(error, pika.exceptions.NoFreeChannels):
+        text = "the broker allows no more channels on a connection: raise its channel_max"
+        return BrokerError(ErrorKind.AWAY, text)
     if isinstance(error, pika.exceptions.ProbableAuthenticationError):
         return BrokerError(ErrorKind.AWAY, "the broker hung up during the login")
     if isinstance(error, socket.gaierror):
@@ -88,10 +95,18 @@ def _inner(error: BaseException) -> BaseException | None:
 def _plain(error: BaseException, text: str) -> str:
     if isinstance(error, pika.exceptions.AMQPHeartbeatTimeout):
         return "no heartbeat from the broker"
-    if isinstance(error, pika.exceptions.StreamLostError):
-        return "connection lost: " + text.removeprefix("Stream connection lost: ")
     if "StackTimeout" in repr(error):
         return f"no AMQP answer within {CONNECT_TIMEOUT:.0f} s"
+    # pika keeps the repr of an error in the text of another.
+    system = re.search(r"\w+Error\(\d+, ['\"](.+?)['\"]\)", text)
+    if system:
+        return f"connection lost: {system[1].lower()}"
+    if isinstance(error, pika.exceptions.StreamLostError):
+        return "connection lost: " + text.removeprefix("Stream connection lost: ")
+    if isinstance(error, pika.exceptions.IncompatibleProtocolError):
+        return "the connection ended before AMQP 0-9-1 was agreed on: is this RabbitMQ's AMQP port?"
+    if text == type(error).__name__:
+        return f"the connection ended ({text})"
     return text
 
 

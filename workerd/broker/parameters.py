@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ssl
 from collections.abc import Mapping
 
@@ -22,7 +23,9 @@ def parameters(
     try:
         password = password_for(broker, url, environ).reveal()
         # Loading the system's authorities takes longer than all the rest of a `submit`.
-        tls = _tls_options(url, broker.tls) if url.tls else None
+        tls = None
+        if url.tls:
+            tls = pika.SSLOptions(tls_context(broker.tls), broker.tls.server_name or url.host)
     except (SettingsError, OSError) as error:
         raise BrokerError(ErrorKind.REFUSED, str(error)) from error
     heartbeat = max(1, round(broker.heartbeat))
@@ -44,15 +47,32 @@ def parameters(
     )
 
 
-def _tls_options(url: BrokerURL, tls: TLS) -> pika.SSLOptions:
-    """Raises OSError, which says in which file the fault is."""
-    files = [tls.ca_file]
+def tls_context(tls: TLS) -> ssl.SSLContext:
+    """Read the certificates and the key, as they are now. Raises OSError, with the file's name."""
+    file = tls.ca_file
     try:
-        context = ssl.create_default_context(cafile=str(tls.ca_file) if tls.ca_file else None)
+        context = ssl.create_default_context(cafile=str(file) if file else None)
         if tls.cert_file:
-            files = [tls.cert_file, tls.key_file]
-            context.load_cert_chain(tls.cert_file, tls.key_file)
+            file = tls.cert_file
+            file.open("rb").close()  # OpenSSL's error does not say which of the two is missing
+            file = tls.key_file or file
+            file.open("rb").close()
+            context.load_cert_chain(tls.cert_file, tls.key_file, password=_no_passphrase)
+    except ssl.SSLError as error:
+        # OpenSSL's own words are for its developers, and do not say in which file.
+        if file == tls.ca_file:
+            text = f"{file}: holds no certificate in PEM form"
+        elif error.reason == "KEY_VALUES_MISMATCH":
+            text = f"{file}: the key belongs to another certificate than {tls.cert_file}"
+        else:
+            text = f"{tls.cert_file} or {file}: holds no certificate, or no key, in PEM form"
+        raise OSError(text) from error
     except OSError as error:
-        names = " or ".join(str(file) for file in files if file)
-        raise OSError(f"{names}: {error.strerror}") from error
-    return pika.SSLOptions(context, tls.server_name or url.host)
+        raise OSError(f"{file}: {error.strerror}") from error
+    return context
+
+
+def _no_passphrase() -> str:
+    """Stand in for OpenSSL's own prompt, which would wait for whoever sits at the terminal."""
+    text = "the key has a passphrase, which nobody is there to type: openssl pkey -in OLD -out NEW"
+    raise OSError(errno.EACCES, text)

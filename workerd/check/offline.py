@@ -22,6 +22,7 @@ def check(settings: Settings, environ: Environ = os.environ) -> list[str]:
         where = settings.where("control", "operators")
         problems.append(f"{where}: there is no group {toml(operators)}: groupadd {operators}")
     problems += _unreadable_password(settings)
+    problems += _unusable_tls(settings)
     problems += [
         _outlasts_the_broker(settings, handler)
         for handler in settings.handlers.values()
@@ -33,8 +34,7 @@ def check(settings: Settings, environ: Environ = os.environ) -> list[str]:
 def _unreadable_password(settings: Settings) -> Iterator[str]:
     file = settings.broker.password_file
     account = service_account()
-    if file is None or (account is not None and account.pw_uid != os.geteuid()):
-        # None of the business of those who only submit.
+    if file is None or not _is_for_us():
         return
     try:
         file.open("rb").close()
@@ -42,6 +42,23 @@ def _unreadable_password(settings: Settings) -> Iterator[str]:
         name = account.pw_name if account else "whoever runs the daemon"
         why = f"{error.strerror}; {name} has to read it"
         yield f"{settings.where('broker', 'password_file')}: {file}: {why}"
+
+
+def _unusable_tls(settings: Settings) -> Iterator[str]:
+    if not any(url.tls for url in settings.broker.urls) or not _is_for_us():
+        return
+    from workerd.broker.parameters import tls_context
+
+    try:
+        tls_context(settings.broker.tls)
+    except OSError as error:
+        yield f"{settings.where('broker', 'tls')}: {error}"
+
+
+def _is_for_us() -> bool:
+    """Whether this user's daemon would read the secrets, and not only that of the service."""
+    account = service_account()
+    return account is None or account.pw_uid == os.geteuid()
 
 
 def _outlasts_the_broker(settings: Settings, handler: Handler) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -130,19 +131,25 @@ def _import_error(handler: Handler, interpreter: Path, function: str, environ: E
     # Into a file: a pipe could be held open by something that the application has started.
     with open(os.memfd_create("check"), "w+b") as output:
         try:
-            status = subprocess.run(
+            child = subprocess.Popen(
                 [interpreter, CHILD, "--check", function],
                 cwd=handler.working_directory,
                 env={**clean_environment(environ), **handler.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=output,
-                timeout=IMPORT_TIMEOUT,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return f"importing it took longer than {format_duration(IMPORT_TIMEOUT)}"
+                # What it imports must not reach the terminal of whoever checks: not for typing
+                # there (TIOCSTI), nor for signals.
+                start_new_session=True,
+            )
         except OSError as error:
             return f"{interpreter} does not start: {error.strerror}"
+        with child:
+            try:
+                status = child.wait(IMPORT_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+                return f"importing it took longer than {format_duration(IMPORT_TIMEOUT)}"
         if status == 0:
             return ""
         output.seek(0)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from workerd import output
 from workerd.cli.options import add_common, seconds
 from workerd.errors import EX_DATAERR, EX_NOINPUT, EX_OK, EX_USAGE, CommandError
-from workerd.output import print_bytes, print_json, print_line, print_table, warn
+from workerd.output import print_bytes, print_json, print_line, print_table, safe, warn
 
 if TYPE_CHECKING:
     from workerd.config.model import Settings
@@ -260,7 +260,7 @@ def _drop(args: argparse.Namespace) -> int:
     def agreed(count: int) -> bool:
         if args.yes:
             return True
-        sys.stderr.write(f"Drop {count} dead letters of {args.queue} for good? [y/N] ")
+        sys.stderr.write(f"Drop {count} dead letters of {safe(args.queue)} for good? [y/N] ")
         sys.stderr.flush()
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 

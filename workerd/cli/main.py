@@ -85,7 +85,11 @@ def submit_parser() -> argparse.ArgumentParser:
 
 def _run(make_parser: Callable[[], argparse.ArgumentParser], words: Sequence[str] | None) -> int:
     """Run the command that a command line names; returns the exit status."""
-    args = make_parser().parse_args(words)
+    output.open_streams()
+    try:
+        args = make_parser().parse_args(words)
+    except SystemExit as ended:  # after --help, or an error of usage
+        return _flush(int(ended.code or 0), "workerd", quiet=True)
     try:
         status: int = args.carry_out(args)
     except SettingsError as error:
@@ -97,10 +101,17 @@ def _run(make_parser: Callable[[], argparse.ArgumentParser], words: Sequence[str
         status = exit_status(error)
     except KeyboardInterrupt:
         status = 130
+    return _flush(status, args.name)
+
+
+def _flush(status: int, name: str, quiet: bool = False) -> int:
+    """Have everything printed; returns the exit status. ``quiet``: a pipe to `head` is fine."""
     try:
         output.flush()
     except CommandError as error:
-        output.warn(str(error), args.name)
+        if quiet and isinstance(error, output.ReaderGone):
+            return status
+        output.warn(str(error), name)
         return status or error.status
     return status
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from workerd.errors import EX_USAGE, CommandError
-from workerd.output import safe
+from workerd.output import warn
 
 
 def unmeasured(prog: str) -> argparse.HelpFormatter:
@@ -33,8 +34,10 @@ class Parser(argparse.ArgumentParser):
         return super().format_usage()
 
     def error(self, message: str) -> object:  # type: ignore[override]
-        self.print_usage(sys.stderr)
-        self.exit(EX_USAGE, f"{self.prog}: {safe(message)}\n")
+        with contextlib.suppress(OSError):
+            self.print_usage(sys.stderr)
+        warn(message, self.prog)
+        sys.exit(EX_USAGE)
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,6 @@
 import grp
 import os
 import pwd
-import re
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,11 +20,10 @@ from workerd.config.permissions import readable_by_all, writable_by_others
 from workerd.config.text import dotted, toml
 from workerd.config.validate import broken_rules
 from workerd.errors import SettingsError
+from workerd.paths import is_instance
 
 ETC = Path("/etc/workerd")
 URL_VARIABLE = "WORKERD_BROKER_URL"
-
-_INSTANCE = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9_.-]{1,32}")
 
 Layer = dict[str, Any]
 
@@ -43,7 +41,7 @@ def load(
     Raises SettingsError with every problem of every file.
     """
     problems: list[str] = []
-    if not _INSTANCE.fullmatch(instance):
+    if not is_instance(instance):
         expected = '1 to 32 letters, digits and "_", "." or "-"'
         problems.append(f"instance name {toml(instance)}: expected {expected}")
         instance = "1"

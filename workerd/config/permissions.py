@@ -8,12 +8,16 @@ import errno
 import grp
 import os
 import pwd
+import re
 import shlex
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 SERVICE_USER = "workerd"
+
+# What a service would have in its environment as well.
+_HARMLESS = re.compile("PATH|LANG|LC_[A-Z]+|TZ")
 
 # Linux follows at most this many links in one path (path_resolution(7)).
 _MOST_LINKS = 40
@@ -125,7 +129,8 @@ def _group(gid: int) -> str:
 def drop_to_service_user() -> None:
     """Become the service's user for good, if this is root and the host has such a user.
 
-    Checking runs application code, which must not get more rights than a job would.
+    Checking runs application code, which must get neither more rights nor more secrets than a
+    job would: the environment becomes that of a service.
     """
     account = service_account()
     if account is None or os.geteuid() != 0:
@@ -133,9 +138,12 @@ def drop_to_service_user() -> None:
     os.setgroups(os.getgrouplist(account.pw_name, account.pw_gid))
     os.setgid(account.pw_gid)
     os.setuid(account.pw_uid)
-    # Root's home and directory are closed to it; a service starts in "/".
-    os.environ["HOME"] = account.pw_dir
+    # Root's home and directory are closed to this user; a service starts in "/".
     os.chdir("/")
+    # What root has in its environment is none of the application's business.
+    kept = {name: value for name, value in os.environ.items() if _HARMLESS.fullmatch(name)}
+    os.environ.clear()
+    os.environ.update(kept, HOME=account.pw_dir, USER=account.pw_name, LOGNAME=account.pw_name)
 
 
 def group_id(name: str) -> int | None:

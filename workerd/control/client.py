@@ -16,12 +16,14 @@ from pathlib import Path
 
 from workerd.control.protocol import GROUP, SOCKET, VERSION, Busy, NoAnswer, NotServedHere, Reply
 from workerd.errors import EX_NOPERM, EX_PROTOCOL, CommandError
-from workerd.paths import runtime_directories
+from workerd.paths import is_instance, runtime_directories
 
 #: Seconds for an answer that needs nobody but the daemon.
 TIMEOUT = 3.0
 #: Seconds between two tries while the daemon has too many clients.
 _PAUSE = 0.05
+#: The longest answer, in bytes: a thousand jobs fit many times.
+_MAX_ANSWER = 16 << 20
 #: The longest path of a socket, in bytes.
 _MAX_PATH = 107
 
@@ -102,14 +104,16 @@ def address(folder: Path, name: str = SOCKET) -> Iterator[str]:
         os.close(descriptor)
 
 
-def _read_line(sock: socket.socket, deadline: float) -> bytes:
-    line = b""
+def _read_line(sock: socket.socket, deadline: float) -> bytearray:
+    line = bytearray()
     while not line.endswith(b"\n"):
         sock.settimeout(_left(deadline))
         data = sock.recv(1 << 16)
         if not data:
             raise NoAnswer("it went away without an answer")
         line += data
+        if len(line) > _MAX_ANSWER:
+            raise NoAnswer("it answers without end")
     return line
 
 
@@ -117,16 +121,17 @@ def _left(deadline: float) -> float:
     return max(deadline - time.monotonic(), 0.001)
 
 
-def _judged(line: bytes) -> Reply:
+def _judged(line: bytes | bytearray) -> Reply:
     try:
         answer = json.loads(line)
-    except ValueError:
-        raise CommandError(EX_PROTOCOL, "the daemon's answer is not JSON") from None
-    if answer.get("ok"):
-        return {key: value for key, value in answer.items() if key not in ("ok", "version")}
+        if answer.get("ok"):
+            return {key: value for key, value in answer.items() if key not in ("ok", "version")}
+        status = int(answer.get("status", EX_PROTOCOL))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise CommandError(EX_PROTOCOL, "the daemon's answer makes no sense") from None
     kinds = {"busy": Busy, "elsewhere": NotServedHere}
     kind = kinds.get(str(answer.get("code")), CommandError)
-    raise kind(int(answer.get("status", EX_PROTOCOL)), str(answer.get("error")))
+    raise kind(status, str(answer.get("error")))
 
 
 def not_yours() -> str:
@@ -150,7 +155,7 @@ def folders() -> dict[str, Path]:
     for directory in runtime_directories():
         with contextlib.suppress(OSError):
             for name in os.listdir(directory):
-                if os.path.lexists(directory / name / "lock"):
+                if is_instance(name) and os.path.lexists(directory / name / "lock"):
                     found.setdefault(name, directory / name)
     return dict(sorted(found.items()))
 
@@ -158,6 +163,6 @@ def folders() -> dict[str, Path]:
 def folder_of(instance: str) -> Path:
     """The runtime folder of an instance. Raises NoAnswer where there is none."""
     for directory in runtime_directories():
-        if os.path.lexists(directory / instance / "lock"):
+        if is_instance(instance) and os.path.lexists(directory / instance / "lock"):
             return directory / instance
     raise NoAnswer(_not_there(instance))

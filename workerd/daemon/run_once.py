@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import replace
 
-from workerd import log, log_formats
+from workerd import log, log_formats, output
 from workerd.aio import complete
 from workerd.check.programs import untrusted_programs
 from workerd.config.load import load
@@ -43,7 +43,7 @@ def run_once(args: argparse.Namespace) -> int:
     elif args.attempt < 1:
         problem = "--attempt: expected 1 or more"
     if handler is None or problem:
-        sys.stderr.write(f"workerd run-once: {problem}\n")
+        output.warn(problem, "workerd run-once")
         return EX_USAGE
     # The application's code gets no more rights than a job has.
     drop_to_service_user()
@@ -63,7 +63,7 @@ def run_once(args: argparse.Namespace) -> int:
     finally:
         guardian.close()
         log.flush(2.0)
-    sys.stdout.buffer.write(report.output)
+    output.print_bytes(report.output)
     return exit_status(report)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from workerd.control import protocol
 from workerd.control.instances import FAILURE, MAX_FAILURE
 from workerd.errors import SettingsError
-from workerd.paths import is_held, runtime_directory
+from workerd.paths import is_held, is_instance, runtime_directory
 
 
 def make_folder(folder: Path) -> None:
@@ -50,10 +50,11 @@ def failed(instance: str, why: str, ours: bool) -> None:
 
     Unless its lock is ``ours``, another process may run under its name: then it does run.
     """
-    if instance in (".", "..") or "/" in instance:
+    if not is_instance(instance):
         return
-    folder = runtime_directory() / instance
-    with contextlib.suppress(OSError):
+    # Without a home there is no folder to write in.
+    with contextlib.suppress(OSError, SettingsError):
+        folder = runtime_directory() / instance
         make_folder(folder)
         lock = folder / "lock"
         if ours or not (lock.exists() and is_held(lock)):

@@ -138,9 +138,7 @@ class Bulk:
             if self._args.jsonl:
                 _check_json(line)
             job_id = str(message.message_id)
-            if self._args.dry_run:
-                self._confirm(job_id)
-            else:
+            if not self._args.dry_run:
                 channel = await self._connected()
                 publish = self._submission.publish_at(message, time.time())
                 confirm = channel.publish(publish.exchange, publish.key, publish.message)
@@ -152,6 +150,9 @@ class Bulk:
             self.failure = wrong
             self._missing.append(self._last + 1)
             warn(f"line {self._last + 1}: {wrong}", "submit")
+        else:
+            if self._args.dry_run:
+                self._confirm(job_id)
         self._last += 1
 
     async def _connected(self) -> Channel:

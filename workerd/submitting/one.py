@@ -157,7 +157,10 @@ def _directly(
 
 
 def print_id(as_json: bool, job_id: str, queue: str, due: float | str | None) -> None:
-    """Print the id of a job that was sent; ``due`` is an instant, or the text for one."""
+    """Print the id of a job that was sent; ``due`` is an instant, or the text for one.
+
+    Raises CommandError.
+    """
     if as_json:
         if isinstance(due, float):
             from workerd.core import times

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.harness.programs import WORKERD
+from tests.harness.tables import private
+from tests.harness.terminal import Terminal
 from workerd.check import programs
 from workerd.check.programs import check_programs, untrusted_programs
 from workerd.config.model import Handler, Settings
@@ -174,3 +177,25 @@ def test_an_import_that_never_ends_is_cut_short(
     monkeypatch.setattr(programs, "IMPORT_TIMEOUT", 0.2)
     (problem,) = function(application, "hangs:f")
     assert "took longer than 200ms" in problem
+
+
+def test_an_application_that_is_imported_has_no_terminal(tmp_path: Path) -> None:
+    (tmp_path / "rogue.py").write_text(
+        "import fcntl, os, termios\n"
+        "def f(job): ...\n"
+        "try: terminal = os.open('/dev/tty', os.O_RDWR)\n"
+        "except OSError: pass\n"
+        "else: raise RuntimeError('typed')\n"
+        "if os.isatty(2): raise RuntimeError('typed')\n"
+    )
+    config = private(
+        tmp_path,
+        f'[handlers.x]\npython = "rogue:f"\ninterpreter = "{sys.executable}"\n'
+        f'working_directory = "{tmp_path}"\n',
+    )
+    terminal = Terminal([*WORKERD, "check", "--config", config])
+    try:
+        assert terminal.wait_exit() == 0, terminal.output
+    finally:
+        terminal.close()
+    assert terminal.output == "configuration is fine\r\n"

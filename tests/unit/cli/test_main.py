@@ -30,7 +30,7 @@ def shown(
     monkeypatch.setenv("COLUMNS", "80")
     words = request.param.split()
     with pytest.raises(SystemExit) as ended:
-        main.main([*words, "--help"])
+        main.parser().parse_args([*words, "--help"])
     assert ended.value.code == 0
     return capsys.readouterr().out
 

@@ -153,7 +153,17 @@ def test_root_becomes_the_service_user_groups_first(
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     drop_to_service_user()
     assert calls == ["setgroups [991, 7]", "setgid 991", "setuid 990", "chdir /"]
-    assert os.environ["HOME"] == "/var/lib/workerd"
+
+
+def test_the_service_user_gets_nothing_of_roots_environment(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    given = {"PATH": "/bin", "LC_ALL": "C", "HOME": "/root", "SSH_AUTH_SOCK": "/s", "TOKEN": "x"}
+    monkeypatch.setattr(os, "environ", dict(given))
+    drop_to_service_user()
+    user = {"HOME": "/var/lib/workerd", "USER": "workerd", "LOGNAME": "workerd"}
+    assert os.environ == {"PATH": "/bin", "LC_ALL": "C", **user}
 
 
 def test_an_ordinary_user_stays_what_it_is(

@@ -147,6 +147,9 @@ class Paint:
         return text.encode(self._encoding, "replace")
 
     def _painted(self, line: Text, width: int) -> str:
+        if not line.plain.isprintable():
+            # What an instance says of itself comes from whoever listens at its socket.
+            line = Text(safe(line.plain), line.style)
         with self._console.capture() as capture:
             self._console.print(line, end="", no_wrap=True, overflow="ignore", crop=False)
         # Behind the last column it would erase what stands there.
