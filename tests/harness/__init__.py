@@ -14,6 +14,7 @@ its notify socket and its queues. What does so imports nothing of workerd:
     daemon      the daemon, its log as a list of events, and its notify socket
     control     its local socket as a client of any manners sees it
     crowd       a crowd at that socket, half of it hostile
+    hostile     an instance whose answers are full of text for terminals
     tables      a configuration as TOML
     programs    any other program, such as `submit`
     terminal    a terminal with a program in it that draws whole screens
@@ -33,7 +34,9 @@ Unit tests share parts of workerd itself:
     log_records  records of the log, and the journal that takes them
     commands    command handlers without a daemon
     pools       warm handlers without a daemon and a broker
+    ledgers     a ledger by itself, and the channels of a test
     episodes    random episodes for the ledger: a model of RabbitMQ and of the worker around it
+    dispatching random episodes for the dispatch: a model of a pool and of its processes
     siblings    the same for the run logs of two instances
 
 Start at `broker.Broker` and `daemon.Daemon`; the fixtures are in `tests/conftest.py`.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from graphlib import CycleError, TopologicalSorter
+from graphlib import TopologicalSorter
 
 import pytest
 
@@ -57,19 +57,6 @@ DIRECTLY_IN_WORKERD = 12
 LINES = 400
 # One file each, whatever its length.
 ONE_FILE = {"handlers.child"}
-
-# What breaks a rule and is about to be mended. An entry that is no longer needed fails the test.
-NOT_YET: dict[str, set[str]] = {
-    "floors": set(),
-    # Without these imports there is no circle.
-    "circles": {
-        "workerd.handlers.warm.assignment -> workerd.handlers.warm.child_process",
-        "workerd.handlers.warm.child_process -> workerd.handlers.warm.pool",
-    },
-    "addresses": set(),
-    "pure": {"workerd.core.handler -> asyncio", "workerd.core.submission -> time"},
-    "lines": set(),
-}
 
 SOURCES = {
     ".".join(path.relative_to(CHECKOUT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -133,7 +120,7 @@ def allowed(name: str, module: str) -> bool:
 
 def test_a_package_imports_what_the_table_allows() -> None:
     found = {f"{name} -> {module}" for name, module in edges() if not allowed(name, module)}
-    assert found == NOT_YET["floors"]
+    assert found == set()
 
 
 def test_every_package_has_its_row() -> None:
@@ -144,24 +131,11 @@ def test_every_package_has_its_row() -> None:
     assert {name for name in named if f"workerd.{name}" not in TREES} == set()
 
 
-def circle(without: set[str]) -> list[str]:
-    """A circle of imports, with these left out; empty when there is none."""
+def test_no_two_modules_import_each_other_by_any_way() -> None:
     graph: dict[str, set[str]] = {name: set() for name in OURS}
     for name, module in edges():
-        if f"{name} -> {module}" not in without:
-            graph[name].add(module)
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        members: list[str] = error.args[1]
-        return members
-    return []
-
-
-def test_no_two_modules_import_each_other_by_any_way() -> None:
-    assert circle(without=NOT_YET["circles"]) == []
-    unneeded = {e for e in NOT_YET["circles"] if not circle(without=NOT_YET["circles"] - {e})}
-    assert unneeded == set()
+        graph[name].add(module)
+    TopologicalSorter(graph).prepare()  # raises an error that names the circle
 
 
 def defined(statements: list[ast.stmt]) -> Iterator[str]:
@@ -189,7 +163,7 @@ def test_a_name_is_imported_from_where_it_is_defined() -> None:
         for module, symbol in imports
         if symbol and module in OURS and symbol not in DEFINED[module]
     }
-    assert found == NOT_YET["addresses"]
+    assert found == set()
 
 
 @pytest.mark.parametrize(("library", "place"), LIBRARIES.items())
@@ -213,7 +187,7 @@ def test_the_core_is_pure() -> None:
     core = {name for name in OURS if within(name, "workerd.core")}
     used = core.union(*map(below, core)) - {CLOCK}
     found = {f"{name} -> {each}" for name in used for each in GRAPH.get(name, set()) & IMPURE}
-    assert found == NOT_YET["pure"]
+    assert found == set()
 
 
 def test_the_daemon_does_without_the_library_for_metrics() -> None:
@@ -235,5 +209,5 @@ def test_few_modules_stand_directly_in_workerd() -> None:
 
 def test_no_module_is_long() -> None:
     long = {name for name in OURS if len(SOURCES[name].read_text().splitlines()) > LINES}
-    assert {name for name in long if room(name) not in ONE_FILE} == NOT_YET["lines"]
+    assert {name for name in long if room(name) not in ONE_FILE} == set()
     assert all(f"workerd.{name}" in long for name in ONE_FILE)

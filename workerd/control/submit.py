@@ -63,12 +63,14 @@ def accept(worker: Worker, request: Request, body: bytes, peer: Peer) -> Corouti
     if config is not None and not _is_among(config, worker):
         raise NotServedHere(EX_UNAVAILABLE, "the instance has another configuration")
     spec = JobSpec(headers=found["headers"] or {}, **{key: found[key] for key in _SAID})
-    wanted = prepare(spec, worker.settings)
+    wanted = prepare(spec, worker.settings, time.time())
     if wanted.queue not in worker.settings.queues:
         raise NotServedHere(EX_UNAVAILABLE, f"the instance knows no queue {wanted.queue!r}")
     if wanted.due is not None and not worker.comes_due(wanted.queue):
         raise NotServedHere(EX_UNAVAILABLE, "the instance does not know of delays there")
-    message = with_copy_id(wanted.message(body), found["copy_id"], _timestamp(found["timestamp"]))
+    message = with_copy_id(
+        wanted.message(body, time.time()), found["copy_id"], _timestamp(found["timestamp"])
+    )
     message = replace(message, headers={**message.headers, SUBMITTER: peer.uid})
     patience = _USUAL_WAIT if found["timeout"] is None else found["timeout"]
     deadline = time.monotonic() + min(patience, _LONGEST_WAIT)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from workerd.config.model import Settings
 from workerd.core.job import Job, Report
 
 #: What a handler says of a job that it has begun, such as ``pid``; what it does not know is absent.
 Details = Mapping[str, int | str]
+
+
+class Interrupt(Protocol):
+    """The wish to end a job early: done once there is one. An asyncio.Future is such a thing."""
+
+    def done(self) -> bool: ...
+    def add_done_callback(self, callback: Callable[[Any], object], /) -> object: ...
+    def remove_done_callback(self, callback: Callable[[Any], object], /) -> object: ...
 
 
 class Started(Protocol):
@@ -54,7 +61,7 @@ class Handler(Protocol):
     async def run(
         self,
         job: Job,
-        stop: asyncio.Future[None],
+        stop: Interrupt,
         started: Started,
         may_begin: MayBegin,
         /,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -39,8 +38,11 @@ class Submission(NamedTuple):
     due: float | None
     ttl: float | None
 
-    def message(self, body: bytes) -> Message:
-        """The message with this body. Raises CommandError when the handler would refuse it."""
+    def message(self, body: bytes, now: float) -> Message:
+        """The message with this body; ``now`` is in seconds since 1970.
+
+        Raises CommandError when the handler would refuse it.
+        """
         if len(body) > self.max_body:
             text = f"the body is larger than {self.max_body} bytes, the handler's max_body"
             raise CommandError(EX_DATAERR, text)
@@ -48,7 +50,7 @@ class Submission(NamedTuple):
             self.template,
             body=body,
             message_id=self.template.message_id or new_id(),
-            timestamp=int(time.time()),
+            timestamp=int(now),
         )
 
     def publish_at(self, message: Message, now: float) -> Publish:
@@ -64,8 +66,11 @@ class Submission(NamedTuple):
         return Publish(exchange, key, message)
 
 
-def prepare(spec: JobSpec, settings: Settings) -> Submission:
-    """The submission that a specification asks for. Raises CommandError."""
+def prepare(spec: JobSpec, settings: Settings, now: float) -> Submission:
+    """The submission that a specification asks for; ``now`` is in seconds since 1970.
+
+    Raises CommandError.
+    """
     handler = settings.handlers.get(spec.type)
     if handler is None and spec.queue is None and settings.handlers:
         hint = did_you_mean(spec.type, settings.handlers)
@@ -89,7 +94,7 @@ def prepare(spec: JobSpec, settings: Settings) -> Submission:
     if spec.attempts is not None:
         headers[MAX_ATTEMPTS] = _attempts(spec.attempts, handler)
     queue = spec.queue or (handler.queue if handler else "default")
-    due = _due(spec.due, time.time())
+    due = _due(spec.due, now)
     if due is not None and len(queue.encode()) > _DELAYED:
         raise CommandError(
             EX_USAGE, f"a delay needs a queue whose name has at most {_DELAYED} bytes"

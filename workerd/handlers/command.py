@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import re
@@ -11,7 +10,7 @@ from collections.abc import Mapping
 from workerd import log_formats
 from workerd.config.model import Handler
 from workerd.config.template import Placeholder, Template
-from workerd.core.handler import Started
+from workerd.core.handler import Interrupt, Started
 from workerd.core.job import BadJob, Job, Outcome, Report
 from workerd.core.retry import limit
 from workerd.handlers import report_file
@@ -43,7 +42,7 @@ class CommandHandler:
     async def run(
         self,
         job: Job,
-        stop: asyncio.Future[None],
+        stop: Interrupt,
         started: Started,
         _may_begin: object = None,
     ) -> Report:
@@ -60,9 +59,7 @@ class CommandHandler:
         finally:
             os.close(report)
 
-    async def _run(
-        self, job: Job, stop: asyncio.Future[None], started: Started, report: int
-    ) -> Report:
+    async def _run(self, job: Job, stop: Interrupt, started: Started, report: int) -> Report:
         settings = self._settings
         stdout = Output("stdout", "info", self._output_lines, settings.output_limit)
         stderr = Output("stderr", "info", self._output_lines, ERROR_LIMIT)

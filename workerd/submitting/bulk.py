@@ -55,7 +55,7 @@ def submit_lines(args: argparse.Namespace, spec: JobSpec, settings: Settings) ->
         raise CommandError(
             EX_USAGE, "--id names one job; with --lines and --jsonl each gets its own"
         )
-    wanted = prepare(spec, settings)
+    wanted = prepare(spec, settings, time.time())
     source = open_input(args.file)
     bulk = Bulk(args, settings.broker, wanted, source.fileno())
     complete(bulk.run())
@@ -134,7 +134,7 @@ class Bulk:
 
     async def _publish(self, line: bytes) -> None:
         try:
-            message = self._submission.message(line)
+            message = self._submission.message(line, time.time())
             if self._args.jsonl:
                 _check_json(line)
             job_id = str(message.message_id)

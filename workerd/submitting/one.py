@@ -144,9 +144,9 @@ def _directly(
     from workerd.core.submission import prepare, with_copy_id
 
     settings = load(args.config, args.instance or "1", environ)
-    wanted = prepare(spec, settings)
+    wanted = prepare(spec, settings, time.time())
     body = read_body(args, wanted.max_body, head)
-    message = with_copy_id(wanted.message(body), copy_id, timestamp)
+    message = with_copy_id(wanted.message(body, time.time()), copy_id, timestamp)
     if not args.dry_run:
         from workerd.aio import complete
         from workerd.submitting.direct import submit_one

@@ -10,6 +10,7 @@ Start at `worker.Worker.perform`, the life of a job; then `executor` and `drain`
     publisher        confirmed publishing, on a connection of its own
     channels         the open channels: a delivery is settled on the one on which it came
     consumer         the consuming connection, a channel for each queue and for its due jobs
+    subscription     what is consumed: a queue, or where its delayed jobs come due
     declarations     the queues that are declared, and those that are used as they are
     changes          waiting for a condition of the worker as a whole
     inspect          a look at the whole, for the status line, the local socket, the metrics

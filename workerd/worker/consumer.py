@@ -9,8 +9,7 @@ and again by itself, while the others go on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Protocol
 
 from workerd import log
@@ -20,10 +19,11 @@ from workerd.broker.channel import Channel
 from workerd.broker.codec import Incoming
 from workerd.broker.connection import Connection
 from workerd.broker.errors import ack_timeout_in
-from workerd.config.model import Queue, Settings
+from workerd.config.model import Settings
 from workerd.core import topology
 from workerd.errors import BrokerError, ErrorKind
 from workerd.worker.declarations import Declarations
+from workerd.worker.subscription import Subscription, subscriptions
 
 #: The first pause before a queue is tried again, in seconds.
 FIRST_PAUSE = 0.2
@@ -38,29 +38,6 @@ class Connect(Protocol):
     def __call__(
         self, purpose: str, on_outage: OnOutage, wake: asyncio.Event
     ) -> AsyncIterator[Connection]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Subscription:
-    """What is consumed for the jobs of a work queue: itself, or where its delayed jobs come due."""
-
-    queue: Queue
-    due: bool = False
-
-    @property
-    def name(self) -> str:
-        return topology.due(self.queue.name) if self.due else self.queue.name
-
-    @property
-    def prefetch(self) -> int:
-        # As many as may run at once, or one long job would hold up all that come due meanwhile.
-        return self.queue.concurrency if self.due else self.queue.prefetch
-
-    def looks_like(self, other: Subscription) -> bool:
-        """Whether the broker sees no difference between the two."""
-        return (self.name, self.prefetch) == (other.name, other.prefetch) and (
-            self.due or _on_the_wire(self.queue) == _on_the_wire(other.queue)
-        )
 
 
 class Receiver(Protocol):
@@ -104,7 +81,7 @@ class Consumer:
         self._tag = tag
         self._receiver = receiver
         #: What is to be consumed, by name.
-        self._sources = _sources(settings)
+        self._wanted = subscriptions(settings)
         #: One for each that is being consumed, set when it is to be consumed otherwise.
         self._changes: dict[str, asyncio.Event] = {}
         #: The channel that consumes each source at present, by its name.
@@ -168,7 +145,7 @@ class Consumer:
             async with asyncio.TaskGroup() as self._tasks:
                 declaring = self.declarations.delays(connection)
                 self._levels = self._tasks.create_task(declaring, name="declare")
-                for name in self._sources:
+                for name in self._wanted:
                     self._begin(connection, name)
                 # Queues may be added for as long as the connection lives.
                 await asyncio.wait({connection.ended})
@@ -177,20 +154,20 @@ class Consumer:
 
     def reload(self, settings: Settings) -> None:
         """Consume the queues of these settings; reconnect with them, when that is due."""
-        before = self._sources
+        before = self._wanted
         self._settings = settings
-        self._sources = {
+        self._wanted = {
             name: subscription
-            for name, subscription in _sources(settings).items()
+            for name, subscription in subscriptions(settings).items()
             if subscription.queue.name not in self.operator_paused
         }
         if self.connection is None or self.connection.ended.done():
             return
-        for name in self._sources:
+        for name in self._wanted:
             if name not in self._changes:
                 self._begin(self.connection, name)
         for name, changed in self._changes.items():
-            old, new = before.get(name), self._sources.get(name)
+            old, new = before.get(name), self._wanted.get(name)
             if old is None or new is None or not new.looks_like(old):
                 changed.set()
 
@@ -206,7 +183,7 @@ class Consumer:
             del self._changes[name]
             well = not task.cancelled() and task.exception() is None
             # Wanted again between its last step and now.
-            again = name in self._sources and self._receiver.wanted and not connection.ended.done()
+            again = name in self._wanted and self._receiver.wanted and not connection.ended.done()
             if well and again:
                 self._begin(connection, name)
 
@@ -255,7 +232,7 @@ class Consumer:
         declared: Subscription | None = None
         refusal: BrokerError | None = None
         while self._receiver.wanted and not connection.ended.done():
-            subscription = self._sources.get(name)
+            subscription = self._wanted.get(name)
             if subscription is None:
                 break
             changed.clear()
@@ -390,14 +367,3 @@ class Consumer:
     def _resume(self, name: str) -> None:
         self.paused.pop(name, None)
         self.missing.discard(name)
-
-
-def _sources(settings: Settings) -> Mapping[str, Subscription]:
-    queues = [settings.queues[name] for name in settings.worker.queues]
-    sources = [Subscription(queue, due) for queue in queues for due in (False, True)]
-    return {subscription.name: subscription for subscription in sources}
-
-
-def _on_the_wire(queue: Queue) -> Queue:
-    """What the broker sees of a queue's settings."""
-    return replace(queue, concurrency=1, default_handler=None, max_deliveries=1)

@@ -24,7 +24,7 @@ from workerd.ids import new_id
 from workerd.worker.broker_ping import BrokerPing
 from workerd.worker.changes import Changes
 from workerd.worker.channels import Channels
-from workerd.worker.consumer import Connect, Consumer, Subscription
+from workerd.worker.consumer import Connect, Consumer
 from workerd.worker.drain import Drain
 from workerd.worker.executor import Executor
 from workerd.worker.inspect import Inspector
@@ -34,6 +34,7 @@ from workerd.worker.publisher import Publisher
 from workerd.worker.queue_depths import QueueDepths
 from workerd.worker.status import Notifier, Status, watch_ages
 from workerd.worker.stop import Stop
+from workerd.worker.subscription import Subscription
 
 #: Seconds between two looks at what other instances make of a job that is held here.
 LOOK_INTERVAL = 0.1

@@ -12,5 +12,5 @@ from workerd.core.topology import MAX_DELAY, delayed
 def test_a_clock_that_is_set_back_meanwhile_delays_no_further_than_the_levels_can() -> None:
     now = time.time()
     submission = Submission("default", Message(), max_body=0, due=now + MAX_DELAY, ttl=None)
-    publish = submission.publish_at(submission.message(b""), now - 3600)
+    publish = submission.publish_at(submission.message(b"", now), now - 3600)
     assert (publish.exchange, publish.key) == delayed(submission.queue, MAX_DELAY)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from workerd import log, log_formats
 from workerd.config.model import Handler
-from workerd.core.handler import Degraded, MayBegin, Started
+from workerd.core.handler import Degraded, Interrupt, MayBegin, Started
 from workerd.core.job import Job, Outcome, Report
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.program import Program
@@ -111,7 +111,7 @@ class WarmHandler:
     async def run(
         self,
         job: Job,
-        stop: asyncio.Future[None],
+        stop: Interrupt,
         started: Started,
         may_begin: MayBegin = lambda behind=None, /: True,
     ) -> Report:
