@@ -36,7 +36,7 @@ Unit tests share parts of workerd itself:
     pools       warm handlers without a daemon and a broker
     ledgers     a ledger by itself, and the channels of a test
     episodes    random episodes for the ledger: a model of RabbitMQ and of the worker around it
-    dispatching random episodes for the dispatch: a model of a pool and of its processes
+    dispatches  random episodes for the dispatch: a model of a pool and of its processes
     siblings    the same for the run logs of two instances
 
 Start at `broker.Broker` and `daemon.Daemon`; the fixtures are in `tests/conftest.py`.

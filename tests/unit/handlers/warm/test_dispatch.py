@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from tests.harness.dispatching import EVENTS, Episode
+from tests.harness.dispatches import EVENTS, Episode
 from tests.harness.waiting import SEEDS
 from workerd.handlers.warm.dispatch import (
     LOOK_AHEAD,
