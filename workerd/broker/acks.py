@@ -6,17 +6,16 @@ import math
 
 
 class Acks:
-    """Which of the messages that came on a channel are settled, by their tags, which ascend.
+    """Which of the messages that came on a channel are settled, by their ascending tags.
 
-    Acknowledging ``multiple`` is for all that came before as well, so it is for those alone of
-    which each is settled.
+    An acknowledgement that is ``multiple`` is for all that came before as well, so it is used only
+    where each of those is settled.
     """
 
     def __init__(self) -> None:
-        #: Those that are not settled, in ascending order: never more than the broker sends ahead,
-        #: however long one of them takes.
+        #: The tags that are not settled, ascending: never more than the broker sends ahead.
         self._unsettled: dict[int, None] = {}
-        #: What is yet to be acknowledged.
+        #: The tags that are yet to be acknowledged.
         self._waiting: list[int] = []
 
     def __bool__(self) -> bool:
@@ -24,16 +23,16 @@ class Acks:
         return bool(self._waiting)
 
     def came(self, tag: int) -> None:
-        """This one is to be settled."""
+        """Note that a message has come, which is to be settled."""
         self._unsettled[tag] = None
 
     def add(self, tag: int) -> None:
-        """This one is to be acknowledged."""
+        """Settle a message, by the next acknowledgement."""
         self._waiting.append(tag)
         self.settled(tag)
 
     def settled(self, tag: int) -> None:
-        """The broker need not be told of this one any more, now or later."""
+        """Note that a message is settled: no acknowledgement of it is due, now or later."""
         self._unsettled.pop(tag, None)
 
     def take(self) -> list[tuple[int, bool]]:

@@ -97,16 +97,16 @@ class Channel:
                 )
 
     async def find(self, step: DeclareQueue | DeclareExchange) -> None:
-        """Raises BrokerError(MISSING) unless a queue or exchange of this name is there."""
+        """Look whether a queue or exchange of this name is there. Raises BrokerError(MISSING)."""
         if isinstance(step, DeclareQueue):
             await self.count(step.name)
         else:
             await self._ask(self._channel.exchange_declare, exchange=step.name, passive=True)
 
     async def count(self, queue: str, timeout: float | None = ANSWER_TIMEOUT) -> tuple[int, int]:
-        """The ready messages and the consumers of a queue that must exist.
+        """Count the ready messages and the consumers of a queue, which must exist.
 
-        With a ``timeout`` of None, however long it takes, the connection stays.
+        With a ``timeout`` of None the connection stays, however long the answer takes.
         """
         answer = await self._ask(
             self._channel.queue_declare, queue=queue, passive=True, timeout=timeout
@@ -114,9 +114,10 @@ class Channel:
         return answer.method.message_count, answer.method.consumer_count
 
     def probe(self) -> asyncio.Future[Any]:
-        """Ask for what is answered at once and changes nothing.
+        """Ask for what a working broker answers at once, and what changes nothing.
 
-        However long it takes, the connection stays; the future raises BrokerError when it ends.
+        The connection stays, however long the answer takes. The future raises BrokerError when
+        the channel ends.
         """
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._requests.add(answer)
@@ -126,7 +127,7 @@ class Channel:
             if not answer.done():
                 answer.set_result(frame)
 
-        # It holds for consumers that are yet to come, and this channel gets none.
+        # A prefetch holds for consumers that are yet to come, and this channel gets none.
         try:
             self._channel.basic_qos(prefetch_count=1, global_qos=False, callback=answered)
         except pika.exceptions.AMQPError as error:
@@ -136,7 +137,7 @@ class Channel:
         return answer
 
     async def ask_to_read(self, queue: str) -> None:
-        """Ends the channel. Raises BrokerError unless this user may read the queue."""
+        """Raise BrokerError unless this user may read the queue. Ends the channel."""
         # The broker looks at the rights before it finds that this is no priority: so no
         # message comes, whatever is in the queue.
         nonsense = {"x-priority": "none"}
@@ -201,7 +202,7 @@ class Channel:
     # of no harm: the broker will send the message again.
 
     def ack(self, tag: int) -> None:
-        """The message is done with; those that end together are acknowledged together."""
+        """Acknowledge a message, together with others of this turn of the loop."""
         if not self._acks:
             asyncio.get_running_loop().call_soon(self.flush)
         self._acks.add(tag)
@@ -215,7 +216,7 @@ class Channel:
             self._channel.connection.send(b"".join(acks))
 
     def requeue(self, tag: int) -> None:
-        """Back to its queue."""
+        """Return a message to its queue."""
         # nack, not reject: RabbitMQ 4.3 counts a reject as a failed delivery.
         if self.open:
             self._channel.basic_nack(tag, requeue=True)
@@ -245,7 +246,7 @@ class Channel:
     def publish(self, exchange: str, key: str, message: Message) -> asyncio.Future[None]:
         """Publish, persistent and mandatory; the future is done when the broker confirms.
 
-        It raises Unroutable, BrokerError(BUSY) when the broker refuses the message, or the
+        The future raises Unroutable, BrokerError(BUSY) when the broker refuses the message, or the
         BrokerError that ended the channel: then nobody knows whether the message arrived.
         Raises Unencodable at once for what AMQP cannot carry.
         """

@@ -38,7 +38,7 @@ class Arrival(NamedTuple):
 
 
 def arrival_at(data: bytes, start: int) -> Arrival | None:
-    """The message whose frames begin there; None for what is none, or is not all there."""
+    """Read the message whose frames begin at ``start``; None: there is none, or not all of it."""
     try:
         kind, channel, size, class_id, method_id = _METHOD.unpack_from(data, start)
         if kind != 1 or class_id != 60 or method_id != 60:

@@ -20,6 +20,11 @@ from workerd.errors import BrokerError, ErrorKind, SettingsError
 def parameters(
     url: BrokerURL, broker: Broker, name: str, environ: Mapping[str, str]
 ) -> pika.ConnectionParameters:
+    """Put together what pika needs; ``name`` is what the broker's tools show.
+
+    Reads the password and the certificates now. Raises BrokerError(REFUSED) when one of them
+    cannot be read.
+    """
     try:
         password = password_for(broker, url, environ).reveal()
         # Loading the system's authorities takes longer than all the rest of a `submit`.
