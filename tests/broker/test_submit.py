@@ -92,7 +92,7 @@ def test_a_confirmed_job_is_in_its_queue_and_its_id_is_all_that_is_printed(
     assert message.properties.type == "sleep"
     assert message.properties.delivery_mode == 2
     assert before <= message.properties.timestamp <= time.time()
-    assert not message.headers
+    assert set(message.headers) == {"x-workerd-copy"}
 
 
 def test_workerd_submit_is_the_same(config: Path, client: Client) -> None:
@@ -108,6 +108,7 @@ def test_every_option_reaches_the_message(submit: Submit, client: Client) -> Non
     assert json.loads(result.stdout) == {"id": "mine", "queue": "images"}
     (message,) = client.take("images")
     assert (message.id, message.properties.priority) == ("mine", 7)
+    assert message.headers.pop("x-workerd-copy")
     assert message.headers == {"traceparent": "00-ab-cd-01", "note": "a=b é"}
 
 

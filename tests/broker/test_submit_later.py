@@ -19,6 +19,7 @@ from tests.harness.peer import Peer
 from tests.harness.programs import SUBMIT, WORKERD, Program, Result, run
 from tests.harness.tables import private
 from tests.harness.waiting import SCALE, TIMEOUT, until
+from workerd.core.job import COPY
 from workerd.core.topology import MAX_DELAY, level_name
 
 # What a start of Python and of its modules takes at most, on a busy machine.
@@ -128,6 +129,7 @@ def test_a_delayed_job_comes_due_in_time_and_with_all_that_was_asked_for(
         if "death" not in name and name != "x-delivery-count"
     }
     expires = headers.pop("x-workerd-expires")
+    assert headers.pop("x-workerd-copy")
     assert headers == {"note": "é", "x-workerd-max-attempts": 3}
     # An hour from the moment it came, which is in the second that follows `due`.
     assert due + HOUR - 0.01 <= expires / 1000 <= came + HOUR + 0.01
@@ -198,6 +200,22 @@ def test_a_job_that_comes_due_while_its_body_is_awaited_is_sent_at_once(
     job.close_input()
     assert job.wait().status == 0
     assert client.take("default")[0].body == b"4"
+
+
+@pytest.mark.parametrize("options", [["--direct"], ["--in", "1h"], ["--url"], []], ids=" ".join)
+def test_a_job_whose_confirm_was_lost_is_published_again_as_the_same_copy(
+    options: list[str], peer: Callable[..., Peer], tmp_path: Path
+) -> None:
+    """So that a host runs it once: on every way to the broker, not on that of an instance alone."""
+    broker = peer(lost_confirms=2)
+    config = configure(tmp_path, broker.url)
+    options = [*options, broker.url] if options == ["--url"] else options
+    result = run([*SUBMIT, "--config", config, "sleep", "4", *options])
+    assert result.status == 0, result.stderr
+    copies = [(each.message_id, each.headers[COPY], each.timestamp) for each in broker.published]
+    assert len(copies) == 3
+    assert len(set(copies)) == 1
+    assert copies[0][0] == result.stdout.strip()
 
 
 def test_without_a_delay_nothing_more_is_asked_of_the_broker(
@@ -271,7 +289,7 @@ def test_the_limit_of_attempts_is_the_handlers_where_it_is_configured(
     command = [*SUBMIT, "--config", str(config), name, "4", "--queue", "default"]
     assert run([*command, "--attempts", most]).status == 0
     (message,) = client.take("default")
-    assert message.headers == {"x-workerd-max-attempts": int(most)}
+    assert message.headers["x-workerd-max-attempts"] == int(most)
 
 
 @pytest.mark.parametrize("body", [["4"], ["--lines"]])

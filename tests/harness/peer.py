@@ -28,7 +28,6 @@ from tests.harness.waiting import TIMEOUT
 T = TypeVar("T")
 
 ANSWERS: dict[Any, Callable[[Any], Any]] = {
-    pika.spec.Connection.StartOk: lambda _: pika.spec.Connection.Tune(2047, 131072, 60),
     pika.spec.Connection.Open: lambda _: pika.spec.Connection.OpenOk(),
     pika.spec.Connection.Close: lambda _: pika.spec.Connection.CloseOk(),
     pika.spec.Channel.Open: lambda _: pika.spec.Channel.OpenOk(),
@@ -98,9 +97,12 @@ class Peer:
 
     `mute` names the methods that it does not answer; a `silent` one says nothing at all. With an
     `ack_timeout` in seconds it does as RabbitMQ 4.3: it cancels the consumer that holds a delivery
-    for longer, and takes back that delivery alone. `tls` makes it speak TLS.
+    for longer, and takes back that delivery alone. `tls` makes it speak TLS. It drops the
+    connection instead of the first `lost_confirms` confirms. `limits` are what it tells a client
+    that connects: the most channels, and the largest frame in bytes.
 
-    What it saw: every method in `asked`, what was `settled`, in order; the serial numbers of the
+    What it saw: every method in `asked`, the properties of what was `published`, what was
+    `settled`, in order; the serial numbers of the
     channels that the client `closed`; and the `errors` for which RabbitMQ would have closed a
     channel or the connection.
     """
@@ -112,13 +114,18 @@ class Peer:
         mute: tuple[Any, ...] = (),
         ack_timeout: float | None = None,
         tls: ssl.SSLContext | None = None,
+        lost_confirms: int = 0,
+        limits: tuple[int, int] = (2047, 131072),
     ) -> None:
         self.silent = silent
+        self.lost_confirms = lost_confirms
+        self.limits = limits
         self.mute = mute
         #: How a client may log in.
         self.mechanisms = "PLAIN"
         self.ack_timeout = ack_timeout
         self.asked: list[Any] = []
+        self.published: list[pika.BasicProperties] = []
         self.settled: list[Settled] = []
         self.closed: list[int] = []
         self.errors: list[str] = []
@@ -226,6 +233,8 @@ class Peer:
             elif isinstance(method, pika.spec.Basic.Cancel):
                 assert channel is not None
                 channel.cancelled = True
+            if isinstance(method, pika.spec.Connection.StartOk):
+                connection.send(0, pika.spec.Connection.Tune(*self.limits, 60))
             answer = ANSWERS.get(type(method))
             if answer and not isinstance(method, self.mute):
                 reply = answer(method)
@@ -235,9 +244,16 @@ class Peer:
             self._deliver()
             self._moved.notify_all()
 
-    def handle_message(self, connection: Connection, number: int, key: str, body: bytes) -> None:
+    def handle_message(
+        self, connection: Connection, number: int, properties: pika.BasicProperties
+    ) -> None:
         """A message was published."""
         with self._moved:
+            self.published.append(properties)
+            if self.lost_confirms:
+                self.lost_confirms -= 1
+                connection.drop()
+                return
             channel = connection.channels[number]
             channel.confirms += 1
             connection.send(number, pika.spec.Basic.Ack(channel.confirms))
@@ -406,7 +422,7 @@ class Connection:
 
     def _converse(self) -> None:
         unread = b""
-        publishing: dict[int, tuple[str, int, bytes]] = {}
+        publishing: dict[int, tuple[pika.frame.Header, int]] = {}
         while data := self._socket.recv(65536):
             if self._peer.silent:
                 continue
@@ -419,20 +435,18 @@ class Connection:
                 if isinstance(frame, pika.frame.ProtocolHeader):
                     self.send(0, _start(self._peer.mechanisms))
                 elif isinstance(frame, pika.frame.Method):
-                    if isinstance(frame.method, pika.spec.Basic.Publish):
-                        publishing[frame.channel_number] = (frame.method.routing_key, 0, b"")
-                    else:
+                    if not isinstance(frame.method, pika.spec.Basic.Publish):
                         self._peer.handle(self, frame.channel_number, frame.method)
                 elif isinstance(frame, pika.frame.Header | pika.frame.Body):
                     number = frame.channel_number
-                    key, length, body = publishing[number]
                     if isinstance(frame, pika.frame.Header):
-                        length = frame.body_size
+                        publishing[number] = (frame, frame.body_size)
                     else:
-                        body += frame.fragment
-                    publishing[number] = (key, length, body)
-                    if len(body) == length:
-                        self._peer.handle_message(self, number, key, body)
+                        header, left = publishing[number]
+                        publishing[number] = (header, left - len(frame.fragment))
+                    header, left = publishing[number]
+                    if not left:
+                        self._peer.handle_message(self, number, header.properties)
 
 
 def _start(mechanisms: str) -> pika.spec.Connection.Start:

@@ -21,7 +21,7 @@ from workerd.control.session import Reply, Request
 from workerd.core import times
 from workerd.core.job import SUBMITTER, Message
 from workerd.core.jobspec import JobSpec
-from workerd.core.submission import Submission, explained, is_short_text, prepare, with_copy_id
+from workerd.core.submission import Submission, explained, is_short_text, prepare
 from workerd.errors import EX_DATAERR, EX_UNAVAILABLE, BrokerError, CommandError, ErrorKind
 from workerd.worker.worker import Worker
 
@@ -68,9 +68,7 @@ def accept(worker: Worker, request: Request, body: bytes, peer: Peer) -> Corouti
         raise NotServedHere(EX_UNAVAILABLE, f"the instance knows no queue {wanted.queue!r}")
     if wanted.due is not None and not worker.comes_due(wanted.queue):
         raise NotServedHere(EX_UNAVAILABLE, "the instance does not know of delays there")
-    message = with_copy_id(
-        wanted.message(body, time.time()), found["copy_id"], _timestamp(found["timestamp"])
-    )
+    message = wanted.message(body, _timestamp(found["timestamp"]), found["copy_id"])
     message = replace(message, headers={**message.headers, SUBMITTER: peer.uid})
     patience = _USUAL_WAIT if found["timeout"] is None else found["timeout"]
     deadline = time.monotonic() + min(patience, _LONGEST_WAIT)

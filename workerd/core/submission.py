@@ -38,10 +38,12 @@ class Submission(NamedTuple):
     due: float | None
     ttl: float | None
 
-    def message(self, body: bytes, now: float) -> Message:
-        """The message with this body; ``now`` is in seconds since 1970.
+    def message(self, body: bytes, now: float, copy_id: str | None = None) -> Message:
+        """The message with this body, sent ``now`` (in seconds since 1970).
 
-        Raises CommandError when the handler would refuse it.
+        However often it is published, for want of a confirm, the daemons take its copies for one
+        job: they have the same ``copy_id`` and timestamp, and no other message has that id. It is
+        made here unless it is given. Raises CommandError when the handler would refuse the body.
         """
         if len(body) > self.max_body:
             text = f"the body is larger than {self.max_body} bytes, the handler's max_body"
@@ -51,6 +53,7 @@ class Submission(NamedTuple):
             body=body,
             message_id=self.template.message_id or new_id(),
             timestamp=int(now),
+            headers={**self.template.headers, COPY: copy_id or new_id()},
         )
 
     def publish_at(self, message: Message, now: float) -> Publish:
@@ -123,15 +126,6 @@ def explained(trouble: BrokerError, exchange: str, queue: str) -> BrokerError:
         return trouble
     remedy = f"start a worker of {queue!r} once, or have 'workerd setup' declare it"
     return BrokerError(ErrorKind.MISSING, f"{trouble}; a delay needs it: {remedy}", trouble.code)
-
-
-def with_copy_id(message: Message, mark: str | None, timestamp: int) -> Message:
-    """The message as one of several copies of a job, which the daemons take for one.
-
-    All copies have the same ``mark`` and ``timestamp``, and nothing else has that mark.
-    """
-    headers = message.headers if mark is None else {**message.headers, COPY: mark}
-    return replace(message, headers=headers, timestamp=timestamp)
 
 
 def _due(due: float | None, now: float) -> float | None:

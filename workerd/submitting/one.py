@@ -48,16 +48,15 @@ def submit(args: argparse.Namespace, spec: JobSpec, environ: Mapping[str, str]) 
     if args.body is not None and args.file is not None:
         raise CommandError(EX_USAGE, "BODY and --file exclude each other")
     head = b""
-    copy_id = None
-    # A job that is sent once more must be the same one.
-    job_id, timestamp = new_id() if spec.id is None else spec.id, int(time.time())
+    # A job that is sent once more must be the same one, whichever way it goes.
+    job_id, copy_id = new_id() if spec.id is None else spec.id, new_id()
+    timestamp = int(time.time())
     spec = spec._replace(id=job_id)
     by_itself = args.direct or args.dry_run or bool(environ.get("WORKERD_BROKER_URL"))
     folders = [] if by_itself else _folders(args)
     if folders:
         head = read_body(args, protocol.MAX_BODY)
         if len(head) <= protocol.MAX_BODY:
-            copy_id = new_id()
             config = None if args.config is None else os.path.realpath(args.config)
             request = _request(spec, copy_id, timestamp, config)
             answer = _ask_any(folders, request, head, deadline)
@@ -136,17 +135,17 @@ def _directly(
     spec: JobSpec,
     environ: Mapping[str, str],
     head: bytes,
-    copy_id: str | None,
+    copy_id: str,
     timestamp: int,
     deadline: float,
 ) -> int:
     from workerd.config.load import load
-    from workerd.core.submission import prepare, with_copy_id
+    from workerd.core.submission import prepare
 
     settings = load(args.config, args.instance or "1", environ)
     wanted = prepare(spec, settings, time.time())
     body = read_body(args, wanted.max_body, head)
-    message = with_copy_id(wanted.message(body, time.time()), copy_id, timestamp)
+    message = wanted.message(body, timestamp, copy_id)
     if not args.dry_run:
         from workerd.aio import complete
         from workerd.submitting.direct import submit_one
