@@ -50,7 +50,9 @@ def test_a_full_disk_costs_a_warning_and_no_job_and_is_used_again_when_it_has_ro
     worker.wait_event("done", count=2)
     broker.await_depth("jobs")
     assert len(worker.events("run log not kept")) == 1
+    worker.wait_notify(lambda text: "run log not kept: [Errno 28] No space" in text)
 
+    # No job comes any more: the disk is tried by time.
     filler.unlink()
     worker.wait_event("run log kept")
     jobs += client.publish_jobs("jobs", ["c"])

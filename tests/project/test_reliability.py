@@ -13,6 +13,7 @@ ROWS = {
     *range(1, 68),
     *range(69, 73),
     98,
+    99,
 }
 # A fault that no test shows: 68.
 

@@ -40,6 +40,8 @@ class Dedup:
     """
 
     GENERATIONS = 4
+    #: Why what is told here does not outlive this process, "" when nothing keeps it from that.
+    failure = ""
 
     def __init__(self, size: int = 100_000) -> None:
         self._limit = max(1, size // self.GENERATIONS)

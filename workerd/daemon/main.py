@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -116,6 +116,8 @@ class Daemon:
         self._origin = Origin(socket.gethostname(), instance)
         #: What went wrong in callbacks, where no job or request answers for it.
         self._bugs: list[object] = []
+        #: Called when something has changed that the status line shows.
+        self._changed: Callable[[], None] = lambda: None
 
     async def serve(self) -> int:
         """Work until the drain is over; returns the exit status."""
@@ -135,9 +137,10 @@ class Daemon:
             paths.state_directory(),
             self._instance,
             self._settings.worker.remember,
-            _run_log_failed,
+            self._run_log_failed,
             lock=self._run_log_lock,
             soon=loop.call_soon,
+            later=loop.call_later,
         )
         # What ends the daemon when it begins must not be forgotten with it.
         handlers = HandlerRegistry(os.environ, self._guardian, self._run_log.flush)
@@ -145,6 +148,7 @@ class Daemon:
         self._worker = Worker(
             self._settings, handlers, self._origin, self._connect, systemd, self._run_log
         )
+        self._changed = self._worker.changed
         loop.set_exception_handler(self._on_error)
         self._handle_signals(loop, systemd)
         folder = paths.runtime_directory() / self._instance
@@ -178,6 +182,14 @@ class Daemon:
         self._run_log.remember = settings.worker.remember
         self._worker.reload(settings)
 
+    def _run_log_failed(self, text: str) -> None:
+        """The run log cannot be written, or can be again (``text`` is "")."""
+        if text:
+            log.warning("run log not kept", text=text, remedy="until then a crash may rerun jobs")
+        else:
+            log.event("run log kept")
+        self._changed()
+
     def _on_error(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         # Out of descriptors for somebody who asks; asyncio tries again by itself.
@@ -200,13 +212,6 @@ def _collect_less_garbage() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GARBAGE)
-
-
-def _run_log_failed(text: str) -> None:
-    if text:
-        log.warning("run log not kept", text=text, remedy="until then a crash may rerun jobs")
-    else:
-        log.event("run log kept")
 
 
 def _load(config: Path | None, instance: str) -> Settings:

@@ -14,7 +14,7 @@ import fcntl
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from workerd.core.dedup import ALL_CLOSED, GONE, NEVER_SENT, Dedup, Elsewhere
@@ -29,6 +29,7 @@ from workerd.runlog.records import (
     OPEN,
     OVER,
     RECALLED,
+    RECORD,
     RETURNED,
     START,
     TAKE,
@@ -45,7 +46,9 @@ PATIENCE = 2.0
 #: takes that ends so again and again.
 CUT_OFF_KEPT = 7 * 86_400.0
 #: Seconds until a disk that refused to be written is tried again.
-RETRY = 60.0
+RETRY = 5.0
+#: Records that wait for such a disk at most; beyond that, the oldest half is given up.
+MOST_PENDING = 100_000
 
 
 class RunLog(Dedup):
@@ -55,7 +58,7 @@ class RunLog(Dedup):
     is then in this process alone), and with "" when the disk can be written again. ``remember``
     is in seconds, ``lock`` is what `hold` has returned, where that was called before. ``soon``
     has a function called before the loop does anything else: then records are written together,
-    but before a job begins.
+    but before a job begins. ``later`` has `retry` called after so many seconds.
     """
 
     def __init__(
@@ -67,21 +70,23 @@ class RunLog(Dedup):
         size: int = 100_000,
         lock: int = -1,
         soon: Callable[[Callable[[], None]], object] | None = None,
+        later: Callable[[float, Callable[[], None]], object] | None = None,
     ) -> None:
         super().__init__(size)
         self.remember = remember
         self._state = state
         self._folder = state / instance
         self._on_failure = on_failure
-        self._failing = False
         self._file = -1
         self._soon = soon
-        #: What is not written yet.
+        self._later = later
+        #: Whether `retry` will be called.
+        self._retrying = False
+        #: The records that are not written yet.
         self._pending: list[bytes] = []
         #: The lock, once it is ours; and the same, once all has been read and we may write.
         self._held = lock
         self._lock = -1
-        self._retry_at = 0.0
         self._segments: list[Path] = []
         self._nonce = os.urandom(16)
         #: Runs that have begun and not ended, to be carried into each new segment, and the
@@ -160,7 +165,8 @@ class RunLog(Dedup):
         self._returns = {k: each for k, each in self._returns.items() if each[-1][0] >= oldest}
         oldest = time.time() - CUT_OFF_KEPT
         self._cut_off = {k: each for k, each in self._cut_off.items() if each.when >= oldest}
-        (self._open if self._lock < 0 else self._begin_segment)()
+        if not self.failure:
+            self._begin_segment()
         if not self._asked:
             self._readable.clear()
             self._siblings.clear()  # they take memory, and outages are rare
@@ -210,6 +216,14 @@ class RunLog(Dedup):
 
     # The disk.
 
+    def retry(self) -> None:
+        """Try a disk that could not be written; what was not written is written then."""
+        self._retrying = False
+        if self._lock < 0:
+            self._open()
+        elif self._file < 0:
+            self._begin_segment()
+
     def _open(self) -> None:
         """Remember what earlier processes of this instance knew, and begin to write."""
         past = RunLogReader(self._folder)
@@ -224,9 +238,10 @@ class RunLog(Dedup):
             return
         self._lock = self._held
         past.end_process()
-        records = list(self._take_over(past))
+        # Before what has happened since, should this not be the start.
+        self._pending[:0] = self._take_over(past)
         self._begin_segment()
-        if self._write(b"".join(records)):
+        if self._file >= 0:
             # The new segment says all that the old ones said.
             for segment in self._segments[:-1]:
                 with contextlib.suppress(OSError):
@@ -243,10 +258,10 @@ class RunLog(Dedup):
                 yield encode(END, channel, key, sent.when)
         for key, returns in past.returns.items():
             if returns[-1][0] >= oldest:
-                self._returns[key] = returns
+                self._returns.setdefault(key, []).extend(returns)
                 for when, change in returns:
                     yield encode(RETURNED if change > 0 else RECALLED, NEVER_SENT, key, when)
-        self._cut_off = past.cut_off  # written into each new segment
+        self._cut_off = past.cut_off | self._cut_off  # written into each new segment
 
     def _begin_segment(self) -> None:
         self.close()
@@ -261,65 +276,93 @@ class RunLog(Dedup):
             self._fail(error)
             return
         self._segments.append(path)
-        self._append(OPEN, NEVER_SENT, self._nonce)
+        in_hand = list(self._in_hand())
+        # Of a time when the disk could not be written: what follows supersedes what they say is
+        # in hand, and nothing before them is.
+        missed = [in_hand[0], *self._pending] if self._pending else []
+        written = self._write([*missed, *in_hand])
+        del self._pending[: max(0, written - 1)]
+        if self._file >= 0:
+            self._recovered()
+        elif not written:
+            # Not one more file at every attempt.
+            self._segments.remove(path)
+            path.unlink()
+
+    def _in_hand(self) -> Iterator[bytes]:
+        """The records with which a new segment begins: all that a reader must not forget."""
+        now = time.time()
+        yield encode(OPEN, NEVER_SENT, self._nonce, now)
         for key, channels in self._running.items():
             unbegun = self._unbegun.get(key, 0)
             for number, channel in enumerate(channels):
-                self._append(TAKE if number < unbegun else START, channel, key)
+                yield encode(TAKE if number < unbegun else START, channel, key, now)
         for key, cut_off in self._cut_off.items():
-            self._append(CUT_OFF, cut_off.number, key, cut_off.when)
+            yield encode(CUT_OFF, cut_off.number, key, cut_off.when)
         for key, count in self._waiting.items():
             for _ in range(count):
-                self._append(WAIT, NEVER_SENT, key)
-        self.flush()
+                yield encode(WAIT, NEVER_SENT, key, now)
 
-    def _append(self, kind: bytes, channel: int, key: bytes, when: float | None = None) -> None:
+    def _append(self, kind: bytes, channel: int, key: bytes) -> None:
         if self._file < 0:
-            if time.monotonic() < self._retry_at:
-                return
-            (self._open if self._lock < 0 else self._begin_segment)()
-            if kind in (START, TAKE, BEGIN, WAIT):
-                return  # the new segment begins with all that is in hand
+            self._keep_for_later(kind, channel, key)
+            return
         if not self._pending and self._soon is not None:
             self._soon(self.flush)
-        self._pending.append(encode(kind, channel, key, time.time() if when is None else when))
+        self._pending.append(encode(kind, channel, key, time.time()))
         if self._soon is None:
             self.flush()
 
+    def _keep_for_later(self, kind: bytes, channel: int, key: bytes) -> None:
+        # A new segment begins with all that is in hand.
+        if kind not in (START, TAKE, BEGIN, WAIT):
+            self._pending.append(encode(kind, channel, key, time.time()))
+            if len(self._pending) > MOST_PENDING:
+                del self._pending[: MOST_PENDING // 2]
+
     def flush(self) -> None:
         """Write what is not written yet."""
-        records, self._pending = self._pending, []
-        if records:
-            self._write(b"".join(records))
+        if self._pending and self._file >= 0:
+            del self._pending[: self._write(self._pending)]
 
-    def _write(self, records: bytes) -> bool:
-        if self._file < 0:
-            return False
+    def _write(self, records: list[bytes]) -> int:
+        """Write records; returns how many have been written: not all, when the disk fails."""
+        data = b"".join(records)
+        written = 0
         try:
-            if os.write(self._file, records) != len(records):
+            written = os.write(self._file, data)
+            if written < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self._fail(error)
-            return False
-        if self._failing:
-            self._failing = False
-            self._on_failure("")
-        return True
+        # None is written twice: an equal job would be settled by the second.
+        return written // RECORD
 
     def close(self) -> None:
         """Nothing more is written; the lock stays until the process ends."""
         self.flush()
+        self._drop_file()
+
+    def _drop_file(self) -> None:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
     def _fail(self, error: OSError) -> None:
         # A record may be torn; whatever comes later goes into a segment of its own.
-        self.close()
-        self._retry_at = time.monotonic() + RETRY
-        if not self._failing:
-            self._failing = True
-            self._on_failure(str(error))
+        self._drop_file()
+        before, self.failure = self.failure, str(error)
+        if not before:
+            self._on_failure(self.failure)
+        if self._later and not self._retrying:
+            # By time: on an idle host nothing else would come, and others wait for our verdicts.
+            self._retrying = True
+            self._later(RETRY, self.retry)
+
+    def _recovered(self) -> None:
+        if self.failure:
+            self.failure = ""
+            self._on_failure("")
 
     def _end_wait(self, key: bytes) -> None:
         count = self._waiting.pop(key, 0)

@@ -120,8 +120,12 @@ class Inspector:
         return [*self._reload(), *self._troubles()]
 
     def degraded(self) -> list[str]:
-        """Of each handler that runs no jobs, or fewer than it should: which, and why."""
-        return [f"handler {name} {why}" for name, why in self._executor.degraded.items()]
+        """Which handlers run no jobs, or fewer than they should, and what else is not whole."""
+        failure = self._ledger.dedup.failure
+        return [
+            *(f"handler {name} {why}" for name, why in self._executor.degraded.items()),
+            *([f"run log not kept: {failure}"] if failure else []),
+        ]
 
     def why_not_consuming(self) -> str:
         """What keeps this instance from taking work, "" when nothing does."""

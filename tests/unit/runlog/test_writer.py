@@ -11,8 +11,10 @@ import pytest
 
 from tests.harness.run_logs import HOUR, RESIZE, SLEEP, dies, knows, looking
 from workerd.core.dedup import ALL_CLOSED, GONE, Elsewhere
+from workerd.runlog import writer
+from workerd.runlog.reader import RunLogReader
 from workerd.runlog.records import END, RECORD, encode
-from workerd.runlog.writer import RunLog
+from workerd.runlog.writer import RETRY, RunLog
 
 # One instance, one process after another.
 
@@ -63,15 +65,15 @@ def test_verdicts_of_a_killed_process_may_not_have_been_read(
 
 
 def test_a_folder_that_could_not_be_made_at_the_start_is_used_later(
-    tmp_path: Path, failures: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, failures: list[str]
 ) -> None:
     state = tmp_path / "state"
     state.write_text("in the way")
     run_log = RunLog(state, "1", HOUR, failures.append)
     assert len(failures) == 1
     state.unlink()
-    monkeypatch.setattr(run_log, "_retry_at", 0.0)
     run_log.settled(SLEEP, 1)
+    run_log.retry()
     assert failures[1:] == [""]
     assert looking(RunLog(state, "2", HOUR, failures.append)).elsewhere(SLEEP) is Elsewhere.ATTACHED
 
@@ -80,15 +82,14 @@ def test_a_run_log_that_could_not_be_read_at_the_start_is_used_later(
     remember: Callable[..., RunLog],
     tmp_path: Path,
     failures: list[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     in_the_way = tmp_path / "1" / "00000001"
     in_the_way.mkdir(parents=True)
     run_log = remember()
     assert len(failures) == 1
     in_the_way.rmdir()
-    monkeypatch.setattr(run_log, "_retry_at", 0.0)
     run_log.settled(SLEEP, 1)
+    run_log.retry()
     assert failures[1:] == [""]
     dies(run_log)
     assert knows(remember(), SLEEP)
@@ -110,12 +111,12 @@ def test_what_is_no_segment_is_let_be(
 
 
 def test_a_run_that_begins_as_the_disk_is_back_is_written_once(
-    remember: Callable[..., RunLog], monkeypatch: pytest.MonkeyPatch
+    remember: Callable[..., RunLog],
 ) -> None:
     one, two = remember("1"), remember("2")
-    one.close()
-    monkeypatch.setattr(one, "_retry_at", 0.0)
+    one._fail(OSError("no"))
     one.started(SLEEP, 1)
+    one.retry()
     assert looking(two).elsewhere(SLEEP) is Elsewhere.ATTACHED
     one.returned(SLEEP, ran=True)
     assert looking(two).elsewhere(SLEEP) is Elsewhere.UNKNOWN
@@ -216,6 +217,62 @@ def test_two_processes_never_write_one_run_log(
 # A disk that cannot be written.
 
 
+def test_what_was_not_written_is_written_by_time_when_the_disk_has_room(
+    tmp_path: Path, failures: list[str]
+) -> None:
+    """On an idle host nothing else would have it written, and a sibling waits for it."""
+    timers: list[tuple[float, Callable[[], None]]] = []
+    one = RunLog(tmp_path, "1", HOUR, failures.append, later=lambda *timer: timers.append(timer))
+    two = RunLog(tmp_path, "2", HOUR, failures.append)
+    one.started(SLEEP, 1)
+    (tmp_path / "1").rename(tmp_path / "away")
+    one.age()
+    assert one.failure
+    one.settled(SLEEP, 1)
+    one.lost(1)
+    one.returned(RESIZE, ran=False)
+    ((seconds, retry),) = timers
+    assert seconds == RETRY
+    retry()
+    assert len(timers) == 2
+    (tmp_path / "away").rename(tmp_path / "1")
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.ATTACHED
+    timers[1][1]()
+    assert (one.failure, failures[1:]) == ("", [""])
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.FINISHED
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.UNKNOWN
+    assert looking(two).recall(RESIZE)
+
+
+def test_a_verdict_that_waited_for_the_disk_ends_no_equal_job_that_runs_since(
+    remember: Callable[..., RunLog],
+) -> None:
+    one, two = remember("1"), remember("2")
+    one._fail(OSError("no"))
+    one.started(SLEEP, 1)
+    one.settled(SLEEP, 1)
+    one.started(SLEEP, 2)
+    one.retry()
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.ATTACHED
+    one.lost(2)
+    assert looking(two).elsewhere(SLEEP) is Elsewhere.ORPHANED
+
+
+def test_what_waits_for_the_disk_is_bounded(
+    remember: Callable[..., RunLog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "MOST_PENDING", 10)
+    run_log = remember()
+    run_log._fail(OSError("no"))
+    for number in range(100):
+        run_log.settled(number.to_bytes(16, "big"), 1)
+    assert len(run_log._pending) <= 10
+    run_log.retry()
+    reader = RunLogReader(run_log._folder)
+    reader.catch_up()
+    assert (99).to_bytes(16, "big") in {key for key, _ in reader.finished()}
+
+
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Path:
     if os.geteuid() != 0:
@@ -234,23 +291,30 @@ def unmount(tmp_path: Path) -> object:
 
 @pytest.mark.usefixtures("unmount")
 def test_a_full_disk_is_told_once_and_used_again_when_it_has_room(
-    full_disk: Path, failures: list[str], monkeypatch: pytest.MonkeyPatch
+    full_disk: Path, failures: list[str]
 ) -> None:
     run_log = RunLog(full_disk, "1", HOUR, failures.append)
     filler = full_disk / "filler"
     with pytest.raises(OSError, match="No space"):
         filler.write_bytes(bytes(1 << 20))
-    for number in range(1000):
+    while not failures:
+        run_log.settled(os.urandom(16), 1)
+    for number in range(100):
         run_log.settled(number.to_bytes(16, "big"), 1)
+        run_log.retry()
     assert len(failures) == 1
+    assert len(list((full_disk / "1").iterdir())) == 1
     assert "No space" in failures[0]
-    assert knows(run_log, (999).to_bytes(16, "big"))
+    assert knows(run_log, (99).to_bytes(16, "big"))
     filler.unlink()
-    monkeypatch.setattr(run_log, "_retry_at", 0.0)
     run_log.settled(SLEEP, 1)
+    run_log.retry()
     assert failures[1:] == [""]
     dies(run_log)
-    assert knows(RunLog(full_disk, "1", HOUR, failures.append), SLEEP)
+    later = RunLog(full_disk, "1", HOUR, failures.append)
+    assert knows(later, SLEEP)
+    assert knows(later, (98).to_bytes(16, "big"))
+    assert not knows(later, (98).to_bytes(16, "big"))
 
 
 @pytest.mark.usefixtures("unmount")
