@@ -15,7 +15,13 @@ from pika.adapters.asyncio_connection import AsyncioConnection
 
 from workerd.backoff import backoff
 from workerd.broker.channel import Channel
-from workerd.broker.errors import ANSWER_TIMEOUT, CONNECT_TIMEOUT, diagnose, is_noise
+from workerd.broker.errors import (
+    ANSWER_TIMEOUT,
+    CONNECT_TIMEOUT,
+    diagnose,
+    is_noise,
+    with_addresses,
+)
 from workerd.broker.parameters import parameters
 from workerd.broker.pika_patches import PikaConnection
 from workerd.config.model import Broker
@@ -55,7 +61,9 @@ class Connection:
         amqp = PikaConnection(
             parameters(url, broker, name, environ),
             on_open_callback=lambda _c: _resolve(opened, None),
-            on_open_error_callback=lambda _c, error: _fail(opened, diagnose(error)),
+            on_open_error_callback=lambda connection, error: _fail(
+                opened, with_addresses(diagnose(error), connection.params.attempts)
+            ),
             custom_ioloop=loop,
         )
         connection = cls(amqp, url)
@@ -74,7 +82,8 @@ class Connection:
                 amqp.close()  # while opening this only drops the socket
             if isinstance(error, TimeoutError):
                 text = f"no AMQP answer within {CONNECT_TIMEOUT:.0f} s"
-                raise BrokerError(ErrorKind.AWAY, text) from None
+                late = BrokerError(ErrorKind.AWAY, text)
+                raise with_addresses(late, amqp.params.attempts) from None
             raise
         return connection
 

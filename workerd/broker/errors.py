@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import ssl
+from collections.abc import Mapping
 
 import pika.exceptions
 
@@ -60,9 +61,25 @@ def diagnose(error: BaseException) -> BrokerError:
         return BrokerError(ErrorKind.AWAY, "the broker hung up during the login")
     if isinstance(error, socket.gaierror):
         return BrokerError(ErrorKind.AWAY, f"host name: {error.strerror}")
+    if isinstance(error, TimeoutError) and not error.errno:
+        return BrokerError(ErrorKind.AWAY, "no answer to an attempt to connect")
     if isinstance(error, OSError) and error.strerror:
         return BrokerError(ErrorKind.AWAY, error.strerror.lower())
     return BrokerError(ErrorKind.AWAY, _plain(error, text))
+
+
+def with_addresses(error: BrokerError, attempts: Mapping[str, BaseException | None]) -> BrokerError:
+    """The error that ended an attempt to connect, with what became of each address, if several.
+
+    An address whose error is None is the one at which the attempt ended.
+    """
+    if len(attempts) < 2:
+        return error
+    texts = (
+        f"{address}: {error if failure is None else diagnose(failure)}"
+        for address, failure in attempts.items()
+    )
+    return BrokerError(error.kind, "; ".join(texts), error.code)
 
 
 def is_noise(error: BaseException | None) -> bool:
@@ -120,8 +137,10 @@ def ack_timeout_in(error: BrokerError) -> float | None:
     return int(found[1]) / 1000 if found else None
 
 
-#: For TCP, TLS, login and opening, all together.
+#: For the look-up of a name, TCP, TLS, login and opening, all together.
 CONNECT_TIMEOUT = 10.0
+#: For TCP alone, to all addresses of a name together: what does not answer is told as that.
+TCP_TIMEOUT = 0.9 * CONNECT_TIMEOUT
 #: For the answer to one request; then the connection counts as dead.
 ANSWER_TIMEOUT = 15.0
 #: For a publish to be confirmed while the broker is not blocking us.

@@ -7,19 +7,17 @@ import ssl
 from collections.abc import Mapping
 
 import pika
-import pika.exceptions
 
 from workerd import __version__
 from workerd.broker.errors import CONNECT_TIMEOUT
+from workerd.broker.pika_patches import Parameters
 from workerd.config.model import TLS, Broker
 from workerd.config.passwords import password_for
 from workerd.config.url import BrokerURL
 from workerd.errors import BrokerError, ErrorKind, SettingsError
 
 
-def parameters(
-    url: BrokerURL, broker: Broker, name: str, environ: Mapping[str, str]
-) -> pika.ConnectionParameters:
+def parameters(url: BrokerURL, broker: Broker, name: str, environ: Mapping[str, str]) -> Parameters:
     """Put together what pika needs; ``name`` is what the broker's tools show.
 
     Reads the password and the certificates now. Raises BrokerError(REFUSED) when one of them
@@ -34,7 +32,7 @@ def parameters(
     except (SettingsError, OSError) as error:
         raise BrokerError(ErrorKind.REFUSED, str(error)) from error
     heartbeat = max(1, round(broker.heartbeat))
-    return pika.ConnectionParameters(
+    return Parameters(
         host=url.host,
         port=url.port,
         virtual_host=url.vhost,
@@ -42,7 +40,6 @@ def parameters(
         heartbeat=heartbeat,
         ssl_options=tls,
         connection_attempts=1,
-        socket_timeout=CONNECT_TIMEOUT,
         stack_timeout=CONNECT_TIMEOUT,
         # Never `capabilities` here: pika would announce these instead of its own, and the
         # broker would send neither confirms nor cancel notifications.

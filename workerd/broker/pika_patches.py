@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable
 from typing import Any
 
+import pika
 from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.adapters.utils import connection_workflow, io_services_utils
 
 from workerd.broker.codec import Incoming
+from workerd.broker.errors import TCP_TIMEOUT
 from workerd.broker.frames import arrival_at
 
 
@@ -56,6 +59,14 @@ class PikaConnection(AsyncioConnection):  # type: ignore[misc]
         super()._output_marshaled_frames(frames if len(frames) > 3 else [b"".join(frames)])
 
 
+class Parameters(pika.ConnectionParameters):  # type: ignore[misc]
+    """What pika is told, and which addresses it has tried with what result; None: none yet."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.attempts: dict[str, BaseException | None] = {}
+        super().__init__(**settings)
+
+
 class Connector(connection_workflow.AMQPConnector):  # type: ignore[misc]
     """pika's attempt to reach one address, which fails like any other when it gets no socket.
 
@@ -64,13 +75,40 @@ class Connector(connection_workflow.AMQPConnector):  # type: ignore[misc]
     """
 
     def start(self, addr_record: Any, conn_params: Any, on_done: Callable[[Any], None]) -> None:
+        address = addr_record[4][0]
+        # Whoever else uses pika in this process has parameters of its own kind.
+        attempts = getattr(conn_params, "attempts", {})
+        attempts[address] = None
+
+        def done(result: Any) -> None:
+            if isinstance(result, BaseException):
+                attempts[address] = result
+            on_done(result)
+
         try:
-            super().start(addr_record, conn_params, on_done)
+            super().start(addr_record, conn_params, done)
         except OSError as error:
-            on_done(connection_workflow.AMQPConnectorSocketConnectError(error))
+            done(connection_workflow.AMQPConnectorSocketConnectError(error))
+
+
+class Workflow(connection_workflow.AMQPConnectionWorkflow):  # type: ignore[misc]
+    """pika's way through the addresses of a name, each of which gets its share of the time.
+
+    pika gives each address all of it, so that one that does not answer would leave none for the
+    others. They come in random order: one that takes a connection and then says nothing ends the
+    attempt, and must not be the first at each.
+    """
+
+    def _on_getaddrinfo_async_done(self, found: Any) -> None:
+        if not isinstance(found, BaseException):
+            found = random.sample(found, len(found))
+            for each in self._connection_configs:
+                each.socket_timeout = TCP_TIMEOUT / len(found)
+        super()._on_getaddrinfo_async_done(found)
 
 
 connection_workflow.AMQPConnector = Connector
+connection_workflow.AMQPConnectionWorkflow = Workflow
 
 # pika reads 4 kB at a time: of two large messages, parts.
 io_services_utils._AsyncTransportBase._MAX_RECV_BYTES = 1 << 16  # noqa: SLF001
