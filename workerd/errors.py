@@ -38,14 +38,22 @@ class ErrorKind(enum.Enum):
     LOCKED = "locked"
     #: The queue exists with other arguments.
     CONFLICT = "conflict"
-    #: The message is larger than the broker's max_message_size.
+    #: The message is larger than the broker's max_message_size, or its headers than a frame: this
+    #: broker will never take it as it is, and takes others.
     TOO_LARGE = "too-large"
+    #: The same, for a property of the message that the broker does not accept.
+    UNACCEPTABLE = "unacceptable"
     #: The broker took deliveries back because they were not acknowledged in time.
     ACK_TIMEOUT = "ack-timeout"
     #: The queue is full, or an alarm stops publishing.
     BUSY = "busy"
     #: We closed it ourselves.
     CLOSED = "closed"
+
+    @property
+    def of_one_message(self) -> bool:
+        """Whether the broker refuses this message for good, whatever becomes of others."""
+        return self in (ErrorKind.TOO_LARGE, ErrorKind.UNACCEPTABLE)
 
 
 class BrokerError(WorkerdError):
@@ -95,6 +103,7 @@ def exit_status(error: WorkerdError) -> int:
     if isinstance(error, BrokerError):
         return {
             ErrorKind.TOO_LARGE: EX_DATAERR,
+            ErrorKind.UNACCEPTABLE: EX_DATAERR,
             ErrorKind.BUSY: EX_TEMPFAIL,
             ErrorKind.REFUSED: EX_NOPERM,
             ErrorKind.MISSING: EX_CANTCREAT,

@@ -16,6 +16,8 @@ from workerd.broker.codec import Incoming
 from workerd.broker.connection import Connection
 from workerd.config import model
 from workerd.config.url import BrokerURL
+from workerd.core.job import Message
+from workerd.errors import BrokerError, ErrorKind
 
 pytestmark = pytest.mark.pika
 
@@ -108,3 +110,30 @@ def test_messages_of_all_sizes_come_whole_and_in_order(client: Client, broker: B
     ]
     assert [each.message.body for each in came] == bodies
     assert client.ready("mixed") == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        (Message(expiration="soon"), ErrorKind.UNACCEPTABLE),
+        (Message(headers={"CC": 5}), ErrorKind.UNACCEPTABLE),
+        (Message(headers={"h": "x" * 200_000}), ErrorKind.TOO_LARGE),
+        (Message(b"x" * 200_000), None),
+    ],
+    ids=["property", "header", "frame", "fine"],
+)
+def test_a_refusal_of_one_message_is_told_from_an_outage(
+    broker: Broker, client: Client, message: Message, kind: ErrorKind | None
+) -> None:
+    client.declare("jobs")
+
+    async def publish() -> ErrorKind | None:
+        async with a_channel(broker) as channel:
+            await channel.confirm()
+            try:
+                await channel.publish("", "jobs", message)
+            except BrokerError as error:
+                return error.kind
+            return None
+
+    assert asyncio.run(publish()) is kind

@@ -12,6 +12,7 @@ from tests.mutants.catalogue import Mutant, load, table
 ROWS = {
     *range(1, 68),
     *range(69, 73),
+    79,
     80,
     98,
     99,

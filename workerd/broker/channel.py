@@ -248,7 +248,8 @@ class Channel:
 
         The future raises Unroutable, BrokerError(BUSY) when the broker refuses the message, or the
         BrokerError that ended the channel: then nobody knows whether the message arrived.
-        Raises Unencodable at once for what AMQP cannot carry.
+        Raises Unencodable at once for what AMQP cannot carry, and BrokerError(TOO_LARGE) for
+        headers that are larger than a frame, for which the broker would end the connection.
         """
         try:
             self._channel.basic_publish(
@@ -259,7 +260,8 @@ class Channel:
         except (pika.exceptions.AMQPError, struct.error, ValueError, TypeError) as error:
             raise Unencodable(f"the message cannot be encoded: {error!r}") from error
         # The queue of a delay level has the name of its exchange.
-        return self._confirms.publish(exchange or key, str(message.message_id))
+        size = len(message.body)
+        return self._confirms.publish(exchange or key, str(message.message_id), size)
 
     async def close(self) -> None:
         """Close, and wait for the answer: the proof that the broker has read our acks."""

@@ -20,6 +20,10 @@ _KINDS = {
     530: ErrorKind.REFUSED,
 }
 
+#: How RabbitMQ (3.10 to 4.3) refuses one published message; then it closes the channel.
+_MAX_SIZE = re.compile(r"larger than configured max size (\d+)")
+_BAD_PROPERTY = re.compile(r"invalid expiration|invalid message|user_id property set to")
+
 _CLOSED_BY_US = (pika.exceptions.ConnectionClosedByClient, pika.exceptions.ChannelClosedByClient)
 
 
@@ -68,6 +72,19 @@ def diagnose(error: BaseException) -> BrokerError:
     return BrokerError(ErrorKind.AWAY, _plain(error, text))
 
 
+def for_message(error: BrokerError, size: int, alone: bool) -> BrokerError:
+    """What the error that ended a channel means for one of its messages, ``size`` bytes large.
+
+    RabbitMQ does not say which message it refused. Where that cannot be told, as for one that
+    was not ``alone`` in having no confirm, nobody knows what became of it: publish it again.
+    """
+    limit = _MAX_SIZE.search(str(error))
+    refused = alone if limit is None else size > int(limit[1])
+    if refused or not error.kind.of_one_message:
+        return error
+    return BrokerError(ErrorKind.AWAY, f"lost with another message: {error}", error.code)
+
+
 def with_addresses(error: BrokerError, attempts: Mapping[str, BaseException | None]) -> BrokerError:
     """The error that ended an attempt to connect, with what became of each address, if several.
 
@@ -95,8 +112,10 @@ def _by_code(code: int, text: str) -> BrokerError:
     kind = _KINDS.get(code, ErrorKind.AWAY)
     if code == 406 and "inequivalent arg" in text:
         kind = ErrorKind.CONFLICT
-    elif code == 406 and "larger than configured max size" in text:
+    elif code == 406 and _MAX_SIZE.search(text):
         kind = ErrorKind.TOO_LARGE
+    elif code == 406 and _BAD_PROPERTY.search(text):
+        kind = ErrorKind.UNACCEPTABLE
     elif code == 406 and "delivery acknowledgement" in text and "timed out" in text:
         kind = ErrorKind.ACK_TIMEOUT
     return BrokerError(kind, text, code)

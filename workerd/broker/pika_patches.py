@@ -14,6 +14,7 @@ from pika.adapters.utils import connection_workflow, io_services_utils
 from workerd.broker.codec import Incoming
 from workerd.broker.errors import TCP_TIMEOUT
 from workerd.broker.frames import arrival_at
+from workerd.errors import BrokerError, ErrorKind
 
 
 class PikaConnection(AsyncioConnection):  # type: ignore[misc]
@@ -54,6 +55,11 @@ class PikaConnection(AsyncioConnection):  # type: ignore[misc]
         super()._output_marshaled_frames([frames])
 
     def _output_marshaled_frames(self, frames: list[bytes]) -> None:
+        # Only a body goes into several frames. RabbitMQ would end the connection.
+        if len(frames) > 1 and len(frames[1]) > self.params.frame_max:
+            size, most = len(frames[1]), self.params.frame_max
+            text = f"properties and headers take {size} bytes; a frame of this broker has {most}"
+            raise BrokerError(ErrorKind.TOO_LARGE, text)
         # A message of one body frame goes in one piece, not in three. Not more of them: what a
         # full socket does not take is copied again and again.
         super()._output_marshaled_frames(frames if len(frames) > 3 else [b"".join(frames)])

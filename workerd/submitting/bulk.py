@@ -177,12 +177,20 @@ class Bulk:
                 try:
                     sent.confirm.result()
                 except BrokerError as error:
+                    # Another line may be the one that the broker refused.
+                    error = next(filter(_is_refusal, self._failures()), error)
                     raise explained(error, sent.exchange, self._submission.queue) from None
                 self._flight.popleft()
                 self._bytes_in_flight -= sent.size
                 self._confirm(sent.job_id)
             output.flush()
             self._moved.set()
+
+    def _failures(self) -> Iterator[BrokerError]:
+        for sent in self._flight:
+            error = sent.confirm.exception() if sent.confirm.done() else None
+            if isinstance(error, BrokerError):
+                yield error
 
     async def _movement(self) -> None:
         self._moved.clear()
@@ -204,6 +212,10 @@ class Bulk:
                 self._confirm(sent.job_id)
             else:
                 self._missing.append(sent.number)
+
+
+def _is_refusal(error: BrokerError) -> bool:
+    return error.kind.of_one_message
 
 
 def _check_json(line: bytes) -> None:

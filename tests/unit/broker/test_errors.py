@@ -29,6 +29,8 @@ TOO_LARGE = "PRECONDITION_FAILED - message size 9 is larger than configured max 
         (406, INEQUIVALENT, ErrorKind.CONFLICT),
         (406, TOO_LARGE, ErrorKind.TOO_LARGE),
         (406, TOO_LATE, ErrorKind.ACK_TIMEOUT),
+        (406, "PRECONDITION_FAILED - invalid expiration 'soon'", ErrorKind.UNACCEPTABLE),
+        (406, "PRECONDITION_FAILED - something else", ErrorKind.AWAY),
         (530, "NOT_ALLOWED - vhost v not found", ErrorKind.REFUSED),
         (541, "INTERNAL_ERROR", ErrorKind.AWAY),
     ],
