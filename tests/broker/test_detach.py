@@ -95,6 +95,33 @@ def test_a_detached_daemon_works_is_known_by_its_pidfile_and_stops(
     assert not detached.pidfile.exists(), "its number may soon be another's"
 
 
+def test_a_log_file_that_is_rotated_is_opened_anew_on_a_hang_up(
+    broker: Broker, client: Client, daemon: Start, detached: Detached
+) -> None:
+    """A file opened once would be written for months after its deletion."""
+    assert daemon(config(broker.url, ["true"]), command=detached.command).wait_exit() == 0
+    detached.await_event("ready")
+    pid = detached.pid
+    rotated = detached.log_file.rename(detached.log_file.with_suffix(".1"))
+    os.kill(pid, signal.SIGHUP)
+    detached.await_event("reloaded")
+    client.publish("jobs")
+    detached.await_event("done")
+    assert "ready" in rotated.read_text()
+    assert os.readlink(f"/proc/{pid}/fd/1") == os.readlink(f"/proc/{pid}/fd/2")
+
+    # What cannot be opened is told in the old one.
+    newer = detached.log_file.rename(detached.log_file.with_suffix(".2"))
+    detached.log_file.mkdir()
+    os.kill(pid, signal.SIGHUP)
+    until(lambda: newer.read_text().count('"reloaded"') == 2, "the second reload")
+    assert '"log not reopened"' in newer.read_text()
+    assert "Is a directory" in newer.read_text()
+    detached.log_file.rmdir()
+    os.kill(pid, signal.SIGTERM)
+    assert wait(pid) == 0
+
+
 def test_a_detached_daemon_holds_the_name_of_its_instance(
     broker: Broker, daemon: Start, detached: Detached
 ) -> None:

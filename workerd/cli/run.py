@@ -37,7 +37,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pidfile", metavar="P", help="with --detach: write the process id here")
     parser.add_argument(
-        "--log-file", metavar="F", help="with --detach: append the log to this file"
+        "--log-file",
+        metavar="F",
+        help="with --detach: append the log to this file; opened anew on SIGHUP",
     )
     parser.set_defaults(carry_out=_run)
 

@@ -50,3 +50,14 @@ def detach(pidfile: str | None, log_file: str | None, keep: Iterable[int]) -> No
                 number.write(f"{os.getpid()}\n")
     except OSError as error:
         raise SettingsError(f"cannot detach: {error}") from None
+
+
+def reopen(log_file: str) -> None:
+    """Go on in a new file of this name, when somebody has renamed the old one. Raises OSError."""
+    # In one step: the thread that writes the log knows the descriptor's number alone.
+    new = os.open(log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        for descriptor in (1, 2):
+            os.dup2(new, descriptor)
+    finally:
+        os.close(new)

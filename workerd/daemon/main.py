@@ -28,7 +28,7 @@ from workerd.control.requests import Requests
 from workerd.control.server import Control
 from workerd.core.republish import Origin
 from workerd.daemon import rundir
-from workerd.daemon.detach import detach, shed_inheritance
+from workerd.daemon.detach import detach, reopen, shed_inheritance
 from workerd.daemon.reload import Reload
 from workerd.daemon.systemd import Systemd
 from workerd.errors import EX_CONFIG, EX_SOFTWARE, SettingsError
@@ -73,7 +73,7 @@ def run(
         # The guardian has a share in that lock: as long as it lives, the jobs of a killed daemon
         # may live, and no other instance may start them.
         guardian = Guardian(*([] if run_log_lock < 0 else [run_log_lock]))
-        daemon = Daemon(settings, config, instance, guardian, run_log_lock)
+        daemon = Daemon(settings, config, instance, guardian, run_log_lock, log_file)
         # Not asyncio.run, which waits for a resolver that hangs in a thread.
         status = asyncio.new_event_loop().run_until_complete(daemon.serve())
     except Exception:  # noqa: BLE001 - a bug: tell it and end
@@ -107,12 +107,14 @@ class Daemon:
         instance: str,
         guardian: Guardian,
         run_log_lock: int,
+        log_file: str | None,
     ) -> None:
         self._settings = settings
         self._config = config
         self._instance = instance
         self._guardian = guardian
         self._run_log_lock = run_log_lock
+        self._log_file = log_file
         self._origin = Origin(socket.gethostname(), instance)
         #: What went wrong in callbacks, where no job or request answers for it.
         self._bugs: list[object] = []
@@ -173,8 +175,21 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             loop.add_signal_handler(number, worker.stop)
         reload = Reload(worker, systemd, lambda: _load(self._config, self._instance), self._apply)
-        loop.add_signal_handler(signal.SIGHUP, reload.request)
+
+        def hang_up() -> None:
+            self._reopen_log()
+            reload.request()
+
+        loop.add_signal_handler(signal.SIGHUP, hang_up)
         loop.add_signal_handler(signal.SIGUSR1, worker.log_state)
+
+    def _reopen_log(self) -> None:
+        if self._log_file is None:
+            return
+        try:
+            reopen(self._log_file)
+        except OSError as error:
+            log.warning("log not reopened", text=f"{self._log_file}: {error.strerror}")
 
     def _apply(self, settings: Settings) -> None:
         """Put new settings into force."""
