@@ -160,7 +160,7 @@ class Session(asyncio.Protocol):
         if type(length) is not int or not 0 <= length <= MAX_BODY:
             self._refuse(EX_DATAERR, f"length: a number from 0 to {MAX_BODY}")
             return False
-        if not self._limits.reserve(length):
+        if not self._limits.reserve(self.peer.uid, length):
             self._refuse(EX_TEMPFAIL, "too many bytes are in memory", "busy")
             return False
         self._request, self._length = request, length
@@ -180,7 +180,7 @@ class Session(asyncio.Protocol):
             if isinstance(answer, Mapping):
                 self._tell(answer)
                 return
-            if not self._limits.begin_waiting():
+            if not self._limits.begin_waiting(self.peer.uid):
                 answer.close()
                 raise Busy(EX_TEMPFAIL, "too many others wait for the broker")
         except Exception as error:  # noqa: BLE001 - see `_tell_error`
@@ -194,7 +194,7 @@ class Session(asyncio.Protocol):
         except Exception as error:  # noqa: BLE001 - see `_tell_error`
             self._tell_error(error)
         finally:
-            self._limits.end_waiting()
+            self._limits.end_waiting(self.peer.uid)
             self._task = None
 
     def _tell_error(self, error: Exception) -> None:
@@ -230,7 +230,8 @@ class Session(asyncio.Protocol):
         self._transport.write(json.dumps({"version": VERSION, **answer}).encode() + b"\n")
 
     def _forget_body(self) -> None:
-        self._limits.release(self._length)
+        if self._length:
+            self._limits.release(self.peer.uid, self._length)
         self._length = 0
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from workerd.core.cancellations import KEPT, MOST, SKEW, Cancellations
+from workerd.core.cancellations import KEPT, MOST, MOST_OF_ONE, SKEW, Cancellations
 from workerd.core.decode import decode
 from workerd.core.job import COPY, REPLAY, SUBMITTER, BadJob, Job, Message
 from workerd.ids import made_at, new_id
@@ -78,3 +78,28 @@ def test_the_newest_are_remembered(cancellations: Cancellations) -> None:
     assert len(cancellations) == MOST
     assert not refused(cancellations, job())
     assert refused(cancellations, job(message_id="0"), 1)
+
+
+def test_one_user_forgets_no_cancellation_of_an_operators_or_of_another_users(
+    cancellations: Cancellations,
+) -> None:
+    """10,001 cancellations of one user evicted the operator's."""
+    cancellations.add("b", 1001, THEN)
+    for number in range(MOST + 1):
+        cancellations.add(str(number), 1000, THEN + 1)
+    assert refused(cancellations, job(), 1)
+    assert refused(cancellations, job(message_id="b", headers={SUBMITTER: 1001}), 1)
+    assert len(cancellations) == MOST_OF_ONE + 2
+    newest, oldest = (
+        job(message_id=str(number), headers={SUBMITTER: 1000}) for number in (MOST, 0)
+    )
+    assert refused(cancellations, newest, 1)
+    assert not refused(cancellations, oldest, 1)
+
+
+def test_many_users_forget_no_cancellation_of_an_operators(cancellations: Cancellations) -> None:
+    for uid in range(1, 2 * MOST // MOST_OF_ONE):
+        for number in range(MOST_OF_ONE):
+            cancellations.add(str(number), uid, THEN + uid)
+    assert len(cancellations) == MOST + 1
+    assert refused(cancellations, job(), 1)
