@@ -31,6 +31,9 @@ from workerd.errors import BrokerError, ErrorKind
 
 #: The first pause before a new attempt to connect, in seconds.
 FIRST_PAUSE = 0.2
+#: All properties and headers of a message must fit one frame: those of the sender take 64 KiB at
+#: most, the error of a dead letter 8 KiB, and what else workerd says of it little. In bytes.
+NEEDED_FRAME = 80 << 10
 
 
 class Connection:
@@ -109,11 +112,33 @@ class Connection:
         properties = self._amqp.server_properties or {}
         return tuple(map(int, re.findall(r"\d+", str(properties.get("version", "0")))[:3]))
 
+    def shortages(self, queues: int) -> list[str]:
+        """What the broker's limits do not allow an instance that consumes so many queues."""
+        # For each queue another one where its delayed jobs come due; one to declare, one to count.
+        need = 2 * queues + 2
+        channels, frame = self._amqp.params.channel_max, self._amqp.params.frame_max
+        found = []
+        if channels < need:
+            found.append(
+                f"the broker allows {channels} channels on a connection, and {queues} queues need "
+                f"{need}: raise channel_max in rabbitmq.conf, or let this instance consume less"
+            )
+        if 0 < frame < NEEDED_FRAME:
+            found.append(
+                f"a frame of this broker has {frame} bytes, and the headers of a dead letter need "
+                f"up to {NEEDED_FRAME}: raise frame_max in rabbitmq.conf"
+            )
+        return found
+
     async def channel(self) -> Channel:
         """Open a channel. Raises BrokerError."""
         opened: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         try:
             channel = self._amqp.channel(on_open_callback=lambda channel: _resolve(opened, channel))
+        except pika.exceptions.NoFreeChannels:
+            most = self._amqp.params.channel_max
+            text = f"all {most} channels that the broker allows on a connection are in use"
+            raise BrokerError(ErrorKind.BUSY, f"{text}: raise its channel_max") from None
         except pika.exceptions.AMQPError as error:
             raise diagnose(error) from error
         await asyncio.wait(

@@ -41,7 +41,7 @@ async def _check_one(settings: Settings, url: BrokerURL, environ: Mapping[str, s
         connection = await Connection.open(url, settings.broker, "workerd check", environ)
     except BrokerError as error:
         return [f"{url}: {error}{_login_remedy(url, error)}"]
-    problems = []
+    problems = connection.shortages(len(settings.worker.queues))
     try:
         problems += await _check_topology(connection, "the delay levels", topology.delay_levels())
         for name in settings.worker.queues:

@@ -142,6 +142,8 @@ class Consumer:
                 rabbitmq=".".join(map(str, connection.version)),
             )
             self._receiver.connected()
+            for text in connection.shortages(len(self._settings.worker.queues)):
+                log.warning("limits too low", broker=connection.url.host, text=text)
             async with asyncio.TaskGroup() as self._tasks:
                 declaring = self.declarations.delays(connection)
                 self._levels = self._tasks.create_task(declaring, name="declare")
