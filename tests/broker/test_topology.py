@@ -189,3 +189,18 @@ def test_a_delayed_job_whose_queue_is_gone_is_kept_aside(
     key = "0." * 24 + "1.nobody"
     client.publish(key, b"later", exchange="workerd.delay.00", message_id="a")
     assert client.take("workerd.unroutable")[0].id == "a"
+
+
+@pytest.mark.parametrize("declare", ["create", "plain", "wait"])
+def test_a_stream_is_paused_with_the_reason_and_nothing_of_it_is_consumed(
+    broker: Broker, client: Client, daemon: StartDaemon, declare: str
+) -> None:
+    """ "Used as it is", 5 of 8 confirmed jobs never ran, and nothing was said."""
+    client.declare("jobs", x_queue_type="stream")
+    queues = {"jobs": {"declare": declare}, "fine": {}}
+    worker = daemon(config(broker.url, ["true"], queues=queues))
+    paused = worker.wait_event("queue paused", queue="jobs", level="warning")
+    assert paused["text"].startswith("jobs is a queue of type stream, which cannot hold jobs")
+    worker.wait_event("consuming", queue="fine")
+    worker.wait_notify(lambda said: "jobs paused: jobs is a queue of type stream" in said)
+    assert not worker.events("consuming", queue="jobs")

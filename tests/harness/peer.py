@@ -223,6 +223,15 @@ class Peer:
                 assert channel is not None
                 # RabbitMQ's reading of it: for consumers that are yet to come.
                 channel.next_prefetch = method.prefetch_count
+            elif isinstance(method, pika.spec.Basic.Consume) and method.arguments:
+                assert channel is not None
+                # The one that there is, which asks for the type of a queue.
+                self._lose(channel)
+                text = f"invalid arg 'x-priority' for queue '{method.queue}' in vhost '/'"
+                text = f"PRECONDITION_FAILED - {text} of queue type rabbit_quorum_queue"
+                connection.send(number, pika.spec.Channel.Close(406, text, 60, 20))
+                self._moved.notify_all()
+                return
             elif isinstance(method, pika.spec.Basic.Consume):
                 assert channel is not None
                 # Even when the broker has cancelled it: RabbitMQ 4.3 keeps the consumer.

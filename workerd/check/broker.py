@@ -79,9 +79,11 @@ async def _check_queue(connection: Connection, queue: Queue) -> list[str]:
 async def _check_reading(connection: Connection, name: str) -> list[str]:
     if await _exists(connection, name):
         try:
-            await (await connection.channel()).ask_to_read(name)
+            kind = await (await connection.channel()).kind_of(name)
         except BrokerError as error:
             return [f"queue {name}: {_refusal(error, 'read', name)}"]
+        if problem := topology.no_work_queue(name, kind):
+            return [problem]
     return []
 
 

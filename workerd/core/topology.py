@@ -68,6 +68,16 @@ def due(queue: str) -> str:
     return f"{queue}.due"
 
 
+def no_work_queue(queue: str, kind: str) -> str:
+    """Why a queue of this type cannot hold jobs; "" when it can, or nobody knows its type."""
+    if kind in ("classic", "quorum", ""):
+        return ""
+    return (
+        f"{queue} is a queue of type {kind}, which cannot hold jobs: what is acknowledged stays "
+        "there, and what is returned never comes again; name another queue, or delete this one"
+    )
+
+
 def work_queue(queue: Queue) -> DeclareQueue:
     """The work queue itself, as ``declare = "create"`` or ``"plain"`` makes it."""
     if queue.declare == "plain":

@@ -241,6 +241,7 @@ class Consumer:
             try:
                 if declared is None or not subscription.looks_like(declared):
                     refusal = await self._declare(connection, subscription)
+                    await _require_work_queue(connection, name)
                 channel = await self._open(connection, subscription)
             except BrokerError as trouble:
                 if connection.ended.done() or not self._receiver.wanted:
@@ -369,3 +370,10 @@ class Consumer:
     def _resume(self, name: str) -> None:
         self.paused.pop(name, None)
         self.missing.discard(name)
+
+
+async def _require_work_queue(connection: Connection, name: str) -> None:
+    """Raises BrokerError for a queue that is not there, or of a type that cannot hold jobs."""
+    kind = await (await connection.channel()).kind_of(name)
+    if problem := topology.no_work_queue(name, kind):
+        raise BrokerError(ErrorKind.CONFLICT, problem)

@@ -27,6 +27,7 @@ from workerd.core.topology import (
     delayed,
     due_jobs,
     level_name,
+    no_work_queue,
     work_queue,
 )
 
@@ -278,3 +279,13 @@ def test_the_levels_have_names_that_sort() -> None:
         "workerd.delay.24",
     ]
     assert DUE == "workerd.due"
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum", ""])
+def test_a_queue_of_these_types_can_hold_jobs(kind: str) -> None:
+    assert no_work_queue("jobs", kind) == ""
+
+
+@pytest.mark.parametrize("kind", ["stream", "mqtt_qos0"])
+def test_a_queue_of_another_type_cannot_hold_jobs(kind: str) -> None:
+    assert no_work_queue("jobs", kind).startswith(f"jobs is a queue of type {kind}, ")
