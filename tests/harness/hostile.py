@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from .waiting import TIMEOUT
+from tests.harness.waiting import TIMEOUT
 
 #: Sets a terminal's title, changes colours and the direction of writing, and forges a line.
 EVIL = "a\x1b]0;b\x07\x9b31m\u202ec\x7f\u2028d\r\ne"

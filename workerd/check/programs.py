@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 
 from workerd.config.model import Handler, Settings
-from workerd.config.permissions import writable_by_others
+from workerd.config.permissions import objections
 from workerd.config.template import Template
 from workerd.config.text import toml
 from workerd.handlers.program import clean_environment, find_program
@@ -19,12 +19,17 @@ from workerd.units import format_duration
 
 IMPORT_TIMEOUT = 30.0
 
+#: Programs that run the script which is their first argument.
+_INTERPRETER = re.compile(
+    r"(python|pypy|perl|ruby|node|nodejs|deno|bun|php|lua|tclsh|Rscript|sh|bash|dash|ksh|zsh)[0-9.]*"
+)
+
 Environ = Mapping[str, str]
 
 
 def check_programs(settings: Settings, environ: Environ = os.environ) -> list[str]:
     """Every problem of what the handlers run: missing, unsafe, or not to be imported."""
-    return [
+    return _untrusted_authority(settings) + [
         problem
         for handler in settings.handlers.values()
         for problem in _check_handler(settings, handler, environ)
@@ -32,18 +37,72 @@ def check_programs(settings: Settings, environ: Environ = os.environ) -> list[st
 
 
 def untrusted_programs(settings: Settings, environ: Environ = os.environ) -> list[str]:
-    """The programs that others could write: reason enough for the daemon not to start.
+    """What others could write of all that decides what runs, or whom the daemon trusts.
 
-    Runs nothing, and leaves out programs that are missing: those may still come.
+    Reason enough for the daemon not to start. Runs nothing, and leaves out what is missing, for
+    that may still come.
     """
-    problems = []
+    problems = _untrusted_authority(settings)
     for handler in settings.handlers.values():
-        key, program = _program(handler)
-        path = find_program(handler, program, environ)
-        reason = writable_by_others(path) if path else None
-        if reason:
-            problems.append(f"{settings.where('handlers', handler.name, key)}: {reason}")
+        problems += _untrusted(settings, handler, environ)
     return problems
+
+
+def _untrusted_authority(settings: Settings) -> list[str]:
+    """Who else could change whom the daemon takes for its broker."""
+    file = settings.broker.tls.ca_file
+    if file is None or not os.path.lexists(file):
+        return []
+    where = settings.where("broker", "tls", "ca_file")
+    return [f"{where}: {reason}" for reason in objections(file)]
+
+
+def _untrusted(settings: Settings, handler: Handler, environ: Environ) -> list[str]:
+    reasons: dict[str, str] = {}
+    for key, path in _what_decides(handler, environ):
+        for reason in objections(path, settings.worker.trust_users):
+            # A folder that many files are in is named once.
+            reasons.setdefault(reason, settings.where("handlers", handler.name, key))
+    return [f"{where}: {reason}" for reason, where in reasons.items()]
+
+
+def _what_decides(handler: Handler, environ: Environ) -> Iterator[tuple[str, Path]]:
+    """The files and folders that decide what a handler runs, with the keys that name them."""
+    key, program = _program(handler)
+    path = find_program(handler, program, environ)
+    if path is not None:
+        yield key, path
+    directory = handler.working_directory or Path()
+    script = _script(handler.stream or handler.command)
+    if script is not None and (directory / script).is_file():
+        yield key, directory / script
+    # A warm process loads what it needs from there; for a function it comes first on sys.path.
+    if key != "command" and handler.working_directory and directory.is_dir():
+        yield "working_directory", directory
+    if handler.python is not None and path is not None:
+        steps = handler.python.partition(":")[0].split(".")
+        for place in _search_path(handler, path, environ):
+            for depth in range(1, len(steps) + 1):
+                module = place.joinpath(*steps[:depth])
+                for file in (module.with_suffix(".py"), module / "__init__.py"):
+                    if file.is_file():
+                        yield "python", file
+
+
+def _script(words: tuple[str, ...]) -> str | None:
+    """The script that an interpreter is given, as in `node render.js`, or None."""
+    if not words or not _INTERPRETER.fullmatch(PurePath(words[0]).name):
+        return None
+    return next((word for word in words[1:] if not word.startswith("-")), None)
+
+
+def _search_path(handler: Handler, interpreter: Path, environ: Environ) -> Iterator[Path]:
+    """Where a function's module is looked for before the interpreter's own library."""
+    if handler.working_directory:
+        yield handler.working_directory
+    named = {**environ, **handler.environment}.get("PYTHONPATH", "").split(os.pathsep)
+    yield from (Path(place) for place in named if place.startswith("/"))
+    yield from interpreter.parent.parent.glob("lib/python3*/site-packages")
 
 
 def _check_handler(settings: Settings, handler: Handler, environ: Environ) -> Iterator[str]:
@@ -67,10 +126,10 @@ def _check_handler(settings: Settings, handler: Handler, environ: Environ) -> It
     if path is None:
         yield f"{where(key)}: {_why_not_found(handler, program)}"
         return
-    reason = writable_by_others(path)
-    if reason:
-        # Running it to import a function would be the very thing to avoid.
-        yield f"{where(key)}: {reason}"
+    untrusted = _untrusted(settings, handler, environ)
+    yield from untrusted
+    if untrusted:
+        # To import a function would be to run the very thing that is not trusted.
         return
     if handler.python is not None:
         error = _import_error(handler, path, handler.python, environ)

@@ -16,7 +16,7 @@ import tomli
 from workerd.config.fields import build, merge, read
 from workerd.config.model import Broker, Queue, Settings
 from workerd.config.passwords import exposed
-from workerd.config.permissions import readable_by_all, writable_by_others
+from workerd.config.permissions import objections, readable_by_all
 from workerd.config.text import dotted, toml
 from workerd.config.validate import broken_rules
 from workerd.errors import SettingsError
@@ -92,9 +92,7 @@ def _read_file(file: Path, problems: list[str]) -> Layer:
     except OSError as error:
         problems.append(f"{file}: {error.strerror}{_who_may_read(file)}")
         return {}
-    reason = writable_by_others(file)
-    if reason:
-        problems.append(f"{file}: {reason}")
+    problems += [f"{file}: {reason}" for reason in objections(file)]
     try:
         table = tomli.loads(content.decode())
     except ValueError as error:
