@@ -15,8 +15,8 @@ from workerd.config.text import toml
 from workerd.units import format_duration
 
 
-def check(settings: Settings, environ: Environ = os.environ) -> list[str]:
-    """Every problem that shows without a broker, one line each."""
+def check(settings: Settings, environ: Environ = os.environ, run: bool = True) -> list[str]:
+    """Every problem that shows without a broker, one line each; ``run``: functions are imported."""
     problems = []
     operators = settings.control.operators
     if operators is not None and group_id(operators) is None:
@@ -30,7 +30,7 @@ def check(settings: Settings, environ: Environ = os.environ) -> list[str]:
         for handler in settings.handlers.values()
         if handler.timeout >= settings.broker.ack_timeout
     ]
-    return problems + check_programs(settings, environ)
+    return problems + check_programs(settings, environ, run)
 
 
 def _unknown_users(settings: Settings) -> Iterator[str]:

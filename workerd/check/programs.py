@@ -27,12 +27,16 @@ _INTERPRETER = re.compile(
 Environ = Mapping[str, str]
 
 
-def check_programs(settings: Settings, environ: Environ = os.environ) -> list[str]:
+def check_programs(
+    settings: Settings, environ: Environ = os.environ, run: bool = True
+) -> list[str]:
     """Every problem of what the handlers run: missing, unsafe, or not to be imported."""
     return _untrusted_authority(settings) + [
         problem
         for handler in settings.handlers.values()
-        for problem in _check_handler(settings, handler, environ)
+        # One without is a problem already.
+        if handler.command or handler.stream or handler.python
+        for problem in _check_handler(settings, handler, environ, run)
     ]
 
 
@@ -105,7 +109,9 @@ def _search_path(handler: Handler, interpreter: Path, environ: Environ) -> Itera
     yield from interpreter.parent.parent.glob("lib/python3*/site-packages")
 
 
-def _check_handler(settings: Settings, handler: Handler, environ: Environ) -> Iterator[str]:
+def _check_handler(
+    settings: Settings, handler: Handler, environ: Environ, run: bool
+) -> Iterator[str]:
     def where(key: str) -> str:
         return settings.where("handlers", handler.name, key)
 
@@ -120,7 +126,7 @@ def _check_handler(settings: Settings, handler: Handler, environ: Environ) -> It
     if directory and not (os.path.isdir(directory) and os.access(directory, os.X_OK)):
         why = _why_unusable(directory, stat.S_ISDIR, "a directory")
         yield f"{where('working_directory')}: {why}"
-        return
+        run = False
     key, program = _program(handler)
     path = find_program(handler, program, environ)
     if path is None:
@@ -131,7 +137,10 @@ def _check_handler(settings: Settings, handler: Handler, environ: Environ) -> It
     if untrusted:
         # To import a function would be to run the very thing that is not trusted.
         return
-    if handler.python is not None:
+    why = _why_no_program(path)
+    if why:
+        yield f"{where(key)}: {why}"
+    elif handler.python is not None and run:
         error = _import_error(handler, path, handler.python, environ)
         if error:
             yield f"{where('python')}: {handler.python} cannot be used: {error}"
@@ -159,6 +168,32 @@ def _why_unusable(path: Path, is_right: Callable[[int], bool], kind: str) -> str
     if not is_right(mode):
         return f"{path} is not {kind}"
     return f"{path} is not executable for this user: chmod +x {path}"
+
+
+def _why_no_program(path: Path) -> str:
+    """Why the kernel cannot start this file, as far as its first bytes show; "" if it can."""
+    try:
+        with path.open("rb") as file:
+            line, end, _ = file.read(256).partition(b"\n")
+    except OSError:
+        return ""  # a program need not be readable
+    if line.startswith(b"\x7fELF") or not end:
+        return ""
+    if not line.startswith(b"#!"):
+        # What is no text may be a program of a kind that binfmt_misc knows.
+        is_text = line.decode("latin-1").strip("\r\t").isprintable()
+        return (
+            ""
+            if not is_text
+            else f"{path} is no program: a script begins with a line such as #!/bin/sh"
+        )
+    if line.endswith(b"\r"):
+        return f"{path}: its lines end in CR LF: sed -i 's/\\r$//' {path}"
+    words = line[2:].split()
+    interpreter = Path(os.fsdecode(words[0])) if words else Path("/")
+    if not interpreter.is_file():
+        return f"{path}: its first line names {interpreter}, which is not there"
+    return ""
 
 
 def _shell_script(command: tuple[str, ...]) -> str | None:

@@ -113,7 +113,7 @@ class Daemon:
         self._instance = instance
         self._guardian = guardian
         self._run_log_lock = run_log_lock
-        self._origin = Origin(socket.gethostname(), instance)
+        self._origin = Origin(log_formats.text_of(os.fsencode(socket.gethostname())), instance)
         #: What went wrong in callbacks, where no job or request answers for it.
         self._bugs: list[object] = []
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.programs import WORKERD
+from tests.harness.programs import WORKERD, run
 from tests.harness.tables import private
 from tests.harness.terminal import Terminal
 from workerd.check import programs
@@ -243,3 +243,45 @@ def test_whom_the_daemon_takes_for_its_broker_is_judged(tmp_path: Path) -> None:
     expected = [f"broker.tls.ca_file: {authority} is writable for everyone: chmod go-w {authority}"]
     assert untrusted_programs(settings, PATH) == expected
     assert check_programs(settings, PATH) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("#!/bin/sh\r\nexit 0\r\n", "its lines end in CR LF: sed -i 's/\\r$//' "),
+        ("echo hello\n", "is no program: a script begins with a line such as #!/bin/sh"),
+        ("#!/no/such/interpreter -x\n", "its first line names /no/such/interpreter, which is not"),
+        ("#! /bin/sh -e\n", ""),
+        ("\x01\x02\n", ""),
+    ],
+)
+def test_a_script_that_the_kernel_cannot_start_is_named(
+    script: Path, content: str, reason: str
+) -> None:
+    script.write_text(content, newline="")
+    found = "".join(problems(command(str(script))))
+    assert reason in found if reason else found == ""
+
+
+def test_all_stages_of_problems_are_found_at_once(tmp_path: Path) -> None:
+    (tmp_path / "rogue.py").write_text("raise RuntimeError('run')\ndef f(job): ...\n")
+    config = private(
+        tmp_path,
+        '[worker]\nqueues = ["absent"]\n'
+        '[handlers.lame]\ncommand = ["no-such-program"]\nworking_directory = "/no/such"\n'
+        "[handlers.empty]\ntimeout = 7\nqueu = 1\n"
+        f'[handlers.function]\npython = "rogue:f"\nworking_directory = "{tmp_path}"\n'
+        f'interpreter = "{sys.executable}"\n',
+    )
+    result = run([*WORKERD, "check", "--config", config])
+    assert result.status == 78
+    for part in (
+        'no queue "absent" is configured',
+        "unknown key",
+        "handlers.empty: needs one of",
+        "/no/such: No such file",
+        '"no-such-program" is not a program',
+    ):
+        assert part in result.stderr
+    # Nothing is run while the files themselves are wrong.
+    assert "RuntimeError" not in result.stderr
