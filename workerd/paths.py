@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
-from collections.abc import Callable, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from workerd.errors import SettingsError
@@ -45,9 +47,42 @@ def runtime_directories(environ: Mapping[str, str] = os.environ) -> list[Path]:
     return [Path(_RUNTIME)]
 
 
+@contextlib.contextmanager
+def entered(folder: Path) -> Iterator[int]:
+    """A descriptor of an instance's folder, where jobs can write; not of a link in its place.
+
+    Raises OSError.
+    """
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def open_file(folder: int, name: str, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file of an entered folder: whoever put it there cannot make us follow a
+    link, wait for a FIFO or read a device. Raises OSError.
+    """
+    safely = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(name, flags | safely, 0o600, dir_fd=folder)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", name)
+
+
 def is_held(path: Path) -> bool:
-    """Whether a process holds the lock on this file or folder, which must exist. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    """Whether a process holds the lock on this folder, which must exist. Raises OSError."""
+    return _holds(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+
+
+def is_locked(folder: int, name: str) -> bool:
+    """Whether a process holds the lock on a file of an entered folder. Raises OSError."""
+    return _holds(open_file(folder, name))
+
+
+def _holds(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

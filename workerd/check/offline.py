@@ -5,6 +5,7 @@ Checking a Python function imports the application's code, so the command line c
 """
 
 import os
+import pwd
 from collections.abc import Iterator
 
 from workerd.check.programs import Environ, check_programs
@@ -14,13 +15,14 @@ from workerd.config.text import toml
 from workerd.units import format_duration
 
 
-def check(settings: Settings, environ: Environ = os.environ) -> list[str]:
-    """Every problem that shows without a broker, one line each."""
+def check(settings: Settings, environ: Environ = os.environ, run: bool = True) -> list[str]:
+    """Every problem that shows without a broker, one line each; ``run``: functions are imported."""
     problems = []
     operators = settings.control.operators
     if operators is not None and group_id(operators) is None:
         where = settings.where("control", "operators")
         problems.append(f"{where}: there is no group {toml(operators)}: groupadd {operators}")
+    problems += _unknown_users(settings)
     problems += _unreadable_password(settings)
     problems += _unusable_tls(settings)
     problems += [
@@ -28,7 +30,15 @@ def check(settings: Settings, environ: Environ = os.environ) -> list[str]:
         for handler in settings.handlers.values()
         if handler.timeout >= settings.broker.ack_timeout
     ]
-    return problems + check_programs(settings, environ)
+    return problems + check_programs(settings, environ, run)
+
+
+def _unknown_users(settings: Settings) -> Iterator[str]:
+    for name in settings.worker.trust_users:
+        try:
+            pwd.getpwnam(name)
+        except KeyError:
+            yield f"{settings.where('worker', 'trust_users')}: there is no user {toml(name)}"
 
 
 def _unreadable_password(settings: Settings) -> Iterator[str]:

@@ -48,19 +48,20 @@ def _check(args: argparse.Namespace) -> int:
     from workerd.config import dump, load
     from workerd.config.permissions import drop_to_service_user
 
-    loaded = load.load(args.config, args.instance)
-    if args.show:
+    loaded, problems = load.load_with_problems(args.config, args.instance)
+    sound = not problems
+    if args.show and sound:
         for line in dump.show(loaded).splitlines():
             print_line(line)
-    problems = []
-    if args.connect:
+    if args.connect and sound:
         from workerd.check.broker import check_broker
 
         problems += check_broker(loaded)
     # Last, for it gives up the right to read root's files: the application's code is
     # imported with the rights that its jobs will have.
     drop_to_service_user()
-    problems += offline.check(loaded)
+    # All at once; but nothing is run for the sake of files that somebody else may have written.
+    problems += offline.check(loaded, run=sound)
     for problem in problems:
         warn(problem)
     if not problems and not args.show:

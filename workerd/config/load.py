@@ -16,7 +16,7 @@ import tomli
 from workerd.config.fields import build, merge, read
 from workerd.config.model import Broker, Queue, Settings
 from workerd.config.passwords import exposed
-from workerd.config.permissions import readable_by_all, writable_by_others
+from workerd.config.permissions import objections, readable_by_all
 from workerd.config.text import dotted, toml
 from workerd.config.validate import broken_rules
 from workerd.errors import SettingsError
@@ -40,6 +40,19 @@ def load(
     `instances/<instance>.toml`, and WORKERD_BROKER_URL last. Only `config` has to exist.
     Raises SettingsError with every problem of every file.
     """
+    settings, problems = load_with_problems(config, instance, environ, etc)
+    if problems:
+        raise SettingsError(*problems)
+    return settings
+
+
+def load_with_problems(
+    config: Path | None = None,
+    instance: str = "1",
+    environ: Mapping[str, str] = os.environ,
+    etc: Path = ETC,
+) -> tuple[Settings, list[str]]:
+    """As `load`; what is wrong has its default in the settings, and is among the problems."""
     problems: list[str] = []
     if not is_instance(instance):
         expected = '1 to 32 letters, digits and "_", "." or "-"'
@@ -65,9 +78,7 @@ def load(
     with suppress(OSError):
         if password_file and readable_by_all(password_file.stat().st_mode):
             problems.append(exposed(password_file))
-    if problems:
-        raise SettingsError(*problems)
-    return settings
+    return settings, problems
 
 
 def _read_all(etc: Path, instance: str, problems: list[str]) -> dict[Path, Layer]:
@@ -92,9 +103,7 @@ def _read_file(file: Path, problems: list[str]) -> Layer:
     except OSError as error:
         problems.append(f"{file}: {error.strerror}{_who_may_read(file)}")
         return {}
-    reason = writable_by_others(file)
-    if reason:
-        problems.append(f"{file}: {reason}")
+    problems += [f"{file}: {reason}" for reason in objections(file)]
     try:
         table = tomli.loads(content.decode())
     except ValueError as error:

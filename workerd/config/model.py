@@ -168,12 +168,16 @@ class Broker:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """What this instance does; `load` fills in all configured queues when `queues` is absent."""
+    """What this instance does; `load` fills in all configured queues when `queues` is absent.
+
+    `trust_users` may own what an application brings, and so run code as the daemon's user.
+    """
 
     queues: tuple[str, ...] = option(array(text(), _EXAMPLE_QUEUES), ())
     drain_timeout: float = option(duration(), 60.0)
     ready_wait: float = option(duration(), 5.0)
     remember: float = option(duration(), 3600.0)
+    trust_users: tuple[str, ...] = option(array(text("the name of a user"), '["app"]'), ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,9 +35,10 @@ def password_for(broker: Broker, url: BrokerURL, environ: Mapping[str, str] = os
 
 def _read_password(file: Path, private: bool) -> Secret:
     try:
-        with file.open(encoding="utf-8", newline="") as stream:
+        # Some editors begin a file with a byte order mark, and end its lines with CR LF.
+        with file.open(encoding="utf-8-sig", newline="") as stream:
             mode = os.fstat(stream.fileno()).st_mode
-            password = stream.read().removesuffix("\n")
+            password = stream.read().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
         raise SettingsError(f"{file}: the password is not UTF-8 text") from None
     except OSError as error:

@@ -4,6 +4,7 @@ A file is as safe as the weakest place on the way to it, so every directory and 
 link that the path goes through is looked at, not only the file.
 """
 
+import contextlib
 import errno
 import grp
 import os
@@ -11,10 +12,25 @@ import pwd
 import re
 import shlex
 import stat
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 SERVICE_USER = "workerd"
+
+#: Tags of entries of an ACL, and a permission, of <linux/posix_acl.h>.
+_ACL_USER, _ACL_GROUP_OBJ, _ACL_GROUP = 0x02, 0x04, 0x08
+_WRITE = 0o2
+
+
+class AclEntry(NamedTuple):
+    """An entry of an access-control list: what a user or a group may do."""
+
+    tag: int
+    permissions: int
+    id: int
+
 
 # What a service would have in its environment as well.
 _HARMLESS = re.compile("PATH|LANG|LC_[A-Z]+|TZ")
@@ -23,23 +39,27 @@ _HARMLESS = re.compile("PATH|LANG|LC_[A-Z]+|TZ")
 _MOST_LINKS = 40
 
 
-def writable_by_others(path: Path) -> str | None:
-    """Why somebody other than root and this process's user could change `path`, or None.
+def objections(path: Path, trust_users: Iterable[str] = ()) -> list[str]:
+    """Every reason why somebody else than root and this process's user could change `path`.
 
     The packaged service runs as a user of its own, and then that user counts as somebody else
-    too: a job must not be able to rewrite what the next job runs. A path that cannot be
-    examined is not trusted either.
+    too: a job must not be able to rewrite what the next job runs. `trust_users` may change the
+    file as well. A path that cannot be examined is not trusted either.
     """
     service = service_account()
     users, groups = trusted_ids(os.geteuid(), os.getegid(), service.pw_uid if service else None)
+    for name in trust_users:
+        with contextlib.suppress(KeyError):  # `check` finds who does not exist
+            account = pwd.getpwnam(name)
+            users |= {account.pw_uid}
+            groups |= {account.pw_gid}
+    reasons: list[str] = []
     try:
         for step, status in _steps(path):
-            reason = objection(step, status, users, groups)
-            if reason:
-                return reason
+            reasons += objections_to(step, status, users, groups, _acl(step))
     except OSError as error:
-        return f"{error.filename or path}: cannot tell who could write it: {error.strerror}"
-    return None
+        reasons.append(f"{error.filename or path}: nobody knows who can write it: {error.strerror}")
+    return reasons
 
 
 def readable_by_all(mode: int) -> bool:
@@ -94,22 +114,49 @@ def trusted_ids(
     return frozenset({0, user}), frozenset({0, group})
 
 
-def objection(
-    step: Path, status: os.stat_result, users: frozenset[int], groups: frozenset[int]
-) -> str | None:
-    """Why somebody else than these users and groups could change one step, with a remedy."""
+def objections_to(
+    step: Path,
+    status: os.stat_result,
+    users: frozenset[int],
+    groups: frozenset[int],
+    acl: Sequence[AclEntry] = (),
+) -> Iterator[str]:
+    """Why somebody else than these users and groups could change one step, with remedies."""
     name = shlex.quote(str(step))
+    is_link = stat.S_ISLNK(status.st_mode)
     if status.st_uid not in users:
-        return f"{name} belongs to {_user(status.st_uid)}, who could change it: chown root {name}"
-    if stat.S_ISLNK(status.st_mode):
-        return None  # Its permission bits mean nothing; the directory that holds it decides.
+        remedy = f"chown {'-h ' if is_link else ''}root {name}"
+        yield f"{name} belongs to {_user(status.st_uid)}, who could change it: {remedy}"
+    if is_link:
+        return  # Its permission bits mean nothing; the directory that holds it decides.
     if stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX:
-        return None  # In a sticky directory such as /tmp only its owner can replace an entry.
+        return  # In a sticky directory such as /tmp only its owner can replace an entry.
     if status.st_mode & stat.S_IWOTH:
-        return f"{name} is writable for everyone: chmod go-w {name}"
-    if status.st_mode & stat.S_IWGRP and status.st_gid not in groups:
-        return f"{name} is writable for {_group(status.st_gid)}: chmod go-w {name}"
-    return None
+        yield f"{name} is writable for everyone: chmod go-w {name}"
+    # Where there is an ACL, the bits of the group are the mask of all its entries.
+    group_may_write = status.st_mode & stat.S_IWGRP
+    for entry in acl:
+        writes = entry.permissions & status.st_mode >> 3 & _WRITE
+        if entry.tag == _ACL_GROUP_OBJ:
+            group_may_write = writes
+        elif writes and entry.tag == _ACL_USER and entry.id not in users:
+            yield f"an ACL lets {_user(entry.id)} write {name}: setfacl -x u:{entry.id} {name}"
+        elif writes and entry.tag == _ACL_GROUP and entry.id not in groups:
+            yield f"an ACL lets {_group(entry.id)} write {name}: setfacl -x g:{entry.id} {name}"
+    if group_may_write and status.st_gid not in groups and not status.st_mode & stat.S_IWOTH:
+        yield f"{name} is writable for {_group(status.st_gid)}: chmod go-w {name}"
+
+
+def _acl(step: Path) -> list[AclEntry]:
+    """The access-control list of a file, beyond its mode; empty where there is none."""
+    try:
+        raw = os.getxattr(step, "system.posix_acl_access", follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.ENOTSUP):
+            return []
+        raise
+    # posix_acl_xattr.h: a version of 4 bytes, then the entries.
+    return [AclEntry(*entry) for entry in struct.iter_unpack("<HHI", raw[4:])]
 
 
 def _user(uid: int) -> str:

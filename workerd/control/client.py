@@ -7,16 +7,18 @@ takes less time than Python needs to start.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from workerd.control.protocol import GROUP, SOCKET, VERSION, Busy, NoAnswer, NotServedHere, Reply
 from workerd.errors import EX_NOPERM, EX_PROTOCOL, CommandError
-from workerd.paths import is_instance, runtime_directories
+from workerd.paths import entered, is_instance, runtime_directories
 
 #: Seconds for an answer that needs nobody but the daemon.
 TIMEOUT = 3.0
@@ -69,7 +71,7 @@ def _ask(folder: Path, request: Mapping[str, object], body: bytes, deadline: flo
 def _connect(sock: socket.socket, folder: Path, deadline: float) -> None:
     while True:
         try:
-            with address(folder) as path:
+            with _socket_in(folder) as path:
                 sock.settimeout(_left(deadline))
                 sock.connect(path)
                 return
@@ -102,6 +104,22 @@ def address(folder: Path, name: str = SOCKET) -> Iterator[str]:
         yield f"/proc/self/fd/{descriptor}/{name}"
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _socket_in(folder: Path) -> Iterator[str]:
+    """The address of the very socket in a folder where jobs can write: no link is followed.
+
+    Raises OSError.
+    """
+    with entered(folder) as inside:
+        found = os.open(SOCKET, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inside)
+    try:
+        if not stat.S_ISSOCK(os.fstat(found).st_mode):
+            raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
+        yield f"/proc/self/fd/{found}"
+    finally:
+        os.close(found)
 
 
 def _read_line(sock: socket.socket, deadline: float) -> bytearray:

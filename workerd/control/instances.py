@@ -10,11 +10,11 @@ from pathlib import Path
 
 from workerd.control import client, protocol
 from workerd.errors import CommandError
-from workerd.paths import is_held
+from workerd.paths import entered, is_locked, open_file
 
 #: In an instance's runtime folder: why its last start, or its run, has failed.
 FAILURE = "failure"
-#: How much of that is told, in characters.
+#: How much of that is shown, in bytes.
 MAX_FAILURE = 4096
 #: Instances that are asked at the same time.
 _AT_ONCE = 16
@@ -46,13 +46,15 @@ def state(
     except protocol.NoAnswer as silent:
         if silent.listens:
             return _silent(instance, "stuck", "it listens, and does not answer")
-    with contextlib.suppress(OSError):
-        if is_held(folder / "lock"):
-            return _silent(instance, "silent", "it runs, and has no socket: it starts, or ends")
-    with contextlib.suppress(OSError):
-        why = (folder / FAILURE).read_text(errors="replace")[:MAX_FAILURE].strip()
-        return _silent(instance, "failed", why)
-    if os.path.lexists(folder / protocol.SOCKET):
+    # A folder that is none, as one that nobody ever ran in.
+    with contextlib.suppress(OSError), entered(folder) as inside:
+        with contextlib.suppress(OSError):
+            if is_locked(inside, "lock"):
+                return _silent(instance, "silent", "it runs, and has no socket: it starts, or ends")
+        with contextlib.suppress(OSError), open(open_file(inside, FAILURE), "rb") as file:
+            why = file.read(MAX_FAILURE).decode(errors="replace").strip()
+            return _silent(instance, "failed", why)
+        os.stat(protocol.SOCKET, dir_fd=inside, follow_symlinks=False)
         return _silent(instance, "died", "it was killed, or the host went down")
     return _silent(instance, "stopped", None)
 

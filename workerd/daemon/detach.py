@@ -22,6 +22,13 @@ def shed_inheritance() -> None:
             os.set_inheritable(descriptor, descriptor <= 2)
 
 
+def _umask() -> int:
+    """The umask of whoever starts us, which is the jobs' as well."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
 def detach(pidfile: str | None, log_file: str | None, keep: Iterable[int]) -> None:
     """Become a daemon of its own, for hosts without systemd; returns in the new process.
 
@@ -37,7 +44,7 @@ def detach(pidfile: str | None, log_file: str | None, keep: Iterable[int]) -> No
         number = open(pidfile, "a") if pidfile else None  # noqa: SIM115 - closed below
         context = daemon.DaemonContext(
             working_directory=os.getcwd(),
-            umask=0o077,
+            umask=_umask(),
             stdout=out,
             stderr=out,
             files_preserve=[out, *([number] if number else []), *keep],

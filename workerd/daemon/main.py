@@ -115,7 +115,7 @@ class Daemon:
         self._guardian = guardian
         self._run_log_lock = run_log_lock
         self._log_file = log_file
-        self._origin = Origin(socket.gethostname(), instance)
+        self._origin = Origin(log_formats.text_of(os.fsencode(socket.gethostname())), instance)
         #: What went wrong in callbacks, where no job or request answers for it.
         self._bugs: list[object] = []
         #: Called when something has changed that the status line shows.

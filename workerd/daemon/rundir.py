@@ -11,7 +11,7 @@ from pathlib import Path
 from workerd.control import protocol
 from workerd.control.instances import FAILURE, MAX_FAILURE
 from workerd.errors import SettingsError
-from workerd.paths import is_held, is_instance, runtime_directory
+from workerd.paths import entered, is_instance, is_locked, open_file, runtime_directory
 
 
 def make_folder(folder: Path) -> None:
@@ -20,8 +20,11 @@ def make_folder(folder: Path) -> None:
     What is in it is guarded by itself. Raises OSError.
     """
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    # Of a link in its place, the target must not be opened to everybody.
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     with contextlib.suppress(PermissionError):  # somebody else's
-        folder.chmod(0o755)
+        os.fchmod(descriptor, 0o755)
+    os.close(descriptor)
 
 
 def lock(instance: str) -> int:
@@ -32,9 +35,10 @@ def lock(instance: str) -> int:
     try:
         path = runtime_directory() / instance / "lock"
         make_folder(path.parent)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with entered(path.parent) as inside:
+            descriptor = open_file(inside, path.name, os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        raise SettingsError(f"{error.filename}: {error.strerror}") from None
+        raise SettingsError(f"{path.parent / str(error.filename)}: {error.strerror}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -56,22 +60,28 @@ def failed(instance: str, why: str, ours: bool) -> None:
     with contextlib.suppress(OSError, SettingsError):
         folder = runtime_directory() / instance
         make_folder(folder)
-        lock = folder / "lock"
-        if ours or not (lock.exists() and is_held(lock)):
-            (folder / FAILURE).write_text(why[:MAX_FAILURE] + "\n")
-            _show(folder / FAILURE)
+        with entered(folder) as inside:
             # It is the lock that makes it an instance, for those who look.
-            lock.touch(mode=0o600)
+            lock = open_file(inside, "lock", os.O_RDWR | os.O_CREAT)
+            os.close(lock)
+            if ours or not is_locked(inside, "lock"):
+                _write(inside, why[:MAX_FAILURE] + "\n")
 
 
-def _show(file: Path) -> None:
-    """Let members of the group read it, who may look at instances."""
-    with contextlib.suppress(KeyError, PermissionError):
-        os.chown(file, -1, grp.getgrnam(protocol.GROUP).gr_gid)
-    file.chmod(0o640)
+def _write(inside: int, why: str) -> None:
+    # A new file: what is there may be a link, or somebody else's.
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(FAILURE, dir_fd=inside)
+    descriptor = open_file(inside, FAILURE, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    with open(descriptor, "w", errors="backslashreplace") as file:
+        file.write(why)
+        # Members of the group may look at instances.
+        with contextlib.suppress(KeyError, PermissionError):
+            os.fchown(descriptor, -1, grp.getgrnam(protocol.GROUP).gr_gid)
+        os.fchmod(descriptor, 0o640)
 
 
 def well(folder: Path) -> None:
     """The instance runs: why it did not before is forgotten."""
-    with contextlib.suppress(OSError):
-        os.unlink(folder / FAILURE)
+    with contextlib.suppress(OSError), entered(folder) as inside:
+        os.unlink(FAILURE, dir_fd=inside)

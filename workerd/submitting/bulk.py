@@ -220,7 +220,8 @@ def _is_refusal(error: BrokerError) -> bool:
 
 def _check_json(line: bytes) -> None:
     try:
-        json.loads(line)
+        # Of bytes, json.loads would also take UTF-16 and UTF-32.
+        json.loads(line.decode())
     except (ValueError, RecursionError) as error:
         raise CommandError(EX_DATAERR, f"not JSON: {error}") from None
 

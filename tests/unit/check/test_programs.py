@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from tests.harness.programs import WORKERD
+from tests.harness.programs import WORKERD, run
 from tests.harness.tables import private
 from tests.harness.terminal import Terminal
 from workerd.check import programs
 from workerd.check.programs import check_programs, untrusted_programs
-from workerd.config.model import Handler, Settings
+from workerd.config.model import TLS, Broker, Handler, Settings
 
 PATH = {"PATH": os.defpath}
 
@@ -120,7 +120,7 @@ def test_a_placeholder_outside_a_shell_script_is_none(words: tuple[str, ...]) ->
 @pytest.fixture
 def application(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # Whoever owns the interpreter that runs the tests, it will do.
-    monkeypatch.setattr(programs, "writable_by_others", lambda path: None)
+    monkeypatch.setattr(programs, "objections", lambda *_: [])
     (tmp_path / "jobs.py").write_text(
         "import os, sys\n"
         "class Photo:\n"
@@ -199,3 +199,89 @@ def test_an_application_that_is_imported_has_no_terminal(tmp_path: Path) -> None
     finally:
         terminal.close()
     assert terminal.output == "configuration is fine\r\n"
+
+
+@pytest.mark.parametrize("planted", [".", "jobs.py", "jobs/__init__.py", "library", "script.js"])
+def test_all_that_decides_what_runs_is_judged(tmp_path: Path, planted: str) -> None:
+    folder = tmp_path / "app"
+    for name in ("jobs", "library"):
+        (folder / name).mkdir(parents=True)
+    for name in ("jobs.py", "jobs/__init__.py", "library/jobs.py", "script.js"):
+        (folder / name).touch()
+    node = folder / "node"
+    node.write_text("#!/bin/sh\n")
+    node.chmod(0o755)
+    (folder / planted).chmod(0o777)
+    python = Handler(
+        "x",
+        python="jobs:f",
+        interpreter=Path(sys.executable),
+        working_directory=folder,
+        environment={"PYTHONPATH": str(folder / "library")},
+    )
+    stream = Handler("x", stream=(str(node), "script.js"), working_directory=folder)
+    plain = command(str(node), "-x", str(folder / "script.js"))
+    reason = f"{(folder / planted)} is writable for everyone: "
+    found = {
+        name: untrusted_programs(Settings(handlers={"x": handler}), PATH)
+        for name, handler in {"python": python, "stream": stream, "command": plain}.items()
+    }
+    judged = {
+        ".": {"python", "stream", "command"},
+        "script.js": {"stream", "command"},
+    }.get(planted, {"python"})
+    assert {name for name, problems in found.items() if reason in "".join(problems)} == judged
+    # What the daemon refuses, `check` finds too.
+    assert set(found["stream"]) <= set(problems(stream))
+
+
+def test_whom_the_daemon_takes_for_its_broker_is_judged(tmp_path: Path) -> None:
+    authority = tmp_path / "ca.pem"
+    authority.touch(0o644)
+    authority.chmod(0o666)
+    settings = Settings(broker=Broker(tls=TLS(ca_file=authority)))
+    expected = [f"broker.tls.ca_file: {authority} is writable for everyone: chmod go-w {authority}"]
+    assert untrusted_programs(settings, PATH) == expected
+    assert check_programs(settings, PATH) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("#!/bin/sh\r\nexit 0\r\n", "its lines end in CR LF: sed -i 's/\\r$//' "),
+        ("echo hello\n", "is no program: a script begins with a line such as #!/bin/sh"),
+        ("#!/no/such/interpreter -x\n", "its first line names /no/such/interpreter, which is not"),
+        ("#! /bin/sh -e\n", ""),
+        ("\x01\x02\n", ""),
+    ],
+)
+def test_a_script_that_the_kernel_cannot_start_is_named(
+    script: Path, content: str, reason: str
+) -> None:
+    script.write_text(content, newline="")
+    found = "".join(problems(command(str(script))))
+    assert reason in found if reason else found == ""
+
+
+def test_all_stages_of_problems_are_found_at_once(tmp_path: Path) -> None:
+    (tmp_path / "rogue.py").write_text("raise RuntimeError('run')\ndef f(job): ...\n")
+    config = private(
+        tmp_path,
+        '[worker]\nqueues = ["absent"]\n'
+        '[handlers.lame]\ncommand = ["no-such-program"]\nworking_directory = "/no/such"\n'
+        "[handlers.empty]\ntimeout = 7\nqueu = 1\n"
+        f'[handlers.function]\npython = "rogue:f"\nworking_directory = "{tmp_path}"\n'
+        f'interpreter = "{sys.executable}"\n',
+    )
+    result = run([*WORKERD, "check", "--config", config])
+    assert result.status == 78
+    for part in (
+        'no queue "absent" is configured',
+        "unknown key",
+        "handlers.empty: needs one of",
+        "/no/such: No such file",
+        '"no-such-program" is not a program',
+    ):
+        assert part in result.stderr
+    # Nothing is run while the files themselves are wrong.
+    assert "RuntimeError" not in result.stderr

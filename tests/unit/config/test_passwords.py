@@ -68,3 +68,9 @@ def test_a_missing_password_file_is_no_problem_until_it_is_needed(write: Write, 
     broker = load(etc=etc, environ={}).broker
     with pytest.raises(SettingsError, match="/nowhere/password: No such file"):
         password_for(broker, URL, {})
+
+
+def test_the_marks_of_an_editor_are_no_part_of_a_password(write: Write) -> None:
+    file = write("", "password")
+    file.write_bytes(b"\xef\xbb\xbfs3cret\r\n")
+    assert password_for(Broker(password_file=file), URL, {}) == Secret("s3cret")

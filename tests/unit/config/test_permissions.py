@@ -3,27 +3,34 @@
 import os
 import pwd
 import stat
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from workerd.config import permissions
 from workerd.config.permissions import (
+    AclEntry,
     drop_to_service_user,
-    objection,
+    objections,
+    objections_to,
     readable_by_all,
     trusted_ids,
-    writable_by_others,
 )
 
 ME, MY_GROUP, SERVICE, STRANGER = 1000, 1000, 990, 4242
 FILE, DIRECTORY, LINK = stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK
 
 
-def verdict(mode: int, owner: int = 0, group: int = 0, me: int = ME) -> str | None:
+def verdict(
+    mode: int, owner: int = 0, group: int = 0, me: int = ME, acl: Sequence[AclEntry] = ()
+) -> str | None:
     status = os.stat_result((mode, 0, 0, 1, owner, group, 0, 0, 0, 0))
     users, groups = trusted_ids(me, MY_GROUP if me == ME else me, SERVICE)
-    return objection(Path("/srv/a b"), status, users, groups)
+    found = list(objections_to(Path("/srv/a b"), status, users, groups, acl))
+    assert len(found) < 2
+    return found[0] if found else None
 
 
 def test_files_of_root_and_of_oneself_are_trusted() -> None:
@@ -79,20 +86,20 @@ def program(tmp_path: Path) -> Path:
 
 
 def test_a_plain_file_below_tmp_is_trusted(program: Path) -> None:
-    assert writable_by_others(program) is None
+    assert objections(program) == []
 
 
 def test_a_directory_that_everyone_can_write_taints_the_file_in_it(program: Path) -> None:
     program.parent.chmod(0o777)
-    assert str(program.parent) in (writable_by_others(program) or "")
+    assert str(program.parent) in "".join(objections(program))
 
 
 def test_a_link_is_followed_to_its_target(program: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to("bin/../bin/program")
-    assert writable_by_others(link) is None
+    assert objections(link) == []
     program.chmod(0o777)
-    assert str(program) in (writable_by_others(link) or "")
+    assert str(program) in "".join(objections(link))
 
 
 def test_the_directory_of_a_link_counts_even_if_its_target_is_safe(program: Path) -> None:
@@ -101,15 +108,15 @@ def test_the_directory_of_a_link_counts_even_if_its_target_is_safe(program: Path
     open_to_all.chmod(0o777)
     link = open_to_all / "program"
     link.symlink_to(program)
-    assert str(open_to_all) in (writable_by_others(link) or "")
+    assert str(open_to_all) in "".join(objections(link))
 
 
 def test_a_link_among_the_parents_is_followed_too(program: Path, tmp_path: Path) -> None:
     (tmp_path / "current").symlink_to(program.parent)
     path = tmp_path / "current" / "program"
-    assert writable_by_others(path) is None
+    assert objections(path) == []
     program.parent.chmod(0o777)
-    assert writable_by_others(path) is not None
+    assert objections(path) != []
 
 
 def test_a_relative_path_is_followed_from_the_root(
@@ -117,13 +124,13 @@ def test_a_relative_path_is_followed_from_the_root(
 ) -> None:
     program.parent.chmod(0o777)
     monkeypatch.chdir(program.parent)
-    assert writable_by_others(Path("program")) is not None
+    assert objections(Path("program")) != []
 
 
 def test_what_cannot_be_examined_is_not_trusted(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
-    assert "Too many levels" in (writable_by_others(tmp_path / "loop") or "")
-    assert "No such file" in (writable_by_others(tmp_path / "missing") or "")
+    assert "Too many levels" in "".join(objections(tmp_path / "loop"))
+    assert "No such file" in "".join(objections(tmp_path / "missing"))
 
 
 def test_only_the_last_read_bit_opens_a_file_to_everyone() -> None:
@@ -181,3 +188,73 @@ def test_root_stays_root_on_a_host_without_the_service_user(
     monkeypatch.setattr(permissions, "service_account", lambda: None)
     drop_to_service_user()
     assert calls == []
+
+
+# Access-control lists.
+
+USER, GROUP_OBJ, GROUP, MASK = 0x02, 0x04, 0x08, 0x10
+
+
+@pytest.mark.parametrize(
+    ("entry", "mode", "reason"),
+    [
+        (AclEntry(USER, 6, STRANGER), 0o664, f"an ACL lets user {STRANGER} write '/srv/a b': "),
+        (AclEntry(GROUP, 6, STRANGER), 0o664, f"an ACL lets group {STRANGER} write '/srv/a b': "),
+        (AclEntry(GROUP_OBJ, 6, 0), 0o664, f"'/srv/a b' is writable for group {STRANGER}: "),
+        # The mask, which shows as the bits of the group, takes it away.
+        (AclEntry(USER, 6, STRANGER), 0o644, None),
+        (AclEntry(USER, 4, STRANGER), 0o664, None),
+        (AclEntry(USER, 6, ME), 0o664, None),
+    ],
+)
+def test_an_acl_counts_as_far_as_its_mask_goes(
+    entry: AclEntry, mode: int, reason: str | None
+) -> None:
+    # The owner's group, which owns nothing by itself here.
+    own = AclEntry(GROUP_OBJ, 4, 0xFFFFFFFF)
+    acl = [entry] if entry.tag == GROUP_OBJ else [entry, own]
+    found = verdict(FILE | mode, group=STRANGER, acl=acl)
+    assert (found is None) == (reason is None)
+    assert found is None or found.startswith(reason or "")
+    if entry.tag != GROUP_OBJ and found:
+        assert found.endswith(f"setfacl -x {'u' if entry.tag == USER else 'g'}:4242 '/srv/a b'")
+
+
+def test_the_acl_of_a_file_is_read(program: Path) -> None:
+    entries = [(1, 7, 0xFFFFFFFF), (USER, 6, STRANGER), (GROUP_OBJ, 0, 0xFFFFFFFF)]
+    entries += [(MASK, 6, 0xFFFFFFFF), (32, 0, 0xFFFFFFFF)]
+    raw = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    try:
+        os.setxattr(program, "system.posix_acl_access", raw)
+    except OSError as error:
+        pytest.skip(f"no ACL in this file system: {error}")
+    assert objections(program) == [
+        f"an ACL lets user 4242 write {program}: setfacl -x u:4242 {program}"
+    ]
+
+
+def test_a_link_of_somebody_else_is_given_back_with_the_option_for_links() -> None:
+    reason = verdict(LINK | 0o777, owner=STRANGER) or ""
+    assert reason.endswith("chown -h root '/srv/a b'")
+
+
+def test_all_findings_of_a_path_come_at_once(program: Path) -> None:
+    program.chmod(0o777)
+    program.parent.chmod(0o777)
+    assert len(objections(program)) == 2
+
+
+def test_trusted_users_may_own_what_an_application_brings(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = pwd.struct_passwd(("app", "x", STRANGER, STRANGER, "", "/srv", "/bin/sh"))
+    known = {"app": app}
+    monkeypatch.setattr(pwd, "getpwnam", known.__getitem__)
+    monkeypatch.setattr(os, "geteuid", lambda: ME)
+    status = program.lstat()
+    if status.st_uid != 0:
+        pytest.skip("only root can give a file away")
+    os.chown(program, STRANGER, STRANGER)
+    program.chmod(0o775)
+    assert objections(program, ["nobody-known"]) != []
+    assert objections(program, ["app"]) == []

@@ -71,7 +71,7 @@ def test_check_imports_with_the_same_interpreter(
     interpreter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Whoever owns the folders that lead to it.
-    monkeypatch.setattr("workerd.check.programs.writable_by_others", lambda path: None)
+    monkeypatch.setattr("workerd.check.programs.objections", lambda *_: [])
     well = python(tmp_path, CODE, interpreter=interpreter)
     assert check(Settings(handlers={"test": well})) == []
     (problem,) = check(
