@@ -29,7 +29,7 @@ from workerd.control.requests import Requests
 from workerd.control.server import Control
 from workerd.core.republish import Origin
 from workerd.daemon import rundir
-from workerd.daemon.detach import detach, shed_inheritance
+from workerd.daemon.detach import detach, open_standard_descriptors, shed_inheritance
 from workerd.daemon.reload import Reload
 from workerd.daemon.systemd import Systemd
 from workerd.errors import EX_CONFIG, EX_SOFTWARE, SettingsError
@@ -51,6 +51,8 @@ def run(
 
     Every problem of the configuration goes to the log, then the status is EX_CONFIG.
     """
+    # First of all: whatever is opened would take their place.
+    open_standard_descriptors()
     # A reload may be asked for before it can be had.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     shed_inheritance()
@@ -123,6 +125,7 @@ async def _serve(
     # What ends the daemon when it begins must not be forgotten with it.
     handlers = HandlerRegistry(os.environ, guardian, run_log.flush)
     worker = Worker(settings, handlers, origin, connect, systemd, run_log)
+    guardian.watch(worker.changed)
     loop = asyncio.get_running_loop()
     bugs: list[object] = []
 

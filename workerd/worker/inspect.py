@@ -121,7 +121,8 @@ class Inspector:
 
     def degraded(self) -> list[str]:
         """Of each handler that runs no jobs, or fewer than it should: which, and why."""
-        return [f"handler {name} {why}" for name, why in self._executor.degraded.items()]
+        lines = [f"handler {name} {why}" for name, why in self._executor.degraded.items()]
+        return [*lines, *filter(None, [self._executor.trouble])]
 
     def why_not_consuming(self) -> str:
         """What keeps this instance from taking work, "" when nothing does."""
