@@ -69,7 +69,7 @@ class Log:
     def __init__(self) -> None:
         self.threshold = LEVELS["info"]
         self.instance = ""
-        self._write: Write = console(sys.stderr.fileno())
+        self._write: Write = console(sys.stderr.fileno() if sys.stderr else 2)
         self._records: deque[LogRecord] = deque()
         #: Records that were never written, and how many of them the log has told of.
         self.dropped = 0

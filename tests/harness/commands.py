@@ -46,6 +46,12 @@ class Unguarded(Guardian):
     def __init__(self) -> None:
         pass
 
+    def spawning(self) -> dict[bytes, bytes]:
+        return {}
+
+    def not_spawned(self) -> None:
+        pass
+
     def started(self, group: int) -> None:
         pass
 

@@ -77,6 +77,10 @@ class Handler(Protocol):
 class Registry(Protocol):
     """What makes the handlers of a configuration, and ends them."""
 
+    @property
+    def trouble(self) -> str:
+        """What is wrong with what all handlers need; "" when nothing is."""
+
     def of(self, settings: Settings, changed: Callable[[str], None]) -> Mapping[str, Handler]:
         """The handlers of these settings, by name; those of earlier ones finish what they have.
 

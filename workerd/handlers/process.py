@@ -84,7 +84,13 @@ class Process:
         self._stdout, stdout = self._pipe()
         self._stderr, stderr = self._pipe()
         self._poller.prepare()
-        self.pid = _spawn(argv, environment, working_directory, (stdin, stdout, stderr, *more))
+        # From here on the guardian knows that there may be a process, whatever happens to us.
+        environment = {**environment, **self._guardian.spawning()}
+        try:
+            self.pid = _spawn(argv, environment, working_directory, (stdin, stdout, stderr, *more))
+        except BaseException:
+            self._guardian.not_spawned()
+            raise
         self._guardian.started(self.pid)
         try:
             self._drop(stdin)

@@ -106,6 +106,11 @@ class HandlerRegistry:
         #: Those that have been replaced, and still have jobs or processes.
         self._retired: list[Lasting] = []
 
+    @property
+    def trouble(self) -> str:
+        """Why nobody would end the jobs if this process were killed; "" when somebody would."""
+        return self._guardian.trouble
+
     def of(
         self, settings: Settings, changed: Callable[[str], None] = lambda _name: None
     ) -> dict[str, Handler]:

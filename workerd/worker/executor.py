@@ -155,6 +155,11 @@ class Executor:
     # Handlers, and what keeps them from their work.
 
     @property
+    def trouble(self) -> str:
+        """What is wrong with what all handlers need; "" when nothing is."""
+        return self._registry.trouble
+
+    @property
     def degraded(self) -> dict[str, Degraded]:
         """The handlers that run no jobs, or fewer at once than they should, by name."""
         found = {name: handler.degraded for name, handler in self.handlers.items()}

@@ -124,6 +124,7 @@ class Inspector:
         failure = self._ledger.dedup.failure
         return [
             *(f"handler {name} {why}" for name, why in self._executor.degraded.items()),
+            *filter(None, [self._executor.trouble]),
             *([f"run log not kept: {failure}"] if failure else []),
         ]
 

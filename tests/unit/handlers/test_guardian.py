@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,8 +210,8 @@ guardian = os.fork()
 if guardian == 0:
     os.setuid(65534)
     own = os.posix_spawn("/bin/sleep", ["sleep", "600"], {}, setsid=True)
-    os.write(table, struct.pack("=2i", theirs, own))
-    guard.watch(reading, table)
+    os.write(table, struct.pack("=3i", 0, theirs, own))
+    guard.watch(reading, table, 4_194_304)
     print(os.waitpid(own, os.WNOHANG) == (own, signal.SIGKILL), flush=True)
     os._exit(0)
 os.waitpid(guardian, 0)
@@ -268,3 +269,142 @@ def test_no_guardian_is_left_behind(broker: Broker, daemon: Callable[..., Daemon
     (guardian,) = workerd.children()
     assert workerd.stop() == 0
     until(lambda: processes.has_ended(guardian, 0), "the guardian's end")
+
+
+def test_a_process_that_was_just_being_started_when_the_daemon_was_killed_ends_with_it() -> None:
+    """Nobody knew of it then. The guardian leaves last: who waits for that starts no job twice."""
+    if os.geteuid() != 0:
+        pytest.skip("for root alone, who sees when the guardian waits")
+    said = alone(
+        """
+import random, select, signal, time
+from tests.harness.waiting import until
+from workerd.handlers import guard
+from workerd.handlers.guardian import Guardian
+from workerd.handlers.process import Process
+
+def is_up(guardian):
+    links = []
+    for fd in os.listdir(f"/proc/{guardian}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # what its interpreter has just read
+            links.append(os.readlink(f"/proc/{guardian}/fd/{fd}"))
+    return "anon_inode:[pidfd]" in links
+
+async def wave(guardian):
+    for _ in range(40):
+        Process([b"/bin/sleep", b"600"], {}, None, b"", len, len, guardian)
+    await asyncio.sleep(600)
+
+def alive(daemon):
+    token = b"WORKERD_SPAWN=%d-" % daemon
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as environ:
+            if token in environ.read():
+                found.append(int(pid))
+    return found
+
+chance = random.Random(1)
+lived_on = unknown = 0
+for _ in range(TRIES):
+    reading, writing = os.pipe()
+    daemon = os.fork()
+    if daemon == 0:
+        guard.forbid_dumps()
+        guardian = Guardian()
+        until(lambda: is_up(guardian.pid), "a guardian that waits")
+        os.write(writing, b"%d " % guardian.pid)
+        asyncio.run(wave(guardian))
+    os.close(writing)
+    end = select.poll()
+    guardian = int(os.read(reading, 20))
+    end.register(os.pidfd_open(guardian), select.POLLIN)
+    time.sleep(chance.uniform(0.0, 0.02))
+    os.kill(daemon, signal.SIGKILL)
+    os.waitpid(daemon, 0)
+    end.poll()
+    left = alive(daemon)
+    lived_on += bool(left)
+    for each in left:
+        os.kill(each, signal.SIGKILL)
+    os.close(reading)
+print(lived_on)
+""".replace("TRIES", "60")
+    )
+    assert said == "0\n", "jobs live on, unknown to their guardian"
+
+
+def test_a_guardian_that_is_killed_is_replaced_and_knows_the_jobs(
+    broker: Broker, daemon: Callable[..., Daemon], client: Client, tmp_path: Path
+) -> None:
+    script = f"echo $$ >{tmp_path}/pid; exec sleep 600"
+    workerd = daemon(configuration(broker, ["sh", "-c", script]))
+    workerd.wait_event("consuming")
+    (guardian,) = workerd.children()
+    client.publish("work")
+    workerd.wait_event("start")
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "a job")
+    os.kill(guardian, signal.SIGKILL)
+    assert workerd.wait_event("guardian ended")["level"] == "warning"
+    other = workerd.wait_event("guardian replaced")["child"]
+    assert other != guardian
+    workerd.kill()
+    job = int((tmp_path / "pid").read_text())
+    assert processes.has_ended(job, TIMEOUT / 4)
+    assert processes.has_ended(other, TIMEOUT / 4)
+
+
+def test_as_long_as_there_is_no_guardian_that_is_said() -> None:
+    said = alone(
+        GROUPS
+        + """
+from workerd.handlers import guardian as module
+
+module._FIRST_PAUSE = 0.01
+
+async def scenario():
+    guardian = Guardian()
+    changes = asyncio.Queue()
+    guardian.watch(lambda: changes.put_nowait(guardian.trouble))
+    program, sys.executable = sys.executable, "/nonexistent"
+    os.kill(guardian.pid, signal.SIGKILL)
+    print(await changes.get())
+    sys.executable = program
+    while await changes.get():
+        pass
+    print(repr(guardian.trouble))
+    guardian.close()
+
+with logged() as events:
+    asyncio.run(scenario())
+print([event["event"] for event in events])
+"""
+    )
+    assert said.splitlines() == [
+        "guardian: cannot run it: No such file or directory",
+        "''",
+        "['guardian ended', 'guardian replaced']",
+    ]
+
+
+@pytest.mark.parametrize("closed", ["<&- >&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_daemon_without_standard_descriptors_works_and_has_its_guardian(
+    broker: Broker,
+    client: Client,
+    daemon: Callable[..., Daemon],
+    tmp_path: Path,
+    closed: str,
+) -> None:
+    done = tmp_path / "done"
+    config = tmp_path / "workerd-1.toml"
+    starter = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "workerd"]
+    workerd = daemon(
+        configuration(broker, ["touch", str(done)]),
+        command=[*starter, "run", "--config", config, "--instance", "1"],
+    )
+    workerd.wait_ready()
+    (guardian,) = workerd.children()
+    client.publish("work")
+    until(done.exists, "a job that is done")
+    assert not processes.has_ended(guardian, 0)
+    assert workerd.stop() == 0
