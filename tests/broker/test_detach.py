@@ -74,7 +74,8 @@ def test_a_detached_daemon_works_is_known_by_its_pidfile_and_stops(
     broker: Broker, client: Client, daemon: Start, detached: Detached
 ) -> None:
     detached.log_file.write_text("a line of its predecessor\n")
-    foreground = daemon(config(broker.url, ["sleep", "0"]), command=detached.command)
+    text = config(broker.url, ["sh", "-c", "umask"])
+    foreground = daemon(text, command=detached.command)
     assert foreground.wait_exit() == 0
     assert foreground.output == []
     detached.await_event("ready")
@@ -88,6 +89,9 @@ def test_a_detached_daemon_works_is_known_by_its_pidfile_and_stops(
 
     client.publish("jobs")
     detached.await_event("done")
+    ours = os.umask(0o077)
+    os.umask(ours)
+    assert int(detached.events("output")[0]["text"], 8) == ours, "a job has another umask"
     os.kill(pid, signal.SIGTERM)
     assert wait(pid) == 0
     assert detached.events("drained")
