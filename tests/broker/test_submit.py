@@ -310,7 +310,7 @@ def test_a_hung_broker_holds_nobody_beyond_the_timeout(broker: Broker, submit: S
     broker.thaw()
     for each in (result, lines):
         assert (each.status, each.stdout) == (69, "")
-        assert each.stderr.startswith("submit: the broker did not answer in time\n")
+        assert ": no answer in time\n" in each.stderr
         assert each.seconds < 0.5 + START
     assert lines.stderr.endswith("submit: sed -n '1,$p'\n")
     assert "Traceback" not in lines.stderr
@@ -328,7 +328,7 @@ def test_a_resolver_that_never_answers_holds_nobody_beyond_the_timeout(
     alone = ["unshare", "--mount", "sh", "-c", bind, "sh", str(resolver)]
     command = [*alone, *SUBMIT, "--config", str(config), "--timeout", "0.5s", "sleep", "4"]
     result = run(command, netns=network.daemon_ns)
-    assert (result.status, result.stderr) == (69, "submit: the broker did not answer in time\n")
+    assert (result.status, result.stderr.endswith(": no answer in time\n")) == (69, True)
     assert result.seconds < 0.5 + START
 
 

@@ -160,7 +160,7 @@ class Bulk:
         if self._connection is None or (self._channel.ended.done() and not self._flight):
             deadline = time.monotonic() + self._args.timeout
             self._connection, self._channel = await until_deadline(
-                lambda: connect(self._broker, self._submission), deadline
+                lambda: connect(self._broker, self._submission), self._broker, deadline
             )
         return self._channel
 

@@ -39,17 +39,18 @@ async def submit_one(
             raise explained(error, publish.exchange, submission.queue) from None
         return connection
 
-    connection = await until_deadline(attempt, deadline)
+    connection = await until_deadline(attempt, broker, deadline)
     # RabbitMQ logs a warning about everybody who leaves without a goodbye.
     await connection.close(_CLOSE_TIMEOUT)
 
 
-async def until_deadline(attempt: Callable[[], Awaitable[T]], deadline: float) -> T:
+async def until_deadline(attempt: Callable[[], Awaitable[T]], broker: Broker, deadline: float) -> T:
     """Make attempts while the broker is away, until one succeeds or the time is up.
 
     Raises the BrokerError of the last one. ``deadline`` is an instant of the monotonic clock.
     """
-    last = BrokerError(ErrorKind.AWAY, "the broker did not answer in time")
+    places = ", ".join(f"{url.host}:{url.port}" for url in broker.urls)
+    last = BrokerError(ErrorKind.AWAY, f"{places}: no answer in time")
     for delay in backoff(0.2, 2.0):
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
