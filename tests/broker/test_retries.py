@@ -388,3 +388,26 @@ def test_a_full_and_a_deleted_queue_hold_up_nobodys_delayed_jobs(
     oracle.check(ids)
     client.await_ready("full.due", number)
     client.await_ready("workerd.unroutable", number)
+
+
+def test_a_job_that_has_become_too_large_for_the_broker_holds_up_no_other(
+    broker: Broker, client: Client, daemon: Start
+) -> None:
+    worker = begin(daemon, config(broker.url, ["false"], handler=attempts(3)))
+    assert worker.stop() == 0
+    client.publish("jobs", b"x" * 3_000_000, message_id="large")
+    before = broker.eval(
+        '{ok, Size} = application:get_env(rabbit, max_message_size), io:format("~w", [Size])'
+    )
+    smaller = "application:set_env(rabbit, max_message_size, 1000000)"
+    broker.eval(f"{smaller}, persistent_term:put(max_message_size, 1000000)")
+    try:
+        second = daemon(config(broker.url, ["false"], handler=attempts(3)), "2")
+        second.wait_event("moved untouched", job_id="large")
+        client.publish("jobs", message_id="small")
+        second.wait_event("dead letter", job_id="small")
+        client.await_ready("jobs.dead", 2)
+        assert not second.events("queue paused")
+    finally:
+        larger = f"application:set_env(rabbit, max_message_size, {before})"
+        broker.eval(f"{larger}, persistent_term:put(max_message_size, {before})")

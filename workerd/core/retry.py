@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 from workerd.config.model import Retry
 from workerd.core import topology
@@ -73,7 +74,9 @@ class Decision:
 
     ``delay`` is in seconds, from the publishing until the job comes due. ``dropped`` names headers
     that cannot be published. Where the broker does not confirm in time (within ``patience``
-    seconds; None: until running jobs must end), the verdict is ``unconfirmed`` instead.
+    seconds; None: until running jobs must end), the verdict is ``unconfirmed`` instead. Where it
+    will never take what is published, because of what that is, the verdict is ``refused``; None:
+    there is no other way, and it is tried again and again.
     """
 
     verdict: Verdict
@@ -81,6 +84,7 @@ class Decision:
     delay: int = 0
     dropped: tuple[str, ...] = ()
     unconfirmed: Verdict = Verdict.RETURN
+    refused: Verdict | None = None
     patience: float | None = None
 
 
@@ -126,13 +130,15 @@ def requeue(job: Job, facts: Facts) -> Decision:
 def _postpone(job: Job, facts: Facts) -> Decision:
     """Let the same attempt begin later."""
     copy = next_attempt(job, job.attempt - 1, facts.copy_id, None)
-    return _delayed(Verdict.POSTPONE, job, copy, max(1.0, facts.pause), Verdict.RETURN)
+    decision = _delayed(Verdict.POSTPONE, job, copy, max(1.0, facts.pause))
+    return replace(decision, refused=_refused(facts))
 
 
 def _retry(job: Job, report: Report, seconds: float, facts: Facts) -> Decision:
     """Let the next attempt begin, after a delay."""
     copy = next_attempt(job, job.attempt, facts.copy_id, facts.now)
-    return _delayed(Verdict.RETRY, job, copy, seconds, _unconfirmed(report))
+    decision = _delayed(Verdict.RETRY, job, copy, seconds)
+    return replace(decision, unconfirmed=_unconfirmed(report), refused=_refused(facts))
 
 
 def _delayed(
@@ -140,12 +146,11 @@ def _delayed(
     job: Job,
     copy: tuple[Message, list[str]],
     seconds: float,
-    unconfirmed: Verdict,
 ) -> Decision:
     message, dropped = copy
     whole = min(round(seconds), topology.MAX_DELAY)
     publish = Publish(*topology.delayed(job.queue, whole), message)
-    return Decision(verdict, (publish,), whole, tuple(dropped), unconfirmed)
+    return Decision(verdict, (publish,), whole, tuple(dropped))
 
 
 def _dead(job: Job, report: Report, facts: Facts) -> Decision:
@@ -155,8 +160,17 @@ def _dead(job: Job, report: Report, facts: Facts) -> Decision:
     message, dropped = dead_letter(job, report, facts.origin, facts.now)
     publish = Publish("", topology.dead(job.queue), message)
     return Decision(
-        Verdict.DEAD, (publish,), dropped=tuple(dropped), unconfirmed=_unconfirmed(report)
+        Verdict.DEAD,
+        (publish,),
+        dropped=tuple(dropped),
+        unconfirmed=_unconfirmed(report),
+        refused=_refused(facts),
     )
+
+
+def _refused(facts: Facts) -> Verdict | None:
+    """What is left for a job whose copy the broker will never take: the message as it is."""
+    return Verdict.REJECT if facts.dead_letters else None
 
 
 def _unconfirmed(report: Report) -> Verdict:

@@ -13,7 +13,7 @@ from workerd.core import topology
 from workerd.core.job import Report, Run
 from workerd.core.republish import Publish
 from workerd.core.retry import Decision, Verdict
-from workerd.errors import BrokerError, ErrorKind, Unencodable, Unroutable
+from workerd.errors import BrokerError, ErrorKind, Unencodable, Unroutable, WorkerdError
 from workerd.worker.consumer import Consumer
 from workerd.worker.publisher import Publisher
 from workerd.worker.stop import Stop
@@ -22,6 +22,14 @@ from workerd.worker.stop import Stop
 LAST_CONFIRM = 1.0
 #: The first pause before a copy is published again, in seconds.
 FIRST_PAUSE = 0.5
+
+
+class RefusedForGood(WorkerdError):
+    """The broker will never take a copy, because of what it is; ``verdict`` is what is left."""
+
+    def __init__(self, verdict: Verdict, text: str) -> None:
+        super().__init__(text)
+        self.verdict = verdict
 
 
 class Outbox:
@@ -62,8 +70,12 @@ class Outbox:
         if decision.patience is not None:
             return await self.republish(decision)
         for publish in decision.publishes:
-            if not await self._confirmed(run, publish, decision.verdict):
-                return decision.unconfirmed
+            try:
+                if not await self._confirmed(run, publish, decision):
+                    return decision.unconfirmed
+            except RefusedForGood as refused:
+                log.warning("moved untouched", reason=report.reason, text=str(refused))
+                return refused.verdict
         self._log(decision, report)
         return decision.verdict
 
@@ -76,8 +88,11 @@ class Outbox:
                 return decision.unconfirmed
         return decision.verdict
 
-    async def _confirmed(self, run: Run, publish: Publish, verdict: Verdict) -> bool:
-        """Publish until the broker has confirmed it; False: running jobs must end before."""
+    async def _confirmed(self, run: Run, publish: Publish, decision: Decision) -> bool:
+        """Publish until the broker has confirmed it; False: running jobs must end before.
+
+        Raises RefusedForGood, where the decision knows what to do then.
+        """
         if publish.exchange:
             # A daemon that has just begun to consume may still be declaring the levels.
             await first(self._consumer.declarations.levels.wait(), self._stop.interrupted())
@@ -97,10 +112,14 @@ class Outbox:
                 except (BrokerError, Unencodable) as error:
                     if str(error) != known:
                         known = str(error)
-                        _log_refusal(verdict, known)
-                    # One that is away is told already, and one message that cannot be sent
+                        _log_refusal(decision.verdict, known)
+                    kind = None if isinstance(error, Unencodable) else error.kind
+                    of_one_message = kind is None or kind.of_one_message
+                    if of_one_message and decision.refused:
+                        raise RefusedForGood(decision.refused, known) from None
+                    # One that is away is logged already, and one message that cannot be sent
                     # is no reason to hold up others.
-                    if isinstance(error, BrokerError) and error.kind is not ErrorKind.AWAY:
+                    if not of_one_message and kind is not ErrorKind.AWAY:
                         self.refused[run] = known
                         self._refusals_changed()
                 else:

@@ -81,6 +81,14 @@ def test_what_no_handler_can_be_given_goes_to_the_dead_letters_as_it_came_if_tha
     assert decide(faulty, report, STEADY, lambda: FACTS).verdict is Verdict.DEAD
 
 
+@pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.REJECTED, Outcome.UNAVAILABLE])
+def test_a_copy_that_will_never_be_taken_leaves_the_message_to_the_broker_if_that_can_be(
+    outcome: Outcome,
+) -> None:
+    assert decided(outcome).refused is None
+    assert decided(outcome, facts=replace(FACTS, dead_letters=True)).refused is Verdict.REJECT
+
+
 def test_an_interrupted_job_goes_back() -> None:
     assert decided(Outcome.INTERRUPTED) == Decision(Verdict.RETURN)
 

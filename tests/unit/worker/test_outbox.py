@@ -48,6 +48,7 @@ def fails(error: Exception) -> Answer:
 
 
 FULL = fails(BrokerError(ErrorKind.BUSY, "q.dead is full"))
+TOO_LARGE = fails(BrokerError(ErrorKind.TOO_LARGE, "larger than max_message_size"))
 AWAY = fails(BrokerError(ErrorKind.AWAY, "the connection was lost"))
 
 
@@ -122,7 +123,23 @@ def test_a_copy_that_is_refused_is_published_until_it_is_taken_and_pauses_its_qu
     assert refused == ["q.dead is full"]
 
 
-@pytest.mark.parametrize("answer", [AWAY, fails(Unencodable("a number of 100 digits"))])
+@pytest.mark.parametrize("answer", [TOO_LARGE, fails(Unencodable("a number of 100 digits"))])
+def test_a_copy_that_the_broker_will_never_take_leaves_the_message_as_it_is(answer: Answer) -> None:
+    async def scenario() -> None:
+        world = World(answer)
+        decision = Decision(Verdict.DEAD, (COPY,), refused=Verdict.REJECT)
+        assert await world.verdict(decision) is Verdict.REJECT
+        assert world.published == [COPY]
+        assert world.refusals == []
+
+    with logged() as events:
+        in_loop(scenario())
+    assert [each["reason"] for each in events if each["event"] == "moved untouched"] == [
+        "exit-status"
+    ]
+
+
+@pytest.mark.parametrize("answer", [AWAY, TOO_LARGE, fails(Unencodable("100 digits"))])
 def test_an_outage_or_one_odd_message_pauses_no_queue(answer: Answer) -> None:
     async def scenario() -> None:
         world = World(answer, confirms)
