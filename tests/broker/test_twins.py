@@ -19,6 +19,7 @@ from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
 from tests.harness.tables import AGAIN, config
 from tests.harness.waiting import until
+from workerd.core.job import COPY
 
 StartDaemon = Callable[..., Daemon]
 
@@ -97,3 +98,43 @@ def test_one_that_waited_when_its_daemon_was_killed_is_run(
     daemon(text, "1")
     broker.await_depth("jobs")
     assert oracle.journal.count("finish cron") == 2
+
+
+def test_one_that_waited_when_another_instance_was_killed_is_run(
+    broker: Broker, client: Client, daemon: StartDaemon, oracle: Oracle, text: str
+) -> None:
+    two = daemon(text, "2")
+    two.wait_event("consuming")
+    client.publish_jobs("jobs", ["cron"])
+    two.wait_event("done", job_id="cron")
+    broker.await_depth("jobs")
+    two.kill()  # so its acknowledgement may be lost
+    oracle.hold("x")
+    one = daemon(text, "1")
+    one.wait_event("consuming")
+    client.publish_jobs("jobs", ["x", "cron"])
+    one.wait_event("start", job_id="x")
+    until(lambda: state_of(one)["waiting"] == 1, "cron waits at 1")
+    two = daemon(text, "2")
+    two.wait_event("consuming")
+
+    one.kill()
+    oracle.release()
+    broker.await_depth("jobs")
+    assert oracle.journal.count("finish cron") == 2
+
+
+def test_a_copy_that_was_published_twice_and_waits_at_two_instances_is_run_once(
+    broker: Broker, client: Client, daemon: StartDaemon, oracle: Oracle, text: str
+) -> None:
+    oracle.hold("x", "y")
+    for name in ("1", "2"):
+        daemon(text, name).wait_event("consuming", queue="jobs")
+    # The broker gives to each consumer in turn.
+    client.publish_jobs("jobs", ["x", "y"])
+    until(lambda: oracle.journal.count("start ") == 2, "both instances are busy")
+    client.publish_jobs("jobs", ["copy", "copy"], headers={COPY: "mark"})
+
+    oracle.release()
+    broker.await_depth("jobs")
+    assert oracle.journal.count("start copy") == 1

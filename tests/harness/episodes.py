@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import product
 
+from workerd.core.decisions import Rejoined, Settle
 from workerd.core.decode import decode
 from workerd.core.job import ATTEMPT, COPY, REPLAY, Delivery, Message, Outcome, Report, Run
-from workerd.core.ledger import Ledger, Rejoined, Settle
+from workerd.core.ledger import Ledger
 from workerd.core.republish import Origin, dead_letter, next_attempt
 from workerd.core.retry import Verdict
 
@@ -282,6 +283,7 @@ class Episode:
 
     def _start_more(self) -> None:
         while started := self.ledger.next():
+            assert isinstance(started, Run), "nobody else has a copy"
             self._next(started)
         self._next(None)
 

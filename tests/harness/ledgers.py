@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from workerd.core.decisions import Rejoined, Settle
 from workerd.core.decode import decode
 from workerd.core.job import COPY, Delivery, Message, Run
-from workerd.core.ledger import Ledger, Rejoined, Settle
+from workerd.core.ledger import Ledger
 from workerd.core.retry import Verdict
 
 NAMED = Message(b"body", message_id="id")
@@ -52,10 +53,10 @@ def a_ledger(concurrency: int = 2) -> Ledger:
     return Ledger({"queue": concurrency, "other": concurrency})
 
 
-def order(ledger: Ledger, run: Run | None) -> list[str]:
+def order(ledger: Ledger, run: Run | Settle | None) -> list[str]:
     """Finish this run and all that start after it, one by one; returns the jobs' ids."""
     ids = []
-    while run:
+    while isinstance(run, Run):
         ids.append(run.job.id)
         ledger.finished(run, Verdict.DONE)
         run = ledger.next()

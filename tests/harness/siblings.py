@@ -1,7 +1,10 @@
 """Random episodes for the memory of a host: two instances, their journals, and a model broker.
 
-Every message has an id of its own, so the judgement is simple: each is run to its end, never
-twice at once, and again only after a run that went back, or was cut off with its instance.
+Each message is run to its end. Those that have an id of their own never run twice at once, and
+again only after a run that went back, or was cut off with its instance; so do copies, which workerd
+has published twice, as one. Of equal messages nobody can tell which is which: so many are run to
+their end as are acknowledged. An instance may be killed while its guardian still holds its lock,
+and may take a while to notice that the broker has taken its deliveries back.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from workerd.core.decisions import Rejoined, Settle
 from workerd.core.decode import decode
-from workerd.core.job import Delivery, Message, Run
-from workerd.core.ledger import PATIENCE, Ledger, Rejoined, Settle
+from workerd.core.job import COPY, Delivery, Message, Run
+from workerd.core.ledger import PATIENCE, Ledger
 from workerd.core.retry import Verdict
 from workerd.runlog.writer import RunLog
 
@@ -26,6 +30,8 @@ PREFETCH = 3
 EVERYTHING = 1000
 INSTANCES = ("1", "2")
 SOME = (0, 1, EVERYTHING)
+#: The id of messages that are equal in everything.
+CRON = "cron"
 
 
 @dataclass(eq=False)
@@ -38,6 +44,8 @@ class Wire:
     unacked: dict[int, int] = field(default_factory=dict)
     unsettled: dict[int, int] = field(default_factory=dict)
     under_way: list[tuple[int, Verdict]] = field(default_factory=list)
+    #: The broker has taken everything back, and the instance has not noticed yet.
+    broken: bool = False
 
 
 class Instance:
@@ -47,8 +55,12 @@ class Instance:
         self.name = name
         self.state = state
         self.alive = False
+        #: Whether the guardian of a killed process still holds the lock, and since when.
+        self.guarded = False
+        self.died = 0.0
 
     def start(self) -> None:
+        self.bury()
         self.alive = True
         self.run_log = RunLog(self.state, self.name, 3600.0, pytest.fail)
         self.ledger = Ledger({"queue": CONCURRENCY}, self.run_log)
@@ -59,10 +71,16 @@ class Instance:
         self.runs: dict[Run, tuple[int, Delivery | None]] = {}
 
     def end(self) -> None:
-        """What the kernel does when a process ends."""
+        """What the kernel does when a process ends, whose guardian lives on."""
         self.alive = False
         self.run_log.close()
-        os.close(self.run_log._lock)
+        self.guarded = True
+
+    def bury(self) -> None:
+        """The guardian ends too."""
+        if self.guarded:
+            self.guarded = False
+            os.close(self.run_log._lock)
 
 
 class Host:
@@ -74,12 +92,18 @@ class Host:
         self.redelivered: set[int] = set()
         self.settled: set[int] = set()
         self.acked: list[int] = []
-        self.messages = 0
+        #: The id of each.
+        self.ids: list[str] = []
         self.clock = 0.0
-        self.starts: Counter[int] = Counter()
-        #: Runs that went back, or were cut off.
-        self.vain: Counter[int] = Counter()
-        self.done: set[int] = set()
+        # By id: starts; runs that went back or were cut off; runs that came to their end;
+        # acknowledgements that the broker has read.
+        self.starts: Counter[str] = Counter()
+        self.vain: Counter[str] = Counter()
+        self.done: Counter[str] = Counter()
+        self.acks: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()
+        #: Those that may run twice: an instance did not notice that they were taken back.
+        self.excused: set[str] = set()
         self.instances = [Instance(name, state) for name in INSTANCES]
         for instance in self.instances:
             instance.start()
@@ -88,10 +112,19 @@ class Host:
         for instance in self.instances:
             if instance.alive:
                 instance.end()
+            instance.bury()
 
-    def publish(self) -> None:
-        self.ready.append(self.messages)
-        self.messages += 1
+    def publish(self, kind: str) -> None:
+        number = len(self.ids)
+        name = CRON if kind == CRON else f"{kind}-{number}"
+        for _ in range(2 if kind == "copy" else 1):
+            self.story.append(f"#{len(self.ids)} published: {name}")
+            self.ready.append(len(self.ids))
+            self.ids.append(name)
+
+    def _message(self, number: int) -> Message:
+        name = self.ids[number]
+        return Message(message_id=name, headers={COPY: name} if name.startswith("copy") else {})
 
     # One instance.
 
@@ -104,13 +137,15 @@ class Host:
         if not instance.alive:
             return
         wire = instance.consuming or self._connect(instance)
+        if wire.broken:
+            return
         for message in self.ready[: min(count, PREFETCH - len(wire.unacked))]:
             self.ready.remove(message)
             tag = len(wire.received) + 1
             wire.received[tag] = self.clock
             wire.unacked[tag] = wire.unsettled[tag] = message
             flag = message in self.redelivered
-            job = decode(Message(message_id=str(message)), "queue", flag)
+            job = decode(self._message(message), "queue", flag)
             delivery = Delivery(wire.serial, tag, self.clock, job)
             again = ", redelivered" if flag else ""
             self.story.append(f"#{message} delivered to {instance.name}/{wire.serial}{again}")
@@ -136,22 +171,26 @@ class Host:
             case Settle(settled):
                 message = instance.wires[settled.channel].unsettled[settled.tag]
                 self.story.append(f"  #{message} settled from memory")
-                assert message in self.done, "settled without having been run"
                 self._settle(instance, decision)
             case Run():
                 assert decision.delivery
                 wire = instance.wires[decision.delivery.channel]
                 message = wire.unsettled[decision.delivery.tag]
                 self.story.append(f"  #{message} started by {instance.name}")
-                running = [each[0] for other in self._living() for each in other.runs.values()]
-                assert message not in running, "twice at once"
                 instance.runs[decision] = (message, decision.delivery)
-                self.starts[message] += 1
-                assert self.starts[message] <= 1 + self.vain[message], "again for nothing"
+                name = self.ids[message]
+                self.starts[name] += 1
+                if name != CRON and name not in self.excused:
+                    running = [r.job.id for other in self._living() for r in other.runs]
+                    assert running.count(name) == 1, "twice at once"
+                    assert self.starts[name] <= 1 + self.vain[name], "again for nothing"
 
     def look_again(self, instance: Instance) -> None:
         if instance.alive:
             self.clock += PATIENCE / 4
+            for other in self.instances:
+                if self.clock - other.died > PATIENCE / 2:
+                    self.bury(other)
             for decision in instance.ledger.look_again(self.clock):
                 self._act(instance, decision)
 
@@ -161,16 +200,16 @@ class Host:
         run = list(instance.runs)[which % len(instance.runs)]
         message, delivery = instance.runs.pop(run)
         self.story.append(f"#{message} ends in {instance.name}: {verdict.value}")
-        if verdict.remembered:
-            self.done.add(message)
-        else:
-            self.vain[message] += 1
+        (self.done if verdict.remembered else self.vain)[self.ids[message]] += 1
         order = instance.ledger.finished(run, verdict)
         assert order == (Settle(delivery, verdict) if delivery else None)
         if order:
             self._settle(instance, order)
-        while started := instance.ledger.next():
-            self._act(instance, started)
+        self._start_more(instance)
+
+    def _start_more(self, instance: Instance) -> None:
+        while decision := instance.ledger.next():
+            self._act(instance, decision)
 
     def _settle(self, instance: Instance, order: Settle) -> None:
         wire = instance.wires[order.delivery.channel]
@@ -191,18 +230,40 @@ class Host:
         for wire in list(instance.wires.values()):
             self._close(instance, wire, EVERYTHING, instance.ledger.closed)
         instance.end()
+        instance.bury()
 
     def die(self, instance: Instance, acks_read: int) -> None:
         if not instance.alive:
             return
         self.story.append(f"{instance.name} is killed")
         for message, _ in instance.runs.values():
-            self.vain[message] += 1
+            self.vain[self.ids[message]] += 1
         instance.end()
+        instance.died = self.clock
         for wire in list(instance.wires.values()):
             self._close(instance, wire, acks_read, lambda _channel: None)
 
+    def bury(self, instance: Instance) -> None:
+        if instance.guarded:
+            self.story.append(f"the guardian of {instance.name} ends")
+            instance.bury()
+
     # Its channels.
+
+    def cut(self, instance: Instance) -> None:
+        """The broker has lost an instance, which does not notice before it is told."""
+        for wire in instance.wires.values() if instance.alive else ():
+            self.story.append(f"{instance.name}/{wire.serial} is broken")
+            wire.broken = True
+            lost = list(wire.unacked.values())
+            self.excused |= {self.ids[message] for message in lost}
+            wire.unacked.clear()
+            self._requeue(lost)
+
+    def notice(self, instance: Instance) -> None:
+        for wire in list(instance.wires.values()) if instance.alive else ():
+            if wire.broken:
+                self._close(instance, wire, 0, instance.ledger.lost)
 
     def lose(self, instance: Instance, acks_read: int) -> None:
         if instance.alive and instance.consuming:
@@ -211,7 +272,7 @@ class Host:
     def retire(self, instance: Instance, taken_back: int, believed: int) -> None:
         """The broker cancels a consumer and takes its oldest deliveries back."""
         wire = instance.consuming if instance.alive else None
-        if wire is None:
+        if wire is None or wire.broken:
             return
         self.story.append(f"{instance.name}/{wire.serial} retired, {taken_back} taken back")
         instance.consuming = None
@@ -226,7 +287,7 @@ class Host:
     def detach(self, instance: Instance) -> None:
         """A reload: the instance cancels its consumer and begins another."""
         wire = instance.consuming if instance.alive else None
-        if wire is None:
+        if wire is None or wire.broken:
             return
         self.story.append(f"{instance.name}/{wire.serial} detached")
         for delivery in instance.ledger.detached(wire.serial):
@@ -236,7 +297,9 @@ class Host:
     def tidy(self, instance: Instance) -> None:
         """Channels that consume no more are closed when nothing is left to settle on them."""
         for wire in list(instance.wires.values()) if instance.alive else ():
-            if wire is not instance.consuming and not instance.ledger.holds(wire.serial):
+            if wire is not instance.consuming and not (
+                wire.broken or instance.ledger.holds(wire.serial)
+            ):
                 self._close(instance, wire, EVERYTHING, instance.ledger.closed)
 
     def _close(
@@ -279,9 +342,20 @@ class Host:
                 self._requeue([message])
                 continue
             self.settled.add(message)
-            if verdict is not Verdict.REJECT:
+            if verdict is Verdict.REJECT:
+                self.rejected[self.ids[message]] += 1
+            else:
                 self.acked.append(message)
+                self._count_ack(self.ids[message])
         del wire.under_way[:count]
+
+    def _count_ack(self, name: str) -> None:
+        self.acks[name] += 1
+        if name.startswith("copy"):
+            left = any(self.ids[each] == name for each in set(range(len(self.ids))) - self.settled)
+            assert self.done[name] or self.rejected[name] or left, "gone without having been run"
+        else:
+            assert self.acks[name] <= self.done[name], "acknowledged without having been run"
 
     def _requeue(self, messages: list[int]) -> None:
         self.redelivered |= set(messages)
@@ -289,8 +363,9 @@ class Host:
 
     def kill(self, forgotten: int) -> None:
         """The broker is killed; it comes back without having seen the last acks."""
-        if not all(instance.alive and instance.wires for instance in self.instances):
-            return  # an instance without any channel does not hear of it
+        for instance in self.instances:
+            if not instance.alive or all(wire.broken for wire in instance.wires.values()):
+                return  # an instance without any channel does not hear of it
         self.story.append("broker killed")
         for instance in self.instances:
             for wire in list(instance.wires.values()):
@@ -298,14 +373,16 @@ class Host:
         undone = self.acked[max(0, len(self.acked) - forgotten) :]
         self.acked.clear()
         self.settled -= set(undone)
+        self.acks.subtract(self.ids[message] for message in undone)
         self._requeue(undone)
 
     def conclude(self) -> None:
         """All troubles are over: whatever is left comes to its end."""
         self.story.append("everything comes to its end")
-        for _ in range(3 * self.messages + 3):
+        for _ in range(3 * len(self.ids) + 3):
             for instance in self.instances:
                 self.start(instance)
+                self.notice(instance)
                 self.deliver(instance, EVERYTHING)
                 for _ in range(6):
                     self.look_again(instance)
@@ -313,7 +390,7 @@ class Host:
                     self.finish(instance, 0, Verdict.DONE)
                 self.read(instance, EVERYTHING)
                 self.tidy(instance)
-        assert self.settled == set(range(self.messages)), "a message is lost"
+        assert self.settled == set(range(len(self.ids))), "a message is lost"
         assert not any(instance.ledger.held for instance in self.instances)
 
 
@@ -343,7 +420,7 @@ def _each(action: Callable[..., None], *choices: Iterable[object], weight: int =
 #: All of them, the likelier ones more than once.
 STEPS = [
     Step(None),
-    *[Step(Host.publish)] * 6,
+    *[Step(Host.publish, (kind,)) for kind in ("own", "own", CRON, CRON, "copy")] * 2,
     *(Step(Host.kill, (forgotten,)) for forgotten in SOME),
     *_each(Host.deliver, (1, 3), weight=5),
     *_each(Host.look_again, weight=4),
@@ -352,7 +429,10 @@ STEPS = [
     *_each(Host.read, (1, EVERYTHING), weight=2),
     *_each(Host.lose, SOME),
     *_each(Host.die, SOME),
+    *_each(Host.bury),
     *_each(Host.start, weight=3),
+    *_each(Host.cut),
+    *_each(Host.notice, weight=2),
     *_each(Host.stop),
     *_each(Host.retire, SOME, SOME),
     *_each(Host.detach, weight=2),

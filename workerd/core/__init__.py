@@ -5,10 +5,12 @@ Start at `ledger`, whose docstring has the rules of redelivery.
     job            messages, jobs, runs, outcomes
     decode         from a message to the job that it is
     ledger         which jobs run, which delivery each will settle, what a redelivery means
+    decisions      what the ledger wants done
     states         what a run is, and what moves it on, as a table
     slots          which jobs may start, which wait in line, which run alone
     orphans        runs whose channel is lost, which a redelivery may rejoin
     dedup          which jobs are finished, which went back to be run again
+    verdict_channels  on which channels verdicts may have been lost
     keyset         many keys of jobs in little memory
     retry          `decide`: what becomes of a job after a run, and when
     republish      the copies of a job: its next attempt, its dead letter

@@ -24,8 +24,12 @@ class Elsewhere(enum.Enum):
     """What the other instances of this host know of a job that was redelivered here."""
 
     UNKNOWN = enum.auto()
+    #: It has a delivery in hand there that waits for a slot.
+    WAITING = enum.auto()
     #: It runs there, or has just run; the channel it came on is not known to be lost.
     ATTACHED = enum.auto()
+    #: A living instance writes a run log that this version does not understand.
+    MAY_RUN = enum.auto()
     #: It runs there, and its channel was lost: this redelivery belongs to that run.
     ORPHANED = enum.auto()
     #: It has its verdict, and the channel on which that was sent is gone.
@@ -55,14 +59,17 @@ class Dedup:
     def waits(self, key: bytes) -> None:
         """A delivery is in hand, and its job cannot start yet."""
 
+    def dropped(self, key: bytes) -> None:
+        """A delivery that waited does not start, and does not go back either."""
+
     def started(self, key: bytes, channel: int, begun: bool = True) -> None:
         """A run has its slot, for a delivery of this channel; it has ``begun``, or will."""
 
     def begun(self, key: bytes) -> None:
         """A run that had not begun begins: from now on it is an attempt."""
 
-    def settled(self, key: bytes, channel: int) -> None:
-        """A run has its verdict, or a redelivery of it was settled: sent on this channel."""
+    def settled(self, key: bytes, channel: int, ran: bool = True) -> None:
+        """A run has its verdict, or (not ``ran``) a redelivery of it was settled: sent there."""
         if sum(map(len, self._generations[0].values())) >= self._limit:
             self.age()
         self._put(key, channel)
@@ -100,8 +107,12 @@ class Dedup:
     def look(self) -> None:
         """Learn what others have told since; to be called before the questions below."""
 
-    def recall(self, key: bytes) -> bool:
-        """Whether a redelivery is of a job that went back, and must run; true once for each."""
+    def recall(self, key: bytes, begun: bool = False) -> bool:
+        """Whether a redelivery is of a job that went back, and must run; true once for each.
+
+        What waits at another instance, or has ``begun`` there, counts as back already: that
+        instance may have lost it without knowing, or be dead without our knowing.
+        """
         for counts in self._returned:
             if key in counts:
                 counts[key] -= 1
@@ -128,6 +139,10 @@ class Dedup:
     def elsewhere(self, key: bytes) -> Elsewhere:
         """What is known of a job that came here as a redelivery; FINISHED only once."""
         return Elsewhere.UNKNOWN
+
+    def runs_elsewhere(self, key: bytes) -> bool:
+        """Whether another instance has such a job in hand that no redelivery was taken for."""
+        return False
 
     @property
     def unsent(self) -> bool:

@@ -30,10 +30,13 @@ The rules, in the order in which `delivered` applies them to a delivery:
 3.  Likewise when another instance of this host has finished it. While that instance runs
     it, the redelivery is held, without a slot: `look_again` settles it when the run has its
     verdict, and lets it run when that instance dies, or does not lose the channel it got
-    the job on within PATIENCE seconds: then theirs is another message.
+    the job on within PATIENCE seconds: then theirs is another message. The same when the
+    run log of a living instance cannot be understood, but then for as long as it lives.
 4.  A job that workerd itself has published is *unique*: another message with its key, while
-    it is in hand or once it is finished, is the same copy published twice for want of a
-    confirm, and is settled at once. So 1 to 3 need no regard for twins there.
+    it is in hand or once it is finished, here or at another instance, is the same copy
+    published twice for want of a confirm, and is settled at once. So 1 to 3 need no regard
+    for twins there. Two copies may come to two instances in one instant, and wait: so the
+    other instances are asked once more when a copy that has waited is about to start.
 5.  While draining it waits, to be given back.
 6.  It starts when its queue has a free slot, and waits otherwise; jobs that come due before
     those that were never delayed. A handler with warm processes may have more than that: they
@@ -45,8 +48,11 @@ The rules, in the order in which `delivered` applies them to a delivery:
 
 A delivery that goes back to the broker unfinished will come again flagged as
 redelivered. An equal job may be finished before it does, and that memory must not settle
-it, or it would be gone without ever having run. So the ledger counts what went back: so
-many redeliveries of that key run before one is settled from memory.
+it, or it would be gone without ever having run. So what went back is counted: so many
+redeliveries of that key run before one is settled from memory. What another instance has in
+hand may be on its way back already, as that instance can be dead, or cut off, without anybody
+knowing: it counts too. The redelivery that runs in its place claims it, by its number, and
+should it go back after all, that return counts nothing.
 
 The lines and slots of 6 and 7 are kept in `slots`, the runs that 1 may find in `orphans`, what
 2 to 4 ask in `dedup`.
@@ -56,45 +62,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import replace
 
-from workerd.core.dedup import ALL_CLOSED, GONE, NEVER_SENT, Dedup, Elsewhere
-from workerd.core.job import Delivery, Job, Run, value
+from workerd.core import states
+from workerd.core.decisions import Rejoined, Settle
+from workerd.core.dedup import NEVER_SENT, Dedup, Elsewhere
+from workerd.core.job import Delivery, Job, Run
 from workerd.core.orphans import Orphans
 from workerd.core.retry import Verdict
 from workerd.core.slots import Slots
-from workerd.core.states import (
-    BEGINS,
-    BEGUN,
-    DISPATCHED,
-    ENDED,
-    ENDS,
-    FINISH,
-    READY,
-    RECALLED,
-    WITHDRAW,
-    IllegalInput,
-    State,
-)
+from workerd.core.verdict_channels import VerdictChannels
+
+#: What makes a job of another instance the same as a copy here: it is there, or was.
+_SEEN = {Elsewhere.ATTACHED, Elsewhere.ORPHANED}
 
 #: Seconds that another instance has to notice the loss of a channel whose job came to us.
 PATIENCE = 5.0
-
-
-@value
-class Rejoined:
-    """A redelivery belongs to ``run``, which is still going on here."""
-
-    run: Run
-
-
-@value
-class Settle:
-    """An order to settle ``delivery``, now, on the channel it came on."""
-
-    delivery: Delivery
-    verdict: Verdict
 
 
 class Ledger:
@@ -115,15 +99,11 @@ class Ledger:
         #: Redeliveries of what another instance may be running; see rule 3.
         self.held: list[Delivery] = []
         self._orphans = Orphans()
-        #: Channels that consume.
-        self._live: set[int] = set()
-        #: Channels closed in order: what was sent on them was read. But a broker that is
-        #: killed forgets that, so they count only until the next channel is lost.
-        self._closed: set[int] = {ALL_CLOSED}
+        self._channels = VerdictChannels()
 
     def opened(self, channel: int) -> None:
         """A channel begins to consume; deliveries may name it from now on."""
-        self._live.add(channel)
+        self._channels.opened(channel)
 
     def delivered(self, delivery: Delivery) -> Run | Settle | Rejoined | None:
         """What to do with a delivery: run it, settle it, or nothing (it rejoined, or waits).
@@ -132,8 +112,8 @@ class Ledger:
         consumes no more.
         """
         job = delivery.job
-        if delivery.channel not in self._live:
-            raise IllegalInput("a delivery came on a channel that is gone")
+        if delivery.channel not in self._channels:
+            raise states.IllegalInput("a delivery came on a channel that is gone")
         if job.redelivered:
             self.dedup.look()
             # Rule 1.
@@ -143,40 +123,52 @@ class Ledger:
             # Rule 4.
             if job.unique and self._in_hand(job.key):
                 return Settle(delivery, Verdict.DONE)
-            # Rule 2, then rule 3; neither of what went back.
-            if job.named and (job.unique or not self.dedup.recall(job.key)):
-                if self._remembers(job):
-                    return self._settle_again(delivery)
-                return self._consult(delivery, 0.0)
+            if job.named:
+                return self._known(delivery, 0.0)
         # Rule 4.
         elif job.unique:
             self.dedup.look()
             if self._in_hand(job.key):
                 return Settle(delivery, Verdict.DONE)
-            known = Elsewhere.FINISHED if self._remembers(job) else self.dedup.elsewhere(job.key)
-            if known is Elsewhere.FINISHED:
-                return self._settle_again(delivery)
-            if known is not Elsewhere.UNKNOWN:
-                return Settle(delivery, Verdict.DONE)
+            twin = self._settled_by_twin(delivery, _SEEN | {Elsewhere.WAITING})
+            if twin:
+                return twin
         # Rules 5 to 7.
         return self._line_up(delivery)
 
     def _in_hand(self, key: bytes) -> bool:
-        jobs = [run.job for run in self.running]
-        jobs += [each.job for each in self._unstarted()]
-        return any(job.key == key for job in jobs)
+        waits = any(each.job.key == key for each in self._unstarted())
+        return waits or any(run.job.key == key for run in self.running)
 
-    def _line_up(self, delivery: Delivery) -> Run | None:
+    def _known(self, delivery: Delivery, waited: float) -> Run | Settle | None:
+        """Rules 2 and 3, for a redelivery that rejoins nothing, held for so many seconds."""
+        job = delivery.job
+        if not job.unique and self.dedup.recall(job.key):
+            return self._line_up(delivery)
+        # What another instance may yet lose has no verdict, whatever its equals have.
+        if (job.unique or not self.dedup.runs_elsewhere(job.key)) and self._remembers(job):
+            return self._settle_again(delivery)
+        return self._consult(delivery, waited)
+
+    def _settled_by_twin(self, delivery: Delivery, seen: Set[Elsewhere]) -> Settle | None:
+        """Rule 4, for a copy that was never delivered before, here or elsewhere."""
+        key = delivery.job.key
+        known = self.dedup.elsewhere(key)
+        if known is Elsewhere.FINISHED or self._remembers(delivery.job):
+            return self._settle_again(delivery)
+        return Settle(delivery, Verdict.DONE) if known in seen else None
+
+    def _line_up(self, delivery: Delivery) -> Run | Settle | None:
         """Let it wait for its turn; returns the run of the job whose turn it is, if any."""
         job = delivery.job
         lost_starts = self.dedup.cut_off(job.key) if job.redelivered else None
         if lost_starts is not None:
             delivery = replace(delivery, job=job.after_lost_starts(lost_starts))
         self.slots.line_up(delivery, suspect=lost_starts is not None)
-        run = self.next()
-        if job.named and (run is None or run.delivery is not delivery):
+        decision = self._next(delivery)
+        if job.named and (decision is None or decision.delivery is not delivery):
             self.dedup.waits(job.key)
-        return run
+        return decision
 
     def look_again(self, now: float) -> list[Run | Settle]:
         """What has become of the deliveries that are held; ``now`` is monotonic."""
@@ -184,50 +176,91 @@ class Ledger:
         self.dedup.look()
         for delivery in self.held.copy():
             self.held.remove(delivery)
-            decision = self._consult(delivery, now - delivery.received)
+            decision = self._known(delivery, now - delivery.received)
             if decision:
                 decisions.append(decision)
         return decisions
 
     def _consult(self, delivery: Delivery, waited: float) -> Run | Settle | None:
         """Rule 3, for a delivery that has been held for so many seconds."""
-        elsewhere = self.dedup.elsewhere(delivery.job.key)
+        job = delivery.job
+        elsewhere = self.dedup.elsewhere(job.key)
         if elsewhere is Elsewhere.FINISHED:
             return self._settle_again(delivery)
-        if elsewhere is Elsewhere.ORPHANED or (
+        if job.unique and elsewhere is Elsewhere.ATTACHED:
+            # No other message is this job: it is over there, or will be.
+            if not self.dedup.runs_elsewhere(job.key):
+                return self._settle_again(delivery)
+            waited = 0.0
+        if elsewhere in (Elsewhere.ORPHANED, Elsewhere.MAY_RUN) or (
             elsewhere is Elsewhere.ATTACHED and waited < PATIENCE
         ):
             self.held.append(delivery)
             return None
         if waited:
-            self.dedup.recall(delivery.job.key)  # if its run there went back, here it is
+            # If its run there went back, here it is; or will go back, and is here already.
+            self.dedup.recall(job.key, begun=True)
         return self._line_up(delivery)
 
     def _settle_again(self, delivery: Delivery) -> Settle:
-        self.dedup.settled(delivery.job.key, delivery.channel)
+        self.dedup.settled(delivery.job.key, delivery.channel, ran=False)
         return Settle(delivery, Verdict.DONE)
 
-    def next(self) -> Run | None:
-        """A job that may start now, started; None when there is none."""
-        run = self.slots.next()
-        if run is not None:
-            assert run.delivery
-            begins = run.state is READY and self._begins_at_once(run.job)
+    def next(self) -> Run | Settle | None:
+        """A job that may start now, started, or settled as its twin was; None: there is none."""
+        return self._next(None)
+
+    def _next(self, asked: Delivery | None) -> Run | Settle | None:
+        """The same, when just now it was asked what is known of this delivery."""
+        while (run := self.slots.next()) is not None:
+            delivery = run.delivery
+            assert delivery
+            if delivery is not asked and run.job.unique:
+                known, decision = self._ask_again(delivery)
+                if known:
+                    self._give_up(run)
+                    if decision:
+                        return decision
+                    continue
+            begins = run.state is states.READY and self._begins_at_once(run.job)
             if begins:
-                run.state = BEGINS[READY]
+                run.state = states.BEGINS[states.READY]
             self.running.add(run)
-            self.dedup.started(run.job.key, run.delivery.channel, begins)
-        return run
+            self.dedup.started(run.job.key, delivery.channel, begins)
+            return run
+        return None
+
+    def _ask_again(self, delivery: Delivery) -> tuple[bool, Settle | None]:
+        """Rules 3 and 4, of a copy that has waited: its twin may have started meanwhile."""
+        self.dedup.look()
+        if not delivery.job.redelivered:
+            twin = self._settled_by_twin(delivery, _SEEN)
+            return twin is not None, twin
+        known = self.dedup.elsewhere(delivery.job.key)
+        if known is Elsewhere.FINISHED:
+            return True, self._settle_again(delivery)
+        if known in _SEEN:
+            self.held.append(delivery)
+        return known in _SEEN, None
+
+    def _give_up(self, run: Run) -> None:
+        """A run that was about to start does not."""
+        if run.dispatched:
+            self.slots.begins(run)
+        run.state = states.FINISH[run.state]
+        self.slots.ended(run)
+        self.slots.released(run)
+        self.dedup.dropped(run.job.key)
 
     def begins(self, run: Run) -> None:
         """The handler of a run is about to give it to a process: from now on it is an attempt."""
         before = run.state
-        run.state = BEGINS[before]
-        if before is not BEGUN:
+        run.state = states.BEGINS[before]
+        if before is not states.BEGUN:
             self._counts_as_begun(run, before)
 
-    def _counts_as_begun(self, run: Run, before: State) -> None:
-        if before in (DISPATCHED, RECALLED):
+    def _counts_as_begun(self, run: Run, before: states.State) -> None:
+        if before in states.SLOTLESS:
             self.slots.begins(run)
         self.dedup.begun(run.job.key)
 
@@ -242,20 +275,20 @@ class Ledger:
             if not run.begun and run.delivery and run.delivery.channel == channel
         ]
         for run in found:
-            run.state = WITHDRAW[run.state]
+            run.state = states.WITHDRAW[run.state]
         return found
 
     def ended(self, run: Run) -> None:
         """The handler of a run has ended; its verdict is still to be carried out."""
-        run.state = ENDS[run.state]
+        run.state = states.ENDS[run.state]
         self.slots.ended(run)
 
     def finished(self, run: Run, verdict: Verdict) -> Settle | None:
         """A run has its verdict: the delivery to settle now, or None when that was lost."""
         before = run.state
-        run.state = FINISH[before]
-        if before is not ENDED:
-            if before is not BEGUN:
+        run.state = states.FINISH[before]
+        if before is not states.ENDED:
+            if before is not states.BEGUN:
                 # Or no longer: that something has ended is told of what has begun.
                 self._counts_as_begun(run, before)
             self.slots.ended(run)
@@ -267,7 +300,7 @@ class Ledger:
             if verdict is Verdict.SPEND:
                 self.dedup.spent(run.job.key)
         elif run.job.named:
-            self.dedup.settled(run.job.key, self._sent_on(run.delivery))
+            self.dedup.settled(run.job.key, self._channels.sent_on(run.delivery))
         else:
             self.dedup.forgotten(run.job.key)
         return Settle(run.delivery, verdict) if run.delivery else None
@@ -278,18 +311,17 @@ class Ledger:
         Must be called the moment it is known, before any other report: a job that ends in
         between would be settled on a dead channel and forgotten.
         """
-        self._closed.clear()
+        self._channels.one_is_lost()
         self.retired(channel, stale_before=math.inf)
 
     def closed(self, channel: int) -> None:
         """We have closed a channel, with nothing left to settle on it, and the broker agreed."""
         if self.holds(channel):
-            raise IllegalInput("a channel was closed with a delivery to settle on it")
-        if channel not in self._live:
+            raise states.IllegalInput("a channel was closed with a delivery to settle on it")
+        if channel not in self._channels:
             self.lost(channel)  # retired: the broker may have taken back what was settled here
             return
-        self._live.discard(channel)
-        self._closed.add(channel)
+        self._channels.closed(channel)
         self.dedup.closed(channel)
 
     def retired(self, channel: int, stale_before: float) -> list[Delivery]:
@@ -299,7 +331,7 @@ class Ledger:
         ``stale_before``: those have timed out and were taken back. All may be rejoined by
         a redelivery on another channel. Returns the waiting ones, to be given back.
         """
-        self._live.discard(channel)
+        self._channels.retired(channel)
         self.dedup.lost(channel)
         for run in self.running:
             if run.delivery and run.delivery.channel == channel:
@@ -364,15 +396,5 @@ class Ledger:
             return self.dedup.take(job.key)
         # One whose verdict was never sent is sure to come again.
         return self.dedup.take(job.key, lambda sent_on: sent_on == NEVER_SENT) or (
-            self.dedup.take(job.key, self._may_be_lost)
+            self.dedup.take(job.key, self._channels.may_be_lost)
         )
-
-    def _sent_on(self, delivery: Delivery | None) -> int:
-        """The channel of a verdict over this delivery, as it is remembered."""
-        if delivery is None:
-            return NEVER_SENT
-        return delivery.channel if delivery.channel in self._live else GONE
-
-    def _may_be_lost(self, sent_on: int) -> bool:
-        """Whether a verdict sent on this channel may not have arrived."""
-        return sent_on not in self._live and sent_on not in self._closed

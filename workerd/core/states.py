@@ -103,3 +103,6 @@ FINISH = Transitions(
         ENDED: FINISHED,
     },
 )
+
+#: Without a slot.
+SLOTLESS = (DISPATCHED, RECALLED)

@@ -36,6 +36,7 @@ from workerd.handlers import guard
 from workerd.handlers.guardian import Guardian
 from workerd.handlers.registry import HandlerRegistry
 from workerd.runlog import writer
+from workerd.runlog.lock import hold
 from workerd.worker.consumer import OnOutage
 from workerd.worker.worker import Worker
 
@@ -70,7 +71,7 @@ def run(
     _begin_log(settings, instance)
     run_log_lock = -1
     with contextlib.suppress(OSError):  # `RunLog` tries again, and says why it cannot
-        run_log_lock = writer.hold(paths.state_directory() / instance)
+        run_log_lock = hold(paths.state_directory() / instance)
     try:
         # The guardian has a share in that lock: as long as it lives, the jobs of a killed daemon
         # may live, and no other instance may start them.

@@ -6,6 +6,9 @@ import struct
 import zlib
 from collections.abc import Iterator
 
+#: Stands in each record; 0 in those of versions that did not number deliveries.
+VERSION = 1
+
 #: A process begins, or goes on in a new segment. The key tells processes apart.
 OPEN = b"O"
 #: A delivery is in hand, and its job cannot start yet.
@@ -24,26 +27,35 @@ OVER = b"V"
 BACK = b"B"
 #: A job goes back that did not run.
 RETURNED = b"R"
-#: A job that had gone back has come again, and will run.
+#: A job that had gone back, or is sure to, has come here, and will run. In place of a channel
+#: stands the process that had it, and beside it that one's number for it; 0: any one of this key.
 RECALLED = b"A"
+#: What waited is in hand no more, and does not go back.
+DROPPED = b"D"
 #: A channel was lost, and perhaps what was sent on it.
 LOST = b"L"
 #: A channel was closed in an orderly way: all that was sent on it has been read.
 CLOSED = b"C"
 #: So many attempts of a job, in place of a channel, were cut off, all in all.
 CUT_OFF = b"X"
-_BODY = struct.Struct("<cxxxi16sd")
+
+# The number of a delivery tells apart those of equal jobs in one process; that it begins anew
+# after 65,535 does no harm.
+_BODY = struct.Struct("<cBHi16sd")
 
 _SUM = struct.Struct("<I")
 
 #: The size of a record in bytes.
 RECORD = _BODY.size + _SUM.size
 
-Record = tuple[bytes, int, bytes, float]
+#: Kind, version, number of the delivery, channel, key, and seconds since 1970.
+Record = tuple[bytes, int, int, int, bytes, float]
 
 
-def encode(kind: bytes, channel: int, key: bytes, when: float) -> bytes:
-    body = _BODY.pack(kind, channel, key, when)
+def encode(
+    kind: bytes, channel: int, key: bytes, when: float, serial: int = 0, version: int = VERSION
+) -> bytes:
+    body = _BODY.pack(kind, version, serial, channel, key, when)
     return body + _SUM.pack(zlib.crc32(body))
 
 

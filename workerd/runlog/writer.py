@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import os
 import time
@@ -18,12 +17,24 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from workerd.core.dedup import ALL_CLOSED, GONE, NEVER_SENT, Dedup, Elsewhere
-from workerd.runlog.reader import CutOff, Returns, RunLogReader, outstanding, segments
+from workerd.runlog.in_hand import InHand
+from workerd.runlog.lock import hold
+from workerd.runlog.reader import (
+    CutOff,
+    Return,
+    Returns,
+    RunLogReader,
+    claimed,
+    outstanding,
+    process_of,
+    segments,
+)
 from workerd.runlog.records import (
     BACK,
     BEGIN,
     CLOSED,
     CUT_OFF,
+    DROPPED,
     END,
     LOST,
     OPEN,
@@ -39,9 +50,6 @@ from workerd.runlog.records import (
 
 _NO_KEY = bytes(16)
 
-#: Seconds that a start waits for the lock of a run log: for an instant a sibling has it that
-#: looks whether it is held, and the guardian of a killed process until it has killed the jobs.
-PATIENCE = 2.0
 #: Seconds for which it is remembered how often a job ended with its daemon: longer than a job
 #: takes that ends so again and again.
 CUT_OFF_KEPT = 7 * 86_400.0
@@ -89,16 +97,11 @@ class RunLog(Dedup):
         self._lock = -1
         self._segments: list[Path] = []
         self._nonce = os.urandom(16)
-        #: Runs that have begun and not ended, to be carried into each new segment, and the
-        #: channels that brought them; NEVER_SENT for one that is lost.
-        self._running: dict[bytes, list[int]] = {}
-        #: How many of those have not begun.
-        self._unbegun: dict[bytes, int] = {}
+        self._process = process_of(self._nonce)
+        self._in_hand = InHand()
         self._returns: dict[bytes, Returns] = {}
         #: The attempts that were cut off by the end of an earlier process.
         self._cut_off: dict[bytes, CutOff] = {}
-        #: How many jobs of each key are in hand and have not started.
-        self._waiting: dict[bytes, int] = {}
         #: When a channel was last lost, in seconds since 1970.
         self._lost_at = 0.0
         #: The other instances that have ever run on this host, by name.
@@ -111,49 +114,45 @@ class RunLog(Dedup):
     # What the ledger tells.
 
     def waits(self, key: bytes) -> None:
-        self._waiting[key] = self._waiting.get(key, 0) + 1
-        self._append(WAIT, NEVER_SENT, key)
+        self._append(WAIT, NEVER_SENT, key, self._in_hand.wait(key))
+
+    def dropped(self, key: bytes) -> None:
+        self._append(DROPPED, NEVER_SENT, key, self._in_hand.end_wait(key))
 
     def started(self, key: bytes, channel: int, begun: bool = True) -> None:
-        self._end_wait(key)
-        self._running.setdefault(key, []).append(channel)
-        if not begun:
-            self._unbegun[key] = self._unbegun.get(key, 0) + 1
-        self._append(START if begun else TAKE, channel, key)
+        serial = self._in_hand.start(key, channel, begun)
+        self._append(START if begun else TAKE, channel, key, serial)
         if begun:
             self.flush()
 
     def begun(self, key: bytes) -> None:
-        self._unbegun[key] -= 1
-        if not self._unbegun[key]:
-            del self._unbegun[key]
+        self._in_hand.begin(key)
         self._append(BEGIN, NEVER_SENT, key)
 
-    def settled(self, key: bytes, channel: int) -> None:
+    def settled(self, key: bytes, channel: int, ran: bool = True) -> None:
         super().settled(key, channel)
-        self._end_run(key)
+        serial = self._in_hand.end_run(key) if ran else 0
         self._cut_off.pop(key, None)
-        self._append(END, channel, key)
+        self._append(END, channel, key, serial)
 
     def forgotten(self, key: bytes) -> None:
-        self._end_run(key)
         self._cut_off.pop(key, None)
-        self._append(OVER, NEVER_SENT, key)
+        self._append(OVER, NEVER_SENT, key, self._in_hand.end_run(key))
 
     def returned(self, key: bytes, ran: bool) -> None:
-        self._returns.setdefault(key, []).append((time.time(), 1))
-        (self._end_run if ran else self._end_wait)(key)
-        self._append(BACK if ran else RETURNED, NEVER_SENT, key)
+        serial = (self._in_hand.end_run if ran else self._in_hand.end_wait)(key)
+        back = Return(time.time(), self._process, serial)
+        self._returns.setdefault(key, []).append(back)
+        self._append(BACK if ran else RETURNED, NEVER_SENT, key, serial)
 
     def spent(self, key: bytes) -> None:
         before = self._cut_off[key].number if key in self._cut_off else 0
         self._cut_off[key] = CutOff(before + 1, time.time())
-        self._append(CUT_OFF, before + 1, key)
+        self._append(CUT_OFF, before + 1, key, 0)
 
     def lost(self, channel: int) -> None:
         self._lost_at = time.time()
-        for channels in self._running.values():
-            channels[:] = [NEVER_SENT if each == channel else each for each in channels]
+        self._in_hand.lost(channel)
         self._append(LOST, channel, _NO_KEY)
 
     def closed(self, channel: int) -> None:
@@ -162,7 +161,7 @@ class RunLog(Dedup):
     def age(self) -> None:
         super().age()
         oldest = time.time() - self.remember
-        self._returns = {k: each for k, each in self._returns.items() if each[-1][0] >= oldest}
+        self._returns = {k: each for k, each in self._returns.items() if each[-1].when >= oldest}
         oldest = time.time() - CUT_OFF_KEPT
         self._cut_off = {k: each for k, each in self._cut_off.items() if each.when >= oldest}
         if not self.failure:
@@ -191,19 +190,39 @@ class RunLog(Dedup):
                     sibling.catch_up()
                     self._readable.append(sibling)
 
-    def recall(self, key: bytes) -> bool:
-        known = [each.returns.get(key, ()) for each in self._readable]
-        if outstanding(itertools.chain(self._returns.get(key, ()), *known)) == 0:
+    def recall(self, key: bytes, begun: bool = False) -> bool:
+        known = outstanding(self._all_returns(key))
+        back = [(each.process, each.serial) for each in known]
+        back = back or self._elsewhere_in_hand(key, begun=False)
+        if begun and not back:
+            back = self._elsewhere_in_hand(key, begun=True)
+        if not back:
             return False
-        self._returns.setdefault(key, []).append((time.time(), -1))
-        self._append(RECALLED, NEVER_SENT, key)
+        process, serial = back[0]
+        claim = Return(time.time(), process, serial, claimed=True)
+        self._returns.setdefault(key, []).append(claim)
+        self._append(RECALLED, process, key, serial)
         return True
+
+    def runs_elsewhere(self, key: bytes) -> bool:
+        return bool(self._elsewhere_in_hand(key, begun=True))
+
+    def _elsewhere_in_hand(self, key: bytes, begun: bool) -> list[tuple[int, int]]:
+        """What others have in hand of a job, and no redelivery was taken for."""
+        claims = claimed(self._all_returns(key))
+        known = [each.in_hand(key, begun) for each in self._readable]
+        return [each for each in itertools.chain(*known) if not claims[each]]
+
+    def _all_returns(self, key: bytes) -> Iterable[Return]:
+        known = [each.returns.get(key, ()) for each in self._readable]
+        return itertools.chain(self._returns.get(key, ()), *known)
 
     def elsewhere(self, key: bytes) -> Elsewhere:
         oldest = time.time() - self.remember
+        claims = claimed(self._all_returns(key))
         best = Elsewhere.UNKNOWN
         for sibling in self._readable:
-            answer = sibling.ask(key, oldest, self._lost_at)
+            answer = sibling.ask(key, oldest, self._lost_at, claims)
             if answer is Elsewhere.FINISHED:
                 return answer
             best = max(best, answer, key=lambda each: each.value)
@@ -257,10 +276,10 @@ class RunLog(Dedup):
                 self._put(key, channel)
                 yield encode(END, channel, key, sent.when)
         for key, returns in past.returns.items():
-            if returns[-1][0] >= oldest:
+            if returns[-1].when >= oldest:
                 self._returns.setdefault(key, []).extend(returns)
-                for when, change in returns:
-                    yield encode(RETURNED if change > 0 else RECALLED, NEVER_SENT, key, when)
+                for when, process, serial, is_claim in returns:
+                    yield encode(RECALLED if is_claim else RETURNED, process, key, when, serial)
         self._cut_off = past.cut_off | self._cut_off  # written into each new segment
 
     def _begin_segment(self) -> None:
@@ -276,11 +295,11 @@ class RunLog(Dedup):
             self._fail(error)
             return
         self._segments.append(path)
-        in_hand = list(self._in_hand())
+        opening = list(self._opening())
         # Of a time when the disk could not be written: what follows supersedes what they say is
         # in hand, and nothing before them is.
-        missed = [in_hand[0], *self._pending] if self._pending else []
-        written = self._write([*missed, *in_hand])
+        missed = [opening[0], *self._pending] if self._pending else []
+        written = self._write([*missed, *opening])
         del self._pending[: max(0, written - 1)]
         if self._file >= 0:
             self._recovered()
@@ -289,34 +308,29 @@ class RunLog(Dedup):
             self._segments.remove(path)
             path.unlink()
 
-    def _in_hand(self) -> Iterator[bytes]:
+    def _opening(self) -> Iterator[bytes]:
         """The records with which a new segment begins: all that a reader must not forget."""
         now = time.time()
         yield encode(OPEN, NEVER_SENT, self._nonce, now)
-        for key, channels in self._running.items():
-            unbegun = self._unbegun.get(key, 0)
-            for number, channel in enumerate(channels):
-                yield encode(TAKE if number < unbegun else START, channel, key, now)
+        yield from self._in_hand.runs()
         for key, cut_off in self._cut_off.items():
             yield encode(CUT_OFF, cut_off.number, key, cut_off.when)
-        for key, count in self._waiting.items():
-            for _ in range(count):
-                yield encode(WAIT, NEVER_SENT, key, now)
+        yield from self._in_hand.waits()
 
-    def _append(self, kind: bytes, channel: int, key: bytes) -> None:
+    def _append(self, kind: bytes, channel: int, key: bytes, serial: int = 0) -> None:
         if self._file < 0:
-            self._keep_for_later(kind, channel, key)
+            self._keep_for_later(kind, channel, key, serial)
             return
         if not self._pending and self._soon is not None:
             self._soon(self.flush)
-        self._pending.append(encode(kind, channel, key, time.time()))
+        self._pending.append(encode(kind, channel, key, time.time(), serial))
         if self._soon is None:
             self.flush()
 
-    def _keep_for_later(self, kind: bytes, channel: int, key: bytes) -> None:
+    def _keep_for_later(self, kind: bytes, channel: int, key: bytes, serial: int) -> None:
         # A new segment begins with all that is in hand.
         if kind not in (START, TAKE, BEGIN, WAIT):
-            self._pending.append(encode(kind, channel, key, time.time()))
+            self._pending.append(encode(kind, channel, key, time.time(), serial))
             if len(self._pending) > MOST_PENDING:
                 del self._pending[: MOST_PENDING // 2]
 
@@ -363,36 +377,3 @@ class RunLog(Dedup):
         if self.failure:
             self.failure = ""
             self._on_failure("")
-
-    def _end_wait(self, key: bytes) -> None:
-        count = self._waiting.pop(key, 0)
-        if count > 1:
-            self._waiting[key] = count - 1
-
-    def _end_run(self, key: bytes) -> None:
-        runs = self._running.get(key)
-        if runs:
-            runs.pop()
-            if not runs:
-                del self._running[key]
-
-
-def hold(folder: Path, patience: float = PATIENCE) -> int:
-    """Take the lock on a run log's folder; it is held until the returned descriptor is closed.
-
-    Whoever inherits the descriptor holds the lock too. Raises OSError when the folder cannot
-    be made, and BlockingIOError when the lock is another's for longer than ``patience`` seconds.
-    """
-    deadline = time.monotonic() + patience
-    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                os.close(lock)
-                raise
-            time.sleep(0.01)
-        else:
-            return lock

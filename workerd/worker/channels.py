@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Callable, Coroutine, Iterable
 
 from workerd.broker.channel import Channel
+from workerd.core.decisions import Settle
 from workerd.core.job import Delivery
-from workerd.core.ledger import Ledger, Settle
+from workerd.core.ledger import Ledger
 from workerd.core.retry import Decision, Verdict
 from workerd.errors import BrokerError
 from workerd.worker.outbox import Outbox

@@ -12,11 +12,12 @@ from workerd.broker.channel import Channel
 from workerd.broker.codec import Incoming
 from workerd.config.model import Retry, Settings
 from workerd.core.counters import Counters
+from workerd.core.decisions import Rejoined, Settle
 from workerd.core.decode import decode
 from workerd.core.dedup import Dedup
 from workerd.core.handler import Registry
 from workerd.core.job import Delivery, Job, Run
-from workerd.core.ledger import Ledger, Rejoined, Settle
+from workerd.core.ledger import Ledger
 from workerd.core.recent import RecentOutcomes
 from workerd.core.republish import Origin
 from workerd.core.retry import Decision, Facts, decide, requeue
@@ -317,8 +318,8 @@ class Worker:
         self._starting = None
         if self._ledger.slots.has_free_slot:
             self._registry.hand_out()
-        while run := self._ledger.next():
-            self._begin(run)
+        while decision := self._ledger.next():
+            self._act(decision)
         self.changed()
 
     def _pause_queues(self) -> None:

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from tests.harness.ledgers import NAMED, NAMELESS, OTHER, Channel, a_ledger
+from workerd.core.decisions import Rejoined, Settle
 from workerd.core.job import ATTEMPT, REPLAY, Message
-from workerd.core.ledger import Ledger, Rejoined, Settle
+from workerd.core.ledger import Ledger
 from workerd.core.retry import Verdict
 from workerd.core.states import IllegalInput
 

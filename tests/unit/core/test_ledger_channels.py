@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tests.harness.ledgers import NAMELESS, OTHER, Channel, a_ledger
+from workerd.core.decisions import Rejoined, Settle
 from workerd.core.dedup import Dedup
 from workerd.core.job import Run
-from workerd.core.ledger import Rejoined, Settle
 from workerd.core.retry import Verdict
 
 # A consumer that the broker cancelled, on a channel that stays open.

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from tests.harness.ledgers import COPIED, NAMED, OTHER, Channel, a_ledger
+from workerd.core.decisions import Rejoined, Settle
 from workerd.core.dedup import Dedup, Elsewhere
 from workerd.core.job import COPY
-from workerd.core.ledger import Ledger, Rejoined, Settle
+from workerd.core.ledger import PATIENCE, Ledger
 from workerd.core.retry import Verdict
 
 again = pytest.mark.parametrize("redelivered", [False, True], ids=["new", "redelivered"])
@@ -82,9 +83,20 @@ class Sibling(Dedup):
         return self._says
 
 
-@pytest.mark.parametrize("says", [each for each in Elsewhere if each is not Elsewhere.UNKNOWN])
+@pytest.mark.parametrize(
+    "says", [each for each in Elsewhere if each.name not in ("UNKNOWN", "MAY_RUN")]
+)
 def test_a_copy_whose_twin_came_to_a_sibling_is_settled(says: Elsewhere) -> None:
     ledger = Ledger({"queue": 2}, Sibling(says))
     channel = Channel(ledger, 1)
     assert channel.deliver(COPIED) == Settle(channel.last, Verdict.DONE)
     channel.run(NAMED)
+
+
+def test_what_a_newer_sibling_may_run_is_held_when_it_comes_again_and_otherwise_run() -> None:
+    ledger = Ledger({"queue": 2}, Sibling(Elsewhere.MAY_RUN))
+    channel = Channel(ledger, 1)
+    channel.run(COPIED)
+    assert channel.deliver(OTHER, redelivered=True) is None
+    assert ledger.look_again(10 * PATIENCE) == []
+    assert ledger.held == [channel.last]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.harness.ledgers import NAMED, NAMELESS, OTHER, Channel, a_ledger, order
+from workerd.core.decisions import Settle
 from workerd.core.decode import decode
 from workerd.core.dedup import Dedup
-from workerd.core.job import Message
-from workerd.core.ledger import Ledger, Settle
+from workerd.core.job import Message, Run
+from workerd.core.ledger import Ledger
 from workerd.core.retry import Verdict
 
 
@@ -20,7 +21,7 @@ def test_the_longest_waiting_starts_when_a_slot_becomes_free() -> None:
     assert (ledger.slots.busy("queue"), ledger.slots.waiting("queue")) == (2, 2)
     ledger.finished(runs[1], Verdict.DONE)
     started = ledger.next()
-    assert started
+    assert isinstance(started, Run)
     assert started.job.body == b"2"
     assert ledger.next() is None
     assert (ledger.slots.busy("queue"), ledger.slots.waiting("queue")) == (2, 1)
@@ -72,7 +73,7 @@ def test_nothing_of_a_paused_queue_starts_and_the_others_go_on() -> None:
     assert ledger.next() is None
     ledger.slots.paused = set()
     started = ledger.next()
-    assert started
+    assert isinstance(started, Run)
     assert started.job.queue == "queue"
 
 
@@ -117,7 +118,7 @@ def test_a_suspect_waits_until_no_handler_runs_and_none_starts_beside_it() -> No
     assert channel.deliver(Message(message_id="later")) is None
     ledger.ended(neighbour)
     suspect = ledger.next()
-    assert suspect
+    assert isinstance(suspect, Run)
     assert suspect.job.id == "id"
     assert ledger.next() is None
     assert Channel(ledger, 2, "other").deliver(NAMELESS) is None
@@ -193,7 +194,7 @@ def test_one_that_may_have_begun_when_the_daemon_died_runs_alone_and_has_spent_n
     assert channel.deliver(NAMED, redelivered=True) is None
     ledger.ended(neighbour)
     suspect = ledger.next()
-    assert suspect
+    assert isinstance(suspect, Run)
     assert (suspect.job.attempt, suspect.job.lost_starts) == (1, 0)
     assert channel.deliver(Message(message_id="later")) is None
 

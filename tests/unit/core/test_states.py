@@ -45,9 +45,9 @@ class Told(Dedup):
     def begun(self, key: bytes) -> None:
         self.told.append("begun")
 
-    def settled(self, key: bytes, channel: int) -> None:
+    def settled(self, key: bytes, channel: int, ran: bool = True) -> None:
         self.told.append("settled")
-        super().settled(key, channel)
+        super().settled(key, channel, ran)
 
 
 def a_run(state: State) -> tuple[Ledger, Run]:

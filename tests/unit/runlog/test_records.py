@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.harness.run_logs import RESIZE, SLEEP
-from workerd.runlog.records import END, RECORD, START, decode, encode
+from workerd.runlog.records import END, RECORD, START, VERSION, decode, encode
 
 
 @pytest.mark.parametrize("offset", range(RECORD))
@@ -16,7 +16,9 @@ def test_a_record_with_a_changed_byte_is_skipped_and_the_next_is_read(offset: in
 
 
 def test_a_record_is_read_as_it_was_written() -> None:
-    records = [(START, 7, SLEEP, 1.5), (END, -2, RESIZE, 2.0)]
-    data = b"".join(encode(*record) for record in records)
+    data = encode(START, 7, SLEEP, 1.5, serial=0xFFFF) + encode(END, -2, RESIZE, 2.0)
     assert len(data) == 2 * RECORD
-    assert list(decode(data)) == records
+    assert list(decode(data)) == [
+        (START, VERSION, 0xFFFF, 7, SLEEP, 1.5),
+        (END, VERSION, 0, -2, RESIZE, 2.0),
+    ]

@@ -10,9 +10,10 @@ import pytest
 
 from tests.harness.commands import in_loop
 from tests.harness.samples import MESSAGE
+from workerd.core.decisions import Settle
 from workerd.core.decode import decode
 from workerd.core.job import Delivery, Run
-from workerd.core.ledger import Ledger, Settle
+from workerd.core.ledger import Ledger
 from workerd.core.retry import Decision, Verdict
 from workerd.worker.channels import Channels
 
