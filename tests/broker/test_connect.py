@@ -127,13 +127,13 @@ def test_a_queue_of_others_is_used_as_it_is(client: Client, check: Check) -> Non
     assert check().status == 0
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["empty", "full"])
 def test_a_queue_that_cannot_hold_jobs_is_told(client: Client, check: Check) -> None:
     client.declare("default", x_queue_type="stream")
     (problem,) = problems(check())
     assert problem.startswith("default is a queue of type stream, which cannot hold jobs")
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["empty", "full"])
 def test_who_may_not_read_a_queue_is_told_and_no_message_is_touched(
     broker: Broker, client: Client, check: Check, full: bool
 ) -> None:
