@@ -207,6 +207,14 @@ def test_an_answer_that_says_more_is_heard_out(line: bytes) -> None:
     assert answer != Answer(5, Outcome.DONE)
 
 
+@pytest.mark.parametrize("delay", [MAX_DELAY + 1, 1e308, 10**400])
+def test_a_delay_is_never_longer_than_any_that_there_is(delay: float) -> None:
+    line = b'{"frame":1,"outcome":"failed","retry_after":%s}\n' % str(delay).encode()
+    (answer,) = Parser(10).feed(line)
+    assert isinstance(answer, Answer)
+    assert answer.retry_after == MAX_DELAY
+
+
 # Whatever a child sends is a message or a breach: nothing else comes of it.
 
 JSON = st.recursive(
