@@ -46,6 +46,7 @@ class Answers:
     def ignore(self) -> None:
         """Read on, so that the process is not held up, and act on nothing any more."""
         self._ignored = True
+        self._messages = iter(())
 
     def catch_up(self, limit: int = CHUNK) -> None:
         """Act on all that the process has sent until now, at most so many bytes."""
@@ -96,7 +97,6 @@ class Answers:
                 count += 1
                 self._act(message)
                 if self._ignored:
-                    self._messages = iter(())
                     break
         except ProtocolError as error:
             self.ignore()

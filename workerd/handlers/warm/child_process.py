@@ -317,13 +317,14 @@ class ChildProcess:
         by_itself = self.state in ("ready", "ending") and not self._process.cause
         if by_itself or self._fault:
             log.warning("child ended", child=self.pid, exit_status=exit_status, signal=signal)
-        if self.is_ready and not self.taken:
-            self._owner.start_failed(self, "it ended as soon as it was ready")
+        was_ready = self.is_ready
         self._life.move("over")
         self._release()
         begun, unbegun = self._divide()
         self._inbox.close()
         self._let_go(unbegun)
+        if was_ready and not self.taken:
+            self._owner.start_failed(self, "it ended as soon as it was ready")
         for assignment in begun:
             error = "\n".join(filter(None, (self._fault, assignment.transcript.stderr)))
             assignment.end(results.unanswered(status, self._process.cause, error))

@@ -16,12 +16,18 @@ LINE = b'{"log":"debug","text":"x"}\n'
 class Reader:
     """The messages of a pipe that is filled with this, each as a number of the turn it came in."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, refuses: bool = False) -> None:
         read, self.pipe = os.pipe()
         self.messages: list[Message] = []
         self.errors: list[ProtocolError] = []
-        self.answers = Answers(read, 100, self.messages.append, self.errors.append)
+        self._refuses = refuses
+        self.answers = Answers(read, 100, self._act, self.errors.append)
         os.write(self.pipe, data)
+
+    def _act(self, message: Message) -> None:
+        self.messages.append(message)
+        if self._refuses:
+            raise ProtocolError("not now")
 
     def close(self) -> None:
         self.answers.close()
@@ -82,6 +88,18 @@ def test_what_follows_a_breach_of_the_protocol_is_ignored() -> None:
         while not reader.errors:
             await asyncio.sleep(0)
         os.write(reader.pipe, LINE)
+        reader.answers.catch_up()
+        assert (len(reader.messages), len(reader.errors)) == (1, 1)
+        reader.close()
+
+    in_loop(scenario())
+
+
+def test_what_follows_a_message_that_is_refused_is_ignored() -> None:
+    async def scenario() -> None:
+        reader = Reader(LINE * 3, refuses=True)
+        while not reader.errors:
+            await asyncio.sleep(0)
         reader.answers.catch_up()
         assert (len(reader.messages), len(reader.errors)) == (1, 1)
         reader.close()
