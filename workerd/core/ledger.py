@@ -23,10 +23,10 @@ The rules, in the order in which `delivered` applies them to a delivery:
 1.  A redelivery with the key of a run whose own delivery was lost *rejoins* that run:
     when it ends, this delivery is settled. No run ever has two deliveries to settle, so
     of two equal messages each needs a run of its own, and none is dropped.
-2.  A redelivery of a *named* job (one with a message id) whose key is in the memory of
+2.  A redelivery of a *named* job (one with a message id) whose key is remembered among the
     finished jobs is settled at once, if the channel on which that verdict was sent is
     gone; otherwise the earlier settlement stands and this is another message. Anonymous
-    jobs are never settled from memory: equal ones cannot be told apart.
+    jobs are never settled so: equal ones cannot be told apart.
 3.  Likewise when another instance of this host has finished it. While that instance runs
     it, the redelivery is held, without a slot: `look_again` settles it when the run has its
     verdict, and lets it run when that instance dies, or does not lose the channel it got
@@ -49,7 +49,7 @@ The rules, in the order in which `delivered` applies them to a delivery:
 A delivery that goes back to the broker unfinished will come again flagged as
 redelivered. An equal job may be finished before it does, and that memory must not settle
 it, or it would be gone without ever having run. So what went back is counted: so many
-redeliveries of that key run before one is settled from memory. What another instance has in
+redeliveries of that key run before one is settled again. What another instance has in
 hand may be on its way back already, as that instance can be dead, or cut off, without anybody
 knowing: it counts too. The redelivery that runs in its place claims it, by its number, and
 should it go back after all, that return counts nothing.
@@ -387,7 +387,7 @@ class Ledger:
         return self.dedup.unsent or any(run.delivery is None for run in self.running)
 
     def age(self) -> None:
-        """Let the memory grow older by a third of the time that jobs are remembered."""
+        """Let what is remembered grow older by a third of the time that jobs are remembered."""
         self.dedup.age()
 
     def _remembers(self, job: Job) -> bool:

@@ -50,7 +50,7 @@ def watch(pipe: int, table: int, daemon: int) -> None:
         child = unknown_child(token(daemon, number), image)
         if child is not None:
             left += _kill(child, dying)
-    # Whoever waits for the memory's lock, which ends with this process, may start them again.
+    # Whoever waits for the run log's lock, which ends with this process, may start them again.
     while left:
         dead = dying.poll(LAST_MILLISECONDS)
         for descriptor, _event in dead:

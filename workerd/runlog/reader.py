@@ -189,7 +189,7 @@ class RunLogReader:
                 self._opaque.add(segment)
                 continue
             self._since.setdefault(segment, when)
-            # A redelivery that was settled from memory ends no run.
+            # A redelivery that was settled again ends no run.
             ends = serial or not version
             self._take(kind, channel, key, when, serial, bool(ends))
             if kind == END:
