@@ -78,7 +78,8 @@ def _what_decides(handler: Handler, environ: Environ) -> Iterator[tuple[str, Pat
         yield key, path
     directory = handler.working_directory or Path()
     script = _script(handler.stream or handler.command)
-    if script is not None and (directory / script).is_file():
+    # It may be no path at all, but the text of a script, as in `sh -c TEXT`.
+    if script is not None and os.path.isfile(directory / script):
         yield key, directory / script
     # A warm process loads what it needs from there; for a function it comes first on sys.path.
     if key != "command" and handler.working_directory and directory.is_dir():
@@ -89,7 +90,7 @@ def _what_decides(handler: Handler, environ: Environ) -> Iterator[tuple[str, Pat
             for depth in range(1, len(steps) + 1):
                 module = place.joinpath(*steps[:depth])
                 for file in (module.with_suffix(".py"), module / "__init__.py"):
-                    if file.is_file():
+                    if os.path.isfile(file):
                         yield "python", file
 
 

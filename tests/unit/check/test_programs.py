@@ -64,6 +64,15 @@ def test_a_program_has_to_be_executable(script: Path) -> None:
     ]
 
 
+def test_the_text_of_a_script_is_not_taken_for_a_file() -> None:
+    text = "read line\n" * 1000
+    handlers = {
+        "command": Handler("command", ("sh", "-c", text)),
+        "stream": Handler("stream", stream=("sh", "-c", text)),
+    }
+    assert untrusted_programs(Settings(handlers=handlers)) == []
+
+
 def test_a_missing_working_directory_is_found(script: Path) -> None:
     (problem,) = problems(command("sleep", working_directory=Path("/no/such")))
     assert problem == "handlers.x.working_directory: /no/such: No such file or directory"
