@@ -7,19 +7,19 @@ The second goes back unfinished in one way or another, and comes again flagged a
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable
 
 import pytest
 
 from tests.broker.test_host import close_connections, state_of
+from tests.harness import processes
 from tests.harness.amqp import Client
 from tests.harness.broker import Broker
 from tests.harness.daemon import Daemon
 from tests.harness.oracle import Oracle
 from tests.harness.tables import AGAIN, config
-from tests.harness.waiting import until
+from tests.harness.waiting import TIMEOUT, until
 from workerd.core.job import COPY
 
 StartDaemon = Callable[..., Daemon]
@@ -79,11 +79,11 @@ def test_one_that_was_cut_off_with_another_instance_is_run(
     client.publish_jobs("jobs", ["cron"])
     two.wait_event("start", job_id="cron")
     until(lambda: oracle.journal.count("start cron") == 2, "cron runs at 2")
-    run = oracle.journal.rpartition("start cron ")[2].split()[0]
+    run = int(oracle.journal.rpartition("start cron ")[2].split()[0])
 
     two.kill()
     # Let go before that, it could still come to its end.
-    until(lambda: not os.path.exists(f"/proc/{run}"), "its job is killed with it")
+    assert processes.has_ended(run, within=TIMEOUT)
     oracle.release()
     broker.await_depth("jobs")
     assert oracle.journal.count("finish cron") == 2
