@@ -10,7 +10,7 @@ import pytest
 from workerd.control.instances import FAILURE, MAX_FAILURE
 from workerd.daemon import rundir
 from workerd.errors import SettingsError
-from workerd.paths import is_held
+from workerd.paths import entered, is_locked
 
 
 @pytest.fixture
@@ -21,11 +21,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_instance_is_held_by_one_daemon_until_that_ends(folder: Path) -> None:
     lock = rundir.lock("1")
-    assert is_held(folder / "lock")
-    with pytest.raises(SettingsError, match="already running on this host"):
-        rundir.lock("1")
-    os.close(lock)
-    assert not is_held(folder / "lock")
+    with entered(folder) as inside:
+        assert is_locked(inside, "lock")
+        with pytest.raises(SettingsError, match="already running on this host"):
+            rundir.lock("1")
+        os.close(lock)
+        assert not is_locked(inside, "lock")
     os.close(rundir.lock("1"))
 
 
