@@ -5,24 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Iterable
 
 from workerd.errors import SettingsError
-
-
-def open_standard_descriptors() -> None:
-    """Put /dev/null where a starter has closed standard input, output or error."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            # The lowest one that is free, which is this one.
-            os.open(os.devnull, os.O_RDWR)
-    # Python has none for a descriptor that was closed when it started.
-    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 - stay open
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def shed_inheritance() -> None:

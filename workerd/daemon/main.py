@@ -28,7 +28,7 @@ from workerd.control.requests import Requests
 from workerd.control.server import Control
 from workerd.core.republish import Origin
 from workerd.daemon import rundir
-from workerd.daemon.detach import detach, open_standard_descriptors, reopen, shed_inheritance
+from workerd.daemon.detach import detach, reopen, shed_inheritance
 from workerd.daemon.reload import Reload
 from workerd.daemon.systemd import Systemd
 from workerd.errors import EX_CONFIG, EX_SOFTWARE, SettingsError
@@ -51,8 +51,6 @@ def run(
 
     Every problem of the configuration goes to the log, then the status is EX_CONFIG.
     """
-    # First of all: whatever is opened would take their place.
-    open_standard_descriptors()
     # A reload may be asked for before it can be had.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     shed_inheritance()
